@@ -1,0 +1,68 @@
+"""Which nodes do more than compute their result, so that they may be neither dropped nor moved across."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from liger_fx.tracing import leaves
+
+_IN_PLACE_OPERATORS = {
+    operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.imatmul,
+    operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior,
+    operator.ixor, operator.ilshift, operator.irshift,
+}  # fmt: skip
+_EFFECTFUL_FUNCTIONS = {
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+    leaves.new_cache,
+    leaves.cache_update,
+}
+
+
+def is_region_boundary(node: fx.Node) -> bool:
+    """Whether the node opens or closes a no_grad or autocast region."""
+    return node.target in (
+        torch._C._set_grad_enabled,
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+    )
+
+
+def is_effectful(node: fx.Node, root: torch.nn.Module | None = None) -> bool:
+    """Whether the node changes a tensor, a cache or the grad or autocast mode.
+
+    ``root`` resolves call_module targets: an in-place activation module (``nn.ReLU(inplace=True)``) is effectful.
+    """
+    if node.op == "call_module":
+        return root is not None and getattr(root.get_submodule(str(node.target)), "inplace", False) is True
+    if node.op == "call_method":
+        return is_in_place_name(str(node.target))
+    if node.op != "call_function":
+        return False
+    if node.target in _IN_PLACE_OPERATORS or node.target in _EFFECTFUL_FUNCTIONS:
+        return True
+    if "out" in node.kwargs or node.kwargs.get("inplace") is True:
+        return True
+    return is_in_place_name(getattr(node.target, "__name__", ""))
+
+
+def is_in_place_name(name: str) -> bool:
+    """PyTorch's convention: a trailing underscore (``add_``), which no dunder has."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether dropping the node would shift the random numbers of those after it."""
+    name: Any = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return isinstance(name, str) and name in _RANDOM
+
+
+_RANDOM = {
+    "dropout", "alpha_dropout", "feature_dropout", "rand", "rand_like", "randn", "randn_like", "randint",
+    "randint_like", "randperm", "bernoulli", "multinomial", "normal", "gumbel_softmax", "poisson",
+}  # fmt: skip

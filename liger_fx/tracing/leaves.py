@@ -1,0 +1,86 @@
+"""The functions a traced graph calls where the trace does not go inside.
+
+Each is importable by name, so that a graph can be printed, saved and read back, and each looks up
+what it needs (attention implementation, mask builder, output class) when it runs:
+
+    attention_interface(self, q, k, v, mask, scaling=..)  ->  attention(self_attn, q, k, v, mask, scaling=..)
+    create_causal_mask(config=.., inputs_embeds=..)       ->  build_mask("create_causal_mask", model, inputs_embeds=..)
+    past_key_values.update(k, v, 3)                       ->  cache_update(cache, k, v, 3)
+    CausalLMOutputWithPast(logits=..)                     ->  model_output("transformers...:CausalLMOutputWithPast", logits=..)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from transformers import masking_utils
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import AttentionInterface
+
+
+@functools.lru_cache(maxsize=256)
+def resolve(reference: str) -> Any:
+    """The object named ``module:qualified.name``; AttributeError or ImportError when there is none."""
+    module, _, name = reference.partition(":")
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def reference_to(obj: Any) -> str:
+    """The ``module:qualified.name`` under which ``resolve`` finds a class or function."""
+    return f"{obj.__module__}:{obj.__qualname__}"
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    default: str | None = None,
+    implementation: str | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by the implementation that ``module.config`` names at this moment.
+
+    ``query`` (batch, heads, queries, head_dim), ``key`` and ``value`` (batch, kv_heads, keys, head_dim) give
+    (batch, queries, heads, value_dim) and, for eager attention, the weights. ``default`` references the
+    model's own eager function; ``implementation`` is set where the model does not ask its config.
+    """
+    if implementation is None:
+        implementation = module.config._attn_implementation
+    fallback = resolve(default) if default else None
+    interface = AttentionInterface().get_interface(implementation, fallback)
+    return interface(module, query, key, value, attention_mask, **kwargs)
+
+
+def build_mask(builder: str, owner: torch.nn.Module, *, materialise: bool = False, **kwargs: Any) -> Any:
+    """The attention mask of a builder in ``transformers.masking_utils`` for ``owner.config``.
+
+    The builder may answer None (attention then works by its ``is_causal`` flag); with ``materialise`` it
+    must give a tensor, because something other than attention reads it.
+    """
+    if materialise and builder == "create_recurrent_attention_mask":
+        mask = getattr(masking_utils, builder)(config=owner.config, **kwargs)
+        return kwargs["attention_mask"] if mask is None else mask
+    if materialise:
+        kwargs["allow_is_causal_skip"] = False
+    return getattr(masking_utils, builder)(config=owner.config, **kwargs)
+
+
+def new_cache(owner: torch.nn.Module | None) -> DynamicCache:
+    """An empty key-value cache laid out for ``owner.config``, or for any model when there is no owner."""
+    return DynamicCache(config=owner.config) if owner is not None else DynamicCache()
+
+
+def cache_update(cache: Any, key: torch.Tensor, value: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+    """Append a layer's keys and values (batch, kv_heads, new, head_dim) and return all that attention shall see."""
+    return cache.update(key, value, layer, *args, **kwargs)
+
+
+def model_output(cls: str, **fields: Any) -> Any:
+    """The transformers ModelOutput class named by ``cls`` (``module:qualified.name``) with these fields."""
+    return resolve(cls)(**fields)

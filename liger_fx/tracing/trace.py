@@ -1,0 +1,78 @@
+"""What a trace is: one flat graph, and the facts about each of its nodes that torch.fx does not keep.
+
+    model(input_ids)  ->  Trace(graph, root, calls, guards, opaque)
+
+Every node of the graph carries in ``node.meta``
+
+    "spec"    TensorSpec of its result, when that is one tensor
+    "call"    index into ``Trace.calls`` of the module call whose code made the node
+    "module"  the path of that module, "" for the model itself
+    "source"  (file, line) of the model's code that made the node
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import sympy
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from liger_fx.tracing.guards import Guards
+
+Source = tuple[str, int]
+
+
+class TensorSpec(NamedTuple):
+    """A tensor's metadata: sizes are ints where the trace fixed them, else expressions of the inputs' sizes."""
+
+    shape: tuple[int | sympy.Expr, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        sizes = ", ".join(map(str, self.shape))
+        return f"{str(self.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+@dataclass
+class ModuleCall:
+    """One call of a module that was traced through; leaves are call_module nodes instead.
+
+    ``args``, ``kwargs`` and ``output`` are fx argument trees: nodes stand where the tensors stood.
+    """
+
+    index: int
+    path: str
+    cls: type
+    parent: int | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+
+
+@dataclass(frozen=True)
+class OpaqueLeaf:
+    """A module whose code the trace could not follow: the graph calls it as it is."""
+
+    path: str
+    class_name: str
+    reason: str
+    source: Source | None = None
+
+    def __str__(self) -> str:
+        where = f" ({self.source[0]}:{self.source[1]})" if self.source else ""
+        return f"{self.path}: {self.class_name} stays a module that is called, {self.reason}{where}"
+
+
+@dataclass
+class Trace:
+    """The graph of one model for one kind of call; the graph's targets are paths below ``root``."""
+
+    graph: fx.Graph
+    root: torch.nn.Module
+    calls: list[ModuleCall]
+    guards: Guards
+    opaque: list[OpaqueLeaf]
