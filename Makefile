@@ -1,0 +1,60 @@
+# liger_fx. `make` lists what there is; every target installs what it needs into .venv first.
+
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p))))
+VENV ?= .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types check bench clean
+
+help: ## list these targets
+	@echo "usage: make TARGET"
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## ?/  \1\t/' | expand -t 12
+
+demo: $(VENV)/.installed ## optimise a Llama on the CPU: tree before and after, report, verification
+	@echo "==> examples/llama.py"
+	@$(BIN)/python examples/llama.py
+
+test: $(VENV)/.installed-dev ## run the tests (ARGS="-k rope" is handed to pytest)
+	@echo "==> pytest $(ARGS)"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev ## mypy
+	@echo "==> mypy"
+	@$(BIN)/mypy -p liger_fx
+
+check: test lint types ## test, lint and types
+
+bench: $(VENV)/.installed-dev ## tracing time beside DynamoExporter's, on this CPU
+	@$(BIN)/python tools/bench/trace_time.py
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "==> installing liger_fx into $(VENV) (PyTorch is large: this can take minutes)"
+	@$(BIN)/pip install -c constraints.txt -e . || $(install_failed)
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "==> installing liger_fx and what its tests need into $(VENV) (this can take minutes)"
+	@$(BIN)/pip install -c constraints.txt -e '.[dev]' || $(install_failed)
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/bin/pip:
+	@test -n "$(PYTHON)" || { echo "No python3 found: install Python 3.11 or newer," \
+	  "or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is `$(PYTHON) -V 2>&1`: liger_fx needs Python 3.11 or newer;" \
+	  "say where one is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "==> making the environment $(VENV) with `$(PYTHON) -V`"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is missing or" \
+	  "incomplete: on Debian or Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+
+install_failed = { echo "The installation failed: what pip says above is the reason. It needs" \
+  "PyPI (or a mirror set in pip's configuration) and about 3 GB of disk." >&2; exit 1; }

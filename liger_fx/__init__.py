@@ -1,0 +1,37 @@
+"""liger_fx: fused, named modules for any transformers model, by rewriting its torch.fx graph.
+
+The names below are imported on first use, so that `import liger_fx` is cheap and a lower room can
+be imported (liger_fx.kernels.rms_norm, say) without the rooms above it.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "optimize": "liger_fx.api",
+    "trace": "liger_fx.api",
+    "compare": "liger_fx.api",
+    "verify": "liger_fx.verification",
+    "GraphDiff": "liger_fx.report",
+    "Verification": "liger_fx.verification",
+    "LigerFxError": "liger_fx.errors",
+    "TraceError": "liger_fx.errors",
+    "VerificationError": "liger_fx.errors",
+    "FallbackWarning": "liger_fx.errors",
+    "NothingRewrittenWarning": "liger_fx.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'liger_fx' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
