@@ -2,7 +2,7 @@
 
 
 class LigerFxError(Exception):
-    """Base of every error that liger_fx raises on purpose; its text is meant to be read by a user."""
+    """Base of every error that liger_fx raises on purpose; its text is written for the user."""
 
 
 class UsageError(LigerFxError, ValueError):
@@ -46,4 +46,4 @@ class NothingRewrittenWarning(LigerFxWarning):
 
 
 class FallbackWarning(LigerFxWarning):
-    """A call that no graph serves ran the model's original forward instead. Given once per reason."""
+    """A call that no graph serves ran the model's original forward; given once per reason."""

@@ -1,4 +1,4 @@
-"""One place in the graph that a rule looked at: what stood there, what stands there now, or why not."""
+"""One place in the graph that a rule looked at: what stood there, what stands there, or why not."""
 
 from dataclasses import dataclass
 

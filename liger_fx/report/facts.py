@@ -1,0 +1,137 @@
+"""The facts of a rewrite, apart from every way of showing them.
+
+    before: LlamaForCausalLM, 96 operators, its module tree    ->  GraphDiff: sites, counts, trees
+    after:  the same model, rewritten
+
+Everything here is plain data (strings, numbers, tuples), so that a face needs no model to be drawn
+and a diff can be kept when the models are gone.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import fx
+
+from liger_fx import __version__
+from liger_fx.engine.site import Site
+
+_NOT_OPERATORS = {"placeholder", "output", "get_attr"}
+
+
+@dataclass(frozen=True)
+class TreeRow:
+    """One module of a tree: its path ("" is the root), its type's name and its extra_repr()."""
+
+    path: str
+    class_name: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.class_name}({self.detail})" if self.detail else self.class_name
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two things compared: operator counts by name, and the module tree."""
+
+    class_name: str
+    operators: dict[str, int]
+    tree: tuple[TreeRow, ...]
+
+    @classmethod
+    def of(cls, root: torch.nn.Module, graph: fx.Graph) -> Side:
+        """The facts of `graph` as they are now; its call_module targets are paths below `root`."""
+        modules = dict(root.named_modules(remove_duplicate=False))
+        counts = Counter(
+            operator_name(node, modules) for node in graph.nodes if node.op not in _NOT_OPERATORS
+        )
+        tree = tuple(
+            TreeRow(path, type(module).__name__, " ".join(module.extra_repr().split()))
+            for path, module in modules.items()
+        )
+        return cls(type(root).__name__, dict(sorted(counts.items())), tree)
+
+
+@dataclass(frozen=True)
+class GraphDiff:
+    """Two graphs of one model and the sites at which they differ.
+
+    rules: the names of all rules that looked, also of those that found nothing.
+    guards: what the trace took for granted, one readable line each.
+    opaque: the modules that the trace could not enter, one readable line each.
+    """
+
+    before: Side
+    after: Side
+    sites: tuple[Site, ...] = ()
+    rules: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
+    opaque: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    @property
+    def rewritten(self) -> tuple[Site, ...]:
+        """The sites at which a named module stands now."""
+        return tuple(site for site in self.sites if site.reason is None)
+
+    @property
+    def refused(self) -> tuple[Site, ...]:
+        """The sites that looked like one and were left as they were, each with its reason."""
+        return tuple(site for site in self.sites if site.reason is not None)
+
+    @classmethod
+    def between(cls, a: torch.nn.Module, b: torch.nn.Module, inputs: Any = None) -> GraphDiff:
+        """Compare any two of: a plain model, a traced one, an optimised one.
+
+        A plain model is traced first, with `inputs` as in liger_fx.trace (and raises what that
+        raises). The sites, rules, guards and opaque modules are those of b's own report; a site
+        that a's report holds as well is no difference and is left out.
+        """
+        from liger_fx.api import trace
+
+        graphs = [m if isinstance(m, fx.GraphModule) else trace(m, inputs) for m in (a, b)]
+        before, after = (Side.of(gm, gm.graph) for gm in graphs)
+        told, known = (getattr(gm, "report", None) for gm in reversed(graphs))
+        if told is None:
+            return cls(before, after)
+        shared = set(known.sites) if known is not None else set()
+        sites = tuple(site for site in told.sites if site not in shared)
+        return cls(before, after, sites, told.rules, told.guards, told.opaque, told.versions)
+
+    def text(self, full: bool = False) -> str:
+        """The report as plain text; `full` lists every layer instead of folding alike ones."""
+        from liger_fx.report.text import render
+
+        return render(self, full)
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def operator_name(node: fx.Node, modules: dict[str, torch.nn.Module]) -> str:
+    """The name an operator is counted under: mul, softmax, size, Linear, LigerRMSNorm.
+
+    A method, a function and an operator of one name are one operator; a module is its type.
+    """
+    if node.op == "call_module":
+        return type(modules[str(node.target)]).__name__
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on; a package that is not installed is left out."""
+    found = {"liger_fx": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
