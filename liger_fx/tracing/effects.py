@@ -20,7 +20,7 @@ _EFFECTFUL_FUNCTIONS = {
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
     leaves.new_cache,
-    leaves.cache_update,
+    leaves.cache_call,
 }
 
 

@@ -5,7 +5,7 @@ what it needs (attention implementation, mask builder, output class) when it run
 
     attention_interface(self, q, k, v, mask, scaling=..)  ->  attention(self_attn, q, k, v, mask, scaling=..)
     create_causal_mask(config=.., inputs_embeds=..)       ->  build_mask("create_causal_mask", model, inputs_embeds=..)
-    past_key_values.update(k, v, 3)                       ->  cache_update(cache, k, v, 3)
+    past_key_values.update(k, v, 3)                       ->  cache_call(cache, "update", k, v, 3)
     CausalLMOutputWithPast(logits=..)                     ->  model_output("transformers...:CausalLMOutputWithPast", logits=..)
 """
 
@@ -76,9 +76,13 @@ def new_cache(owner: torch.nn.Module | None) -> DynamicCache:
     return DynamicCache(config=owner.config) if owner is not None else DynamicCache()
 
 
-def cache_update(cache: Any, key: torch.Tensor, value: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-    """Append a layer's keys and values (batch, kv_heads, new, head_dim) and return all that attention shall see."""
-    return cache.update(key, value, layer, *args, **kwargs)
+def cache_call(cache: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Call one of the cache's state methods, e.g. ``update(key, value, layer)``.
+
+    ``update`` appends a layer's keys and values (batch, kv_heads, new, head_dim) and returns all that
+    attention shall see.
+    """
+    return getattr(cache, method)(*args, **kwargs)
 
 
 def model_output(cls: str, **fields: Any) -> Any:

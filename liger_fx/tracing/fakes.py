@@ -1,0 +1,124 @@
+"""The tensors that stand in for real ones during a trace: metadata and symbolic sizes, no data.
+
+    input_ids of any (batch, seq)  ->  FakeTensor int64[batch, seq]
+    self.weight                    ->  FakeTensor float32[64]
+
+PyTorch's FakeTensor is a real Tensor subclass, so ``isinstance``, shape unpacking, factory functions and
+in-place operations in a model's code work as they are. Making one through PyTorch's dispatcher takes
+hundreds of microseconds; here a new one of known metadata is made from a template in a few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from liger_fx.tracing.trace import TensorSpec
+
+_SIZE_HINTS = (3, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+
+
+def as_expr(size: int | torch.SymInt) -> int | sympy.Expr:
+    """A size as an int, or as the expression of input sizes behind a SymInt."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expr = size.node.expr
+    return int(expr) if expr.is_number else expr
+
+
+class Metadata:
+    """Everything about a tensor but its data; fakes of equal metadata share one of these."""
+
+    __slots__ = ("template", "spec", "device")
+
+    def __init__(self, template: torch.Tensor, spec: TensorSpec) -> None:
+        self.template, self.spec, self.device = template, spec, spec.device
+
+
+class FakeWorld:
+    """The fakes and symbolic sizes of one trace."""
+
+    def __init__(self) -> None:
+        # Without duck shaping two inputs that happen to be of one size stay apart, and without the
+        # specialisation of 0 and 1 the graph holds for a batch of one too.
+        self.shape_env = ShapeEnv(
+            duck_shape=False,
+            specialize_zero_one=False,
+            allow_scalar_outputs=True,
+            allow_dynamic_output_shape_ops=True,
+        )
+        self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        self.symbols: dict[str, torch.SymInt] = {}
+        self._metadata: dict[Hashable, Metadata] = {}
+        self._of_real: dict[int, tuple[torch.Tensor, FakeTensor]] = {}
+
+    def size(self, name: str, hint: int | None = None) -> torch.SymInt:
+        """The symbolic size of that name, made on first use."""
+        if name not in self.symbols:
+            value = hint if hint is not None else _SIZE_HINTS[len(self.symbols) % len(_SIZE_HINTS)]
+            source = ConstantSource(name)
+            symbol = self.shape_env.create_symbol(
+                value, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+            )
+            made = self.shape_env.create_symintnode(symbol, hint=value, source=source)
+            assert isinstance(made, torch.SymInt)
+            self.symbols[name] = made
+        return self.symbols[name]
+
+    def metadata(self, tensor: torch.Tensor) -> Metadata:
+        """The interned metadata of a fake or real tensor."""
+        if isinstance(tensor, FakeTensor):
+            known = tensor.__dict__.get("_liger_fx_metadata")
+            if known is not None:
+                return known  # type: ignore[no-any-return]
+        sizes = tuple(map(as_expr, tensor.shape))
+        strides = tuple(map(as_expr, tensor.stride())) if tensor.layout is torch.strided else ()
+        key = (sizes, strides, tensor.dtype, tensor.device)
+        if key not in self._metadata:
+            with in_kernel_invocation_manager(self.mode), torch._C._DisableTorchDispatch():
+                template = torch.empty_strided(
+                    tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta"
+                )
+            self._metadata[key] = Metadata(template, TensorSpec(sizes, tensor.dtype, tensor.device))
+        return self._metadata[key]
+
+    def new(self, metadata: Metadata) -> FakeTensor:
+        """A new fake of this metadata, with an identity of its own."""
+        fake = FakeTensor(self.mode, metadata.template, metadata.device)
+        fake.__dict__["_liger_fx_metadata"] = metadata
+        return fake
+
+    def of_real(self, tensor: torch.Tensor) -> FakeTensor:
+        """The one fake that stands for a real tensor (a parameter, a buffer, a constant)."""
+        found = self._of_real.get(id(tensor))
+        if found is None:
+            # The real tensor is kept as well: its id must not be reused while the trace lasts.
+            found = self._of_real[id(tensor)] = (tensor, self.new(self.metadata(tensor)))
+        return found[1]
+
+    def adopt(self, tensor: torch.Tensor) -> FakeTensor:
+        """A fake for any tensor that an operation gave back."""
+        if isinstance(tensor, FakeTensor):
+            tensor.__dict__.setdefault("_liger_fx_metadata", self.metadata(tensor))
+            return tensor
+        return self.of_real(tensor)
+
+    def hint(self, size: int | torch.SymInt) -> int:
+        """A concrete number for a size: the trace's example of it."""
+        return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def set_node(value: Any, node: Any) -> None:
+    """Remember the graph node whose result ``value`` (a fake tensor or a cache) is."""
+    value.__dict__["_liger_fx_node"] = node
+
+
+def node_of(value: Any) -> Any:
+    """The graph node whose result ``value`` is, or None."""
+    return value.__dict__.get("_liger_fx_node") if hasattr(value, "__dict__") else None

@@ -1,0 +1,115 @@
+"""Which modules a trace calls instead of following, and what their results look like.
+
+    self.q_proj(x)        nn.Linear, a quantised or LoRA linear   ->  call_module q_proj
+    self.experts(x, ...)  a loop over the experts that were hit   ->  call_module experts, listed as opaque
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils import _pytree as pytree
+
+from liger_fx.tracing.memo import Unknowable
+from liger_fx.tracing.recorder import Recorder
+
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether the module becomes one call_module node as it stands."""
+    kind = type(module)
+    if kind.__module__.startswith(("torch.nn", "torch.ao.nn", "liger_fx.modules")):
+        return not isinstance(module, nn.Sequential)
+    return is_linear(module) or is_experts(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer of any make: nn.Linear's subclasses, quantised ones, LoRA around one (base_layer)."""
+    if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
+        return True
+    return "Linear" in type(module).__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """transformers' expert layers, whose implementation is chosen by the config and may loop over the data."""
+    return hasattr(type(module), "_apply_gate") and type(module).__module__.startswith("transformers")
+
+
+def infer_leaf(
+    recorder: Recorder, call: Any, module: nn.Module, args: Any, kwargs: Any, *, concrete: bool
+) -> Any:
+    """Fakes for what the leaf returns; ``concrete`` runs it on random data because its code cannot run on fakes."""
+    if is_experts(module):
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        return torch.empty_like(hidden)
+    if concrete:
+        return _infer_by_running(recorder, call, module, args, kwargs)
+
+    def run() -> Any:
+        return call(module, *args, **kwargs)
+
+    try:
+        key = _module_key(module)
+    except Unknowable:
+        return run()
+    return recorder.memo.infer(key, run, args, kwargs)
+
+
+def _module_key(module: nn.Module) -> Hashable:
+    """What a module's result can depend on besides its inputs: class, plain attributes, parameters, children."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise Unknowable
+    plain = []
+    for name, value in module.__dict__.items():
+        if name in _MODULE_INTERNALS and name != "training":
+            continue
+        if isinstance(value, torch.Tensor) or callable(value) or not isinstance(value, Hashable):
+            raise Unknowable
+        plain.append((name, type(value), value))
+    tensors = [
+        (name, None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device))
+        for group in (module._parameters, module._buffers)
+        for name, t in group.items()
+    ]
+    children = [(name, child and _module_key(child)) for name, child in module._modules.items()]
+    return type(module), tuple(plain), tuple(tensors), tuple(children)
+
+
+def _infer_by_running(recorder: Recorder, call: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Run the module on random data of distinctive sizes and read the sizes of its results back."""
+    world = recorder.world
+    sizes: dict[int, Any] = {world.hint(size): size for size in world.symbols.values()}
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, FakeTensor):
+            for size in leaf.shape:
+                if isinstance(size, torch.SymInt):
+                    sizes.setdefault(world.hint(size), size)
+    first = list(world.symbols.values())[:2]
+    if len(first) == 2:
+        sizes.setdefault(world.hint(first[0]) * world.hint(first[1]), first[0] * first[1])
+
+    def example(value: Any) -> Any:
+        if isinstance(value, FakeTensor):
+            shape = [world.hint(size) for size in value.shape]
+            if value.dtype.is_floating_point:
+                return torch.randn(shape, device=value.device).to(value.dtype)
+            return torch.ones(shape, dtype=value.dtype, device=value.device)
+        return world.hint(value) if isinstance(value, torch.SymInt) else value
+
+    def as_fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = [sizes.get(size, size) for size in value.shape]
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+    with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng():
+        arguments, keywords = pytree.tree_map(example, (args, kwargs))
+        result = call(module, *arguments, **keywords)
+    return pytree.tree_map(as_fake, result)
+
+

@@ -1,0 +1,197 @@
+"""The few names of PyTorch and transformers that are replaced while a trace runs, and put back after it.
+
+Only the tracing thread takes the replaced paths: a model that another thread runs meanwhile computes as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import masking_utils
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import AttentionInterface
+
+if TYPE_CHECKING:
+    from liger_fx.tracing.tracer import HFTracer
+
+_lock = threading.RLock()
+_thread = threading.local()
+_MISSING = object()
+
+CACHE_METHODS = (
+    "update", "update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state",
+    "update_indexer",
+)  # fmt: skip
+
+
+def recording_tracer() -> HFTracer | None:
+    """The tracer of this thread, if it is recording at the moment."""
+    tracer: HFTracer | None = getattr(_thread, "tracer", None)
+    return tracer if tracer is not None and tracer.recorder.recording else None
+
+
+@contextmanager
+def patched(tracer: HFTracer) -> Iterator[None]:
+    """Install the patches for one trace; a second thread that wants to trace waits here."""
+    with _lock:
+        saved: list[tuple[Any, str, Any]] = []
+
+        def replace(owner: Any, name: str, value: Any) -> None:
+            # Saved before it is set: an interrupt between the two restores what is already there.
+            saved.append((owner, name, owner.__dict__.get(name, _MISSING)))
+            setattr(owner, name, value)
+
+        outer = getattr(_thread, "tracer", None)
+        try:
+            _thread.tracer = tracer
+            _patch_modules(replace)
+            _patch_autocast(replace)
+            _patch_attention(replace)
+            _patch_caches(replace)
+            _patch_mask_builders(replace, tracer.root)
+            yield
+        finally:
+            _thread.tracer = outer
+            _restore(saved)
+
+
+def _restore(saved: list[tuple[Any, str, Any]]) -> None:
+    interrupted: BaseException | None = None
+    while saved:
+        owner, name, value = saved[-1]
+        try:
+            if value is _MISSING:
+                if name in owner.__dict__:
+                    delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+            saved.pop()
+        except KeyboardInterrupt as interrupt:  # finish restoring first, then let it through
+            interrupted = interrupt
+    if interrupted is not None:
+        raise interrupted
+
+
+def _patch_modules(replace: Any) -> None:
+    original = nn.Module.__call__
+
+    @functools.wraps(original)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tracer = recording_tracer()
+        if tracer is None:
+            return original(module, *args, **kwargs)
+        return tracer.trace_module_call(original, module, args, kwargs)
+
+    replace(nn.Module, "__call__", call)
+
+
+def _patch_autocast(replace: Any) -> None:
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    @functools.wraps(enter)
+    def traced_enter(region: torch.autocast) -> Any:
+        tracer = recording_tracer()
+        if tracer is not None:
+            tracer.enter_autocast(region)
+        return enter(region)
+
+    @functools.wraps(leave)
+    def traced_leave(region: torch.autocast, *exception: Any) -> Any:
+        tracer = recording_tracer()
+        if tracer is not None:
+            tracer.leave_autocast(region)
+        return leave(region, *exception)
+
+    replace(torch.autocast, "__enter__", traced_enter)
+    replace(torch.autocast, "__exit__", traced_leave)
+
+
+def _patch_attention(replace: Any) -> None:
+    original = AttentionInterface.get_interface
+
+    @functools.wraps(original)
+    def get_interface(self: Any, implementation: str, default: Any) -> Any:
+        interface = original(self, implementation, default)
+        tracer = recording_tracer()
+        if tracer is None:
+            return interface
+        return functools.partial(tracer.leaves.attention, interface, implementation, default)
+
+    replace(AttentionInterface, "get_interface", get_interface)
+
+
+def _patch_caches(replace: Any) -> None:
+    init = DynamicCache.__init__
+    get_seq_length = Cache.get_seq_length
+
+    @functools.wraps(init)
+    def traced_init(cache: DynamicCache, *args: Any, **kwargs: Any) -> None:
+        tracer = recording_tracer()
+        if tracer is None or type(cache) is not DynamicCache:
+            init(cache, *args, **kwargs)
+        else:
+            tracer.leaves.new_cache(init, cache, args, kwargs)
+
+    @functools.wraps(get_seq_length)
+    def traced_length(cache: Cache, *args: Any, **kwargs: Any) -> Any:
+        tracer = recording_tracer()
+        if tracer is None:
+            return get_seq_length(cache, *args, **kwargs)
+        return tracer.leaves.cache_length(get_seq_length, cache, args, kwargs)
+
+    replace(DynamicCache, "__init__", traced_init)
+    replace(Cache, "get_seq_length", traced_length)
+    for name in CACHE_METHODS:
+        if name in Cache.__dict__:
+            replace(Cache, name, _traced_cache_method(name, Cache.__dict__[name]))
+
+
+def _traced_cache_method(name: str, original: Any) -> Any:
+    @functools.wraps(original)
+    def method(cache: Cache, *args: Any, **kwargs: Any) -> Any:
+        tracer = recording_tracer()
+        if tracer is None:
+            return original(cache, *args, **kwargs)
+        return tracer.leaves.cache_call(original, name, cache, args, kwargs)
+
+    return method
+
+
+def _patch_mask_builders(replace: Any, root: nn.Module) -> None:
+    """Mask builders are imported by name, so each modelling file of the model holds its own reference."""
+    builders = {
+        builder: _traced_mask_builder(name, builder)
+        for name, builder in vars(masking_utils).items()
+        if name.startswith("create_") and name.endswith("_mask") and inspect.isfunction(builder)
+    }
+    for module in _modelling_files(root):
+        for name, value in list(vars(module).items()):
+            if inspect.isfunction(value) and value in builders:
+                replace(module, name, builders[value])
+
+
+def _traced_mask_builder(name: str, original: Any) -> Any:
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        tracer = recording_tracer()
+        if tracer is None:
+            return original(*args, **kwargs)
+        return tracer.leaves.mask(name, original, args, kwargs)
+
+    return build
+
+
+def _modelling_files(root: nn.Module) -> set[Any]:
+    classes = {cls for module in root.modules() for cls in type(module).__mro__}
+    names = {cls.__module__ for cls in classes} - {masking_utils.__name__, "builtins"}
+    return {
+        sys.modules[name] for name in names if name in sys.modules and not name.startswith("torch.")
+    }

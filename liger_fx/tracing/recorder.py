@@ -1,0 +1,322 @@
+"""Writes a graph node for every torch-level call that the model's code makes.
+
+    hidden.pow(2).mean(-1, keepdim=True)
+ ->
+    pow_1 = hidden.pow(2);  mean = pow_1.mean(-1, keepdim=True)
+
+A TorchFunctionMode sees the calls as the model wrote them, above autograd and autocast, so that the graph
+replays under whichever of these the caller uses.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from liger_fx.tracing.effects import is_in_place_name
+from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
+from liger_fx.tracing.memo import Memo
+from liger_fx.tracing.sizes import SizeNodes
+from liger_fx.tracing.trace import Source
+
+DATA_DEPENDENT = (
+    GuardOnDataDependentSymNode,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+# Questions about a tensor's metadata: answered, never recorded.
+_METADATA_GETTERS = {
+    "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_sparse", "grad_fn", "grad",
+    "is_leaf", "is_quantized", "is_nested", "names", "is_mps", "is_xpu", "is_meta", "_version", "is_cpu",
+    "itemsize", "nbytes", "is_mkldnn",
+}  # fmt: skip
+_METADATA_FUNCTIONS = {
+    "size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "stride", "is_contiguous", "__len__",
+    "ndimension", "get_device", "element_size", "__hash__", "__format__", "__repr__", "is_tensor",
+    "is_autocast_enabled", "get_default_dtype", "is_signed", "storage_offset", "is_inference", "is_same_size",
+    "_is_zerotensor", "is_conj", "is_neg", "result_type", "has_names",
+}  # fmt: skip
+_REFLECTED = {
+    "__radd__": operator.add, "__rsub__": operator.sub, "__rmul__": operator.mul, "__rdiv__": operator.truediv,
+    "__rtruediv__": operator.truediv, "__rfloordiv__": operator.floordiv, "__rpow__": operator.pow,
+    "__rmod__": operator.mod, "__rmatmul__": operator.matmul, "__rand__": operator.and_,
+    "__ror__": operator.or_, "__rxor__": operator.xor,
+}  # fmt: skip
+_NO_OPERATOR = {"__get__", "__set__", "__contains__", "__len__", "__iter__"}
+
+
+class CannotRecord(Exception):
+    """A value reached the graph of which no node is known; its text says which."""
+
+
+class Recorder(TorchFunctionMode):
+    """The mode that records; ``recording`` is off while a leaf's insides run."""
+
+    def __init__(self, graph: fx.Graph, world: FakeWorld, owner: Recording) -> None:
+        super().__init__()
+        self.graph, self.world, self.owner = graph, world, owner
+        self.sizes = SizeNodes(graph)
+        self.memo = Memo(world)
+        self.recording = False
+        self.own_guards: list[Any] = []
+        self._guards_seen = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.recording:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            if attribute in _METADATA_GETTERS:
+                return func(*args, **kwargs)
+        elif name in _METADATA_FUNCTIONS or (name == "type" and len(args) < 2 and not kwargs):
+            return func(*args, **kwargs)
+        elif func is torch._C._set_grad_enabled:
+            return self._set_grad_enabled(func, *args)
+        elif func is torch.Tensor.__iter__:
+            return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
+        with self.paused():
+            return self._record(func, name, args, kwargs)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside is not recorded, and the sizes it asks about bind nobody."""
+        self.take_own_guards()
+        was, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = was
+            self._guards_seen = len(self.world.shape_env.guards)
+
+    def take_own_guards(self) -> None:
+        """Keep the size comparisons that the model's own code made since the last operation.
+
+        Those made inside an operation's fake kernel are left out: they ask which of several equal ways to
+        take (is a dimension broadcast?), and would turn away calls that the graph serves correctly.
+        """
+        guards = self.world.shape_env.guards
+        self.own_guards += guards[self._guards_seen :]
+        self._guards_seen = len(guards)
+
+    def _set_grad_enabled(self, func: Any, enabled: bool) -> None:
+        if enabled != torch.is_grad_enabled():
+            self.create_node("call_function", func, (enabled,))
+        func(enabled)
+
+    def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = self.with_fakes(args), self.with_fakes(kwargs)
+        in_place = _is_in_place(name, kwargs)
+        run = functools.partial(func, *args, **kwargs)
+        if in_place:
+            result = self._run_in_place(run, args)
+        else:
+            result = self.memo.infer((func, *_modes()), run, args, kwargs)
+        if name != "__setitem__" and not _holds_values(result):
+            return result
+        node = self._emit(func, name, args, kwargs)
+        if name == "__setitem__":
+            return None
+        return self.bind(result, node, () if in_place else _tensor_ids((args, kwargs)))
+
+    def _run_in_place(self, run: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        result = run()
+        for leaf in pytree.tree_leaves((args, result)):  # x.t_() changes what is known of x
+            if isinstance(leaf, FakeTensor):
+                leaf.__dict__.pop("_liger_fx_metadata", None)
+        return result
+
+    def _emit(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        arguments: tuple[Any, ...] = tuple(map(self.argument, args))
+        keywords = {key: self.argument(value) for key, value in kwargs.items()}
+        if name == "__get__":
+            return self.create_node("call_function", builtins.getattr, (arguments[0], func.__self__.__name__))
+        if name in _REFLECTED and len(arguments) == 2:
+            return self.create_node("call_function", _REFLECTED[name], arguments[::-1])
+        if name.startswith("__") and name not in _NO_OPERATOR and hasattr(operator, name):
+            return self.create_node("call_function", getattr(operator, name), arguments)
+        if _is_tensor_method(func, name) and arguments and isinstance(arguments[0], fx.Node):
+            return self.create_node("call_method", name, arguments, keywords)
+        return self.create_node("call_function", func, arguments, keywords)
+
+    def create_node(
+        self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
+        """A node that knows the module call and the line of the model that made it."""
+        node = self.graph.create_node(op, target, args, kwargs or {})
+        meta = node.meta
+        meta["call"], meta["module"] = self.owner.current_call()
+        meta["source"] = source_line(sys._getframe(1))
+        return node
+
+    def bind(self, result: Any, node: fx.Node, argument_ids: Any = ()) -> Any:
+        """Make ``node`` (or getitem nodes of it) the origin of every value in ``result``."""
+        if isinstance(result, torch.Tensor):
+            fake = self.world.adopt(result)
+            if id(fake) in argument_ids:  # a no-op .to() gives its input back: two nodes, so two values
+                fake = self.world.new(self.world.metadata(fake))
+            set_node(fake, node)
+            node.meta["spec"] = self.world.metadata(fake).spec
+            self.sizes.define_by_shape(fake, node)
+            return fake
+        if isinstance(result, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            self.sizes.define(result, node)
+            return result
+        if isinstance(result, dict):
+            bound = {k: self.bind_item(v, node, k, argument_ids) for k, v in result.items()}
+            if type(result) is dict:
+                return bound
+            for key, value in bound.items():
+                result[key] = value
+            return result
+        if isinstance(result, (tuple, list)):
+            items = [self.bind_item(v, node, i, argument_ids) for i, v in enumerate(result)]
+            return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+        return result
+
+    def bind_item(self, value: Any, node: fx.Node, key: Any, argument_ids: Any) -> Any:
+        if not _holds_values(value):
+            return value
+        return self.bind(value, self.create_node("call_function", operator.getitem, (node, key)), argument_ids)
+
+    def with_fakes(self, tree: Any) -> Any:
+        """``tree`` with real tensors (parameters, buffers, constants) replaced by their fakes."""
+        kind = type(tree)
+        if kind is FakeTensor:
+            return tree
+        if isinstance(tree, torch.Tensor):
+            fake = self.world.of_real(tree)
+            if node_of(fake) is None:
+                node = self.owner.node_of_real(tree)
+                node.meta["spec"] = self.world.metadata(fake).spec
+                set_node(fake, node)
+            return fake
+        if kind in (tuple, list):
+            return kind([self.with_fakes(item) for item in tree])
+        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+            return kind(*[self.with_fakes(item) for item in tree])
+        if kind is dict:
+            return {key: self.with_fakes(value) for key, value in tree.items()}
+        return tree
+
+    def argument(self, value: Any) -> Any:
+        """``value`` as a graph argument: nodes for tensors, sizes, modules and caches, constants as they are."""
+        if isinstance(value, torch.Tensor):
+            fake = self.with_fakes(value)
+            node = node_of(fake)
+            if node is None:
+                raise CannotRecord(
+                    f"a tensor of {self.world.metadata(fake).spec} that no recorded operation made"
+                )
+            return node
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.sizes.lower(value)
+        if isinstance(value, (tuple, list)):
+            items = [self.argument(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {key: self.argument(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*map(self.argument, (value.start, value.stop, value.step)))
+        if value is None or value is ... or isinstance(value, fx.node.base_types):
+            return value
+        if isinstance(value, torch.nn.Module):
+            return self.owner.node_of_module(value)
+        node = node_of(value)
+        if node is None:
+            raise CannotRecord(f"a Python object of type {type(value).__name__}")
+        return node
+
+
+class Recording:
+    """What a recorder asks of the tracer it records for."""
+
+    def current_call(self) -> tuple[int, str]:
+        """The index and path of the innermost module call that is being traced through."""
+        raise NotImplementedError
+
+    def node_of_real(self, tensor: torch.Tensor) -> fx.Node:
+        """The get_attr node of a parameter, buffer or constant."""
+        raise NotImplementedError
+
+    def node_of_module(self, module: torch.nn.Module) -> fx.Node:
+        """The get_attr node of a module of the traced tree."""
+        raise NotImplementedError
+
+
+def _modes() -> tuple[Any, ...]:
+    """The thread's modes that change what an operation returns."""
+    return (
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.get_default_dtype(),
+    )
+
+
+def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
+    return (
+        is_in_place_name(name)
+        or name in ("__setitem__", "__set__")
+        or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+        or kwargs.get("out") is not None
+        or kwargs.get("inplace") is True
+    )
+
+
+def _holds_values(result: Any) -> bool:
+    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(isinstance(leaf, kinds) for leaf in pytree.tree_leaves(result))
+
+
+def _tensor_ids(tree: Any) -> set[int]:
+    return {id(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_tensor_method(func: Any, name: str) -> bool:
+    own = getattr(torch.Tensor, name, None)
+    if own is None:
+        return False
+    qualified = getattr(func, "__qualname__", "")
+    return own is func or qualified.startswith(("Tensor.", "TensorBase.", "_TensorBase."))
+
+
+def source_line(frame: FrameType | None) -> Source | None:
+    """File and line of the innermost frame that is neither PyTorch's nor the tracer's."""
+    while frame is not None:
+        if _is_model_code(frame.f_code):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+@functools.lru_cache(maxsize=16384)
+def _is_model_code(code: CodeType) -> bool:
+    path = code.co_filename.replace("\\", "/")
+    return not (
+        "/torch/" in path
+        or "/liger_fx/tracing/" in path
+        or path.endswith(("/contextlib.py", "/functools.py"))
+        or path.startswith("<")
+    )

@@ -1,0 +1,58 @@
+"""Trace a model; what cannot be followed becomes a module that is called, and the trace starts again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from liger_fx.errors import TraceError
+from liger_fx.tracing.call import CallSpec
+from liger_fx.tracing.trace import Source, Trace
+from liger_fx.tracing.tracer import HFTracer, Untraceable
+
+_MAX_OPAQUE_CLASSES = 24
+
+
+def trace_tree(root: nn.Module, call: CallSpec, forward: Any = None) -> Trace:
+    """The trace of ``forward(root, **call)``, opaque leaves where it cannot be followed.
+
+    A class of modules whose code stops the trace stays whole; it is the innermost one that is not itself a
+    PreTrainedModel. TraceError where nothing below the top is left to keep whole.
+    """
+    opaque: dict[type, tuple[str, Source | None]] = {}
+    fixed: frozenset[str] = frozenset()
+    while True:
+        try:
+            return HFTracer(opaque, fixed).trace(root, call, forward)
+        except Untraceable as failure:
+            culprit = _innermost(failure, opaque)
+            if culprit is not None and len(opaque) < _MAX_OPAQUE_CLASSES:
+                opaque = {**opaque, culprit: (str(failure), failure.source)}
+            elif "its code fixes the" in str(failure) and fixed != frozenset(("batch", "sequence")):
+                fixed = frozenset(("batch", "sequence"))
+                opaque = {}
+            else:
+                raise _explain(failure) from failure
+
+
+def _innermost(failure: Untraceable, opaque: dict[type, Any]) -> type | None:
+    for path, module in reversed(failure.stack):
+        kind = type(module)
+        if path and kind not in opaque and not isinstance(module, (PreTrainedModel, nn.ModuleList)):
+            return kind
+    return None
+
+
+def _explain(failure: Untraceable) -> TraceError:
+    path, module = failure.stack[-1]
+    return TraceError(
+        module=path,
+        source=failure.source,
+        cause=f"{type(module).__name__}: {failure}",
+        way_out=(
+            "The model itself works as before; to optimise it, move this code into a submodule "
+            "(it then stays a module that is called), or pass example inputs that avoid it."
+        ),
+    )

@@ -1,0 +1,309 @@
+"""The Hugging Face fx tracer: one flat torch.fx graph of a whole model, of any batch size and length.
+
+    LlamaForCausalLM.forward(input_ids, attention_mask)
+ ->
+    embed = model.embed_tokens(input_ids);  to = embed.to(torch.float32);  pow_1 = to.pow(2); ...
+
+No proxy runs through the model's code: fake tensors do (fakes.py), a torch-function mode writes down what is
+done to them (recorder.py), and modules of torch.nn, linear layers of any make and what cannot be followed
+become call_module nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from transformers.utils.generic import ModelOutput
+
+from liger_fx.tracing import leaves
+from liger_fx.tracing.call import CallSpec, InputSpec
+from liger_fx.tracing.cleanup import erase_unread_nodes
+from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
+from liger_fx.tracing.guards import Guards
+from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf
+from liger_fx.tracing.patches import patched
+from liger_fx.tracing.recorder import Recorder, Recording, source_line
+from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Source, Trace
+from liger_fx.tracing.transformers_leaves import TransformersLeaves
+
+
+class Untraceable(Exception):
+    """The trace stopped inside the innermost module of ``stack``; the cause is the text."""
+
+    def __init__(self, stack: list[tuple[str, nn.Module]], source: Source | None, cause: str) -> None:
+        super().__init__(cause)
+        self.stack, self.source = stack, source
+
+
+class HFTracer(fx.Tracer, Recording):
+    """Traces one model for one kind of call.
+
+    ``opaque`` maps module classes that are called instead of followed to the reason why;
+    ``fixed_sizes`` names the sizes of transformers inputs that the model's code may fix to a number.
+    """
+
+    def __init__(
+        self,
+        opaque: dict[type, tuple[str, Source | None]] | None = None,
+        fixed_sizes: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__()
+        self.opaque_classes = opaque or {}
+        self.fixed_sizes = fixed_sizes
+
+    def trace(  # type: ignore[override]
+        self, root: nn.Module, call: CallSpec, forward: Any = None
+    ) -> Trace:
+        """Trace ``forward(root, **inputs)`` (the class's own forward by default).
+
+        Raises Untraceable. Nothing of ``root``, PyTorch or transformers stays changed, whatever happens.
+        """
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.world = FakeWorld()
+        self.recorder = Recorder(self.graph, self.world, self)
+        self.leaves = TransformersLeaves(self.recorder, root)
+        self.calls = [ModuleCall(0, "", type(root), None)]
+        self.stack: list[tuple[ModuleCall, nn.Module]] = [(self.calls[0], root)]
+        self.paths = {module: path for path, module in root.named_modules()}
+        self._named_tensors = _named_tensors(root)
+        self._get_attr_nodes: dict[str, fx.Node] = {}
+        self._autocast_nodes: dict[int, fx.Node] = {}
+        self.opaque_leaves: dict[str, OpaqueLeaf] = {}
+        forward = forward or type(root).forward
+        with self.world.mode:
+            inputs = self._placeholders(call)
+        with _attributes_kept(root), patched(self):
+            output = self._run(forward, inputs, call)
+        self._finish(output)
+        guards = Guards.of_trace(self, call)
+        return Trace(self.graph, root, self.calls, guards, list(self.opaque_leaves.values()))
+
+    def _placeholders(self, call: CallSpec) -> dict[str, torch.Tensor]:
+        inputs: dict[str, torch.Tensor] = {}
+        nodes: dict[str, fx.Node] = {}
+        for name, spec in call.tensors.items():
+            inputs[name] = self._fake_input(spec, call.hints)
+            nodes[name] = self.graph.placeholder(name)
+            nodes[name].meta.update(call=0, module="", source=None)
+            nodes[name].meta["spec"] = self.world.metadata(inputs[name]).spec
+            set_node(inputs[name], nodes[name])
+        for name, fake in inputs.items():
+            self.recorder.sizes.define_by_shape(fake, nodes[name])
+        return inputs
+
+    def _fake_input(self, spec: InputSpec, hints: dict[str, int]) -> torch.Tensor:
+        sizes = [self.world.size(s, hints.get(s)) if isinstance(s, str) else s for s in spec.sizes]
+        return torch.empty(sizes, dtype=spec.dtype, device=spec.device)
+
+    def _run(self, forward: Any, inputs: dict[str, torch.Tensor], call: CallSpec) -> Any:
+        recorder = self.recorder
+        with enable_python_dispatcher(), self.world.mode, recorder:
+            recorder.recording = True
+            try:
+                result = forward(self.root, **inputs, **call.constants)
+                recorder.take_own_guards()
+                recorder.recording = False
+                return self._output_argument(result)
+            except Untraceable:
+                raise
+            except Exception as error:
+                raise self._untraceable(error) from error
+            finally:
+                recorder.recording = False
+
+    def _output_argument(self, result: Any) -> Any:
+        if isinstance(result, ModelOutput):
+            fields = {key: self._output_argument(value) for key, value in result.items()}
+            reference = leaves.reference_to(type(result))
+            return self.recorder.create_node("call_function", leaves.model_output, (reference,), fields)
+        if isinstance(result, (tuple, list)):
+            return type(result)(map(self._output_argument, result))
+        return self.recorder.argument(result)
+
+    def _finish(self, output: Any) -> None:
+        self.calls[0].output = output
+        node = self.graph.output(output)
+        node.meta.update(call=0, module="", source=None)
+        self.leaves.materialise_masks()
+        erase_unread_nodes(self.graph, self.root)
+
+    # -- module calls ------------------------------------------------------------------------------------
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the module becomes a call_module node."""
+        return type(m) in self.opaque_classes or is_leaf(m)
+
+    def trace_module_call(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What ``module(*args, **kwargs)`` does during the trace."""
+        path = self.paths.get(module)
+        if path is None:  # made on the fly by the model's code: its parameters are constants to the graph
+            return original(module, *args, **kwargs)
+        if self.is_leaf_module(module, path):
+            return self._call_leaf(original, module, path, args, kwargs)
+        call = ModuleCall(len(self.calls), path, type(module), self.stack[-1][0].index)
+        self.calls.append(call)
+        call.args, call.kwargs = self._noted(args), self._noted(kwargs)
+        self.stack.append((call, module))
+        try:
+            self._refuse_hooks(module)
+            result = original(module, *args, **kwargs)
+            self._refuse_fixed_sizes()
+        except Untraceable:
+            raise
+        except Exception as error:
+            raise self._untraceable(error) from error
+        finally:
+            self.stack.pop()
+        call.output = self._noted(result)
+        return result
+
+    def _call_leaf(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        with recorder.paused():
+            args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
+            reason = self._opaque_reason(module)
+            try:
+                result = infer_leaf(recorder, original, module, args, kwargs, concrete=type(module) in self.opaque_classes)
+            except Exception as error:
+                self.stack.append((ModuleCall(-1, path, type(module), None), module))
+                try:
+                    raise self._untraceable(error) from error
+                finally:
+                    self.stack.pop()
+            node = recorder.create_node(
+                "call_module", path, tuple(map(recorder.argument, args)),
+                {key: recorder.argument(value) for key, value in kwargs.items()},
+            )  # fmt: skip
+            if reason is not None:
+                self.opaque_leaves[path] = OpaqueLeaf(path, type(module).__name__, *reason)
+            in_place = getattr(module, "inplace", False) is True
+            ids = () if in_place else {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)}
+            return recorder.bind(result, node, ids)
+
+    def _opaque_reason(self, module: nn.Module) -> tuple[str, Source | None] | None:
+        if is_experts(module):
+            return "its loop over experts depends on the data", None
+        return self.opaque_classes.get(type(module))
+
+    def _refuse_hooks(self, module: nn.Module) -> None:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        for hook in hooks:
+            if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
+                raise RuntimeError("a forward hook stands on this module, and a flat graph would not run it")
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            raise RuntimeError("gradient checkpointing is on, and a flat graph would not recompute")
+
+    def _refuse_fixed_sizes(self) -> None:
+        """A batch size or length that a module forces to one number makes the graph useless: find the module."""
+        for name in ("batch", "sequence"):
+            size = self.world.symbols.get(name)
+            if size is not None and size.node.expr.is_number and name not in self.fixed_sizes:
+                raise Untraceable(self._stack(), None, f"its code fixes the {name} size to {size.node.expr}")
+
+    def _noted(self, tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            fake = tree if isinstance(tree, FakeTensor) else self.world.of_real(tree)
+            return node_of(fake)
+        if isinstance(tree, (tuple, list)):
+            return tuple(map(self._noted, tree))
+        if isinstance(tree, dict):
+            return {key: self._noted(value) for key, value in tree.items()}
+        return tree if tree is None or isinstance(tree, (bool, int, float, str)) else node_of(tree)
+
+    def _stack(self) -> list[tuple[str, nn.Module]]:
+        return [(call.path, module) for call, module in self.stack]
+
+    def _untraceable(self, error: Exception) -> Untraceable:
+        frame, source = error.__traceback__, None
+        while frame is not None:
+            innermost = source_line(frame.tb_frame)
+            if innermost is not None and frame.tb_frame.f_code.co_filename == innermost[0]:
+                source = (innermost[0], frame.tb_lineno)
+            frame = frame.tb_next
+        text = " ".join(str(error).split()) or type(error).__name__
+        cause = f"{type(error).__name__}: {text[:300]}" if type(error) is not RuntimeError else text[:300]
+        return Untraceable(self._stack(), source, cause)
+
+    # -- what the recorder asks --------------------------------------------------------------------------
+
+    def current_call(self) -> tuple[int, str]:
+        call = self.stack[-1][0]
+        return call.index, call.path
+
+    def node_of_real(self, tensor: torch.Tensor) -> fx.Node:
+        path = self._named_tensors.get(id(tensor))
+        if path is None:
+            path = next(p for i in itertools.count() if not hasattr(self.root, p := f"_tensor_constant{i}"))
+            self.root.register_buffer(path, tensor, persistent=False)
+            self._named_tensors[id(tensor)] = path
+        return self._get_attr(path)
+
+    def node_of_module(self, module: nn.Module) -> fx.Node:
+        if module is self.root or module not in self.paths:
+            raise TypeError(f"a {type(module).__name__} that is no submodule of the model is handed to a leaf")
+        return self._get_attr(self.paths[module])
+
+    def _get_attr(self, path: str) -> fx.Node:
+        # The first use dominates the later ones: the graph is a straight line.
+        if path not in self._get_attr_nodes:
+            self._get_attr_nodes[path] = self.recorder.create_node("get_attr", path)
+        return self._get_attr_nodes[path]
+
+    # -- autocast regions --------------------------------------------------------------------------------
+
+    def enter_autocast(self, region: torch.autocast) -> None:
+        """Record the start of a ``with torch.autocast(...)`` region of the model's code."""
+        arguments = (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
+        self._autocast_nodes[id(region)] = self.recorder.create_node(
+            "call_function", torch.amp.autocast_mode._enter_autocast, arguments
+        )
+
+    def leave_autocast(self, region: torch.autocast) -> None:
+        """Record the end of a region that ``enter_autocast`` recorded."""
+        entered = self._autocast_nodes.pop(id(region), None)
+        if entered is not None:
+            self.recorder.create_node(
+                "call_function", torch.amp.autocast_mode._exit_autocast, (entered,)
+            )
+
+
+def _named_tensors(root: nn.Module) -> dict[int, str]:
+    """Paths of parameters, buffers and tensors held as plain attributes, by identity."""
+    named: dict[int, str] = {}
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        for group in (module._parameters, module._buffers, module.__dict__):
+            for name, value in group.items():
+                if isinstance(value, torch.Tensor):
+                    named.setdefault(id(value), prefix + name)
+    return named
+
+
+@contextlib.contextmanager
+def _attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Models store tensors on themselves during forward; a fake must not stay there."""
+    groups = [g for m in root.modules() for g in (m.__dict__, m._buffers)]
+    before = [dict(group) for group in groups]
+    try:
+        yield
+    finally:
+        for group, old in zip(groups, before):
+            for name, value in list(group.items()):
+                if value is old.get(name):
+                    continue
+                if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(value)):
+                    if name in old:
+                        group[name] = old[name]
+                    else:
+                        del group[name]
+
+

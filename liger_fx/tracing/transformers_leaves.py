@@ -1,0 +1,145 @@
+"""Attention, mask builders and caches as seen by a trace: one node each, never traced through.
+
+What an attention implementation or a mask builder does inside depends on the implementation, the device and
+the data (an all-ones mask is dropped); as leaves they decide when the graph runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+
+from liger_fx.tracing import leaves
+from liger_fx.tracing.fakes import node_of, set_node
+from liger_fx.tracing.recorder import CannotRecord, Recorder
+
+
+class TransformersLeaves:
+    """Records the calls that the patches of transformers hand over."""
+
+    def __init__(self, recorder: Recorder, root: torch.nn.Module) -> None:
+        self.recorder, self.root = recorder, root
+        self._masks: list[tuple[fx.Node, Any]] = []
+
+    def attention(
+        self, interface: Any, implementation: str, default: Any, module: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Record ``attention_interface(module, q, k, v, mask, ...)`` and return fakes of its results."""
+        recorder = self.recorder
+        with recorder.paused():
+            args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
+            arguments = (recorder.argument(module), *map(recorder.argument, args))
+            keywords = {key: recorder.argument(value) for key, value in kwargs.items()}
+            if default is not None:
+                keywords["default"] = leaves.reference_to(default)
+            if implementation != getattr(getattr(module, "config", None), "_attn_implementation", None):
+                keywords["implementation"] = implementation
+            if implementation == "eager" or not isinstance(args[0], torch.Tensor):
+                result = interface(module, *args, **kwargs)
+            else:
+                query, value = args[0], args[2]
+                shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+                result = (torch.empty(shape, dtype=value.dtype, device=value.device), None)
+            node = recorder.create_node("call_function", leaves.attention, arguments, keywords)
+            return recorder.bind(result, node)
+
+    def mask(self, name: str, builder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a mask builder; its stand-in is the full mask, whatever the builder would shorten it to."""
+        recorder = self.recorder
+        given = dict(inspect.signature(builder).bind(*args, **kwargs).arguments)
+        given.update(given.pop("kwargs", {}))
+        cache = given.get("past_key_values")
+        known_cache = cache is None or node_of(cache) is not None
+        if any(callable(value) for value in given.values() if not isinstance(value, Cache)) or not known_cache:
+            return builder(*args, **kwargs)  # a mask function of the model's own: trace what it does
+        with recorder.paused():
+            given = recorder.with_fakes(given)
+            owner = recorder.argument(self._owner_of(given.pop("config")))
+            stand_in = self._mask_stand_in(name, given)
+            if stand_in is None:
+                return None
+            keywords = {key: recorder.argument(value) for key, value in given.items()}
+            node = recorder.create_node("call_function", leaves.build_mask, (name, owner), keywords)
+            self._masks.append((node, builder))
+            return recorder.bind(stand_in, node)
+
+    def _mask_stand_in(self, name: str, given: dict[str, Any]) -> torch.Tensor | None:
+        mask, embeds = given.get("attention_mask"), given["inputs_embeds"]
+        if name == "create_recurrent_attention_mask":
+            return None if mask is None or mask.ndim != 2 else torch.empty_like(mask)
+        if mask is not None and mask.ndim == 4:
+            return torch.empty_like(mask)
+        keys = given.get("encoder_hidden_states")
+        keys = embeds if keys is None else keys
+        width = keys.shape[1] if mask is None else mask.shape[-1]
+        return torch.empty((embeds.shape[0], 1, embeds.shape[1], width), dtype=torch.bool, device=embeds.device)
+
+    def _owner_of(self, config: PreTrainedConfig) -> torch.nn.Module:
+        """A module below the root that carries this very config."""
+        for path, module in self.root.named_modules():
+            if path and getattr(module, "config", None) is config:
+                return module
+        raise CannotRecord(f"a {type(config).__name__} that no submodule carries as .config")
+
+    def materialise_masks(self) -> None:
+        """Have masks built in full wherever something other than attention reads them."""
+        for node, builder in self._masks:
+            if all(map(_only_attention_reads, node.users)):
+                continue
+            skippable = "allow_is_causal_skip" in inspect.signature(builder).parameters
+            if skippable or node.args[0] == "create_recurrent_attention_mask":
+                node.kwargs = {**node.kwargs, "materialise": True}
+
+    def new_cache(self, init: Any, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the construction of a DynamicCache, empty and for a config or for none."""
+        recorder = self.recorder
+        with recorder.paused():
+            init(cache, *args, **kwargs)
+            given = dict(inspect.signature(init).bind(cache, *args, **kwargs).arguments)
+            config = given.pop("config", None)
+            if any(value for key, value in given.items() if key != "self"):
+                raise CannotRecord("a cache that is filled or offloaded from the start")
+            owner = None if config is None else recorder.argument(self._owner_of(config))
+            set_node(cache, recorder.create_node("call_function", leaves.new_cache, (owner,)))
+
+    def cache_length(self, original: Any, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The cache's length; where no other node knows that size, a node that asks the cache."""
+        recorder = self.recorder
+        with recorder.paused():
+            length = original(cache, *args, **kwargs)
+            node = node_of(cache)
+            if node is not None and isinstance(length, torch.SymInt) and recorder.sizes.is_new(length):
+                asked = recorder.create_node("call_method", "get_seq_length", (node, *args), kwargs)
+                recorder.sizes.define(length, asked)
+            return length
+
+    def cache_call(
+        self, original: Any, name: str, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record a state method of a cache that the graph made itself."""
+        recorder = self.recorder
+        node = node_of(cache)
+        if node is None:
+            return original(cache, *args, **kwargs)
+        with recorder.paused():
+            args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
+            arguments = (node, name, *map(recorder.argument, args))
+            keywords = {key: recorder.argument(value) for key, value in kwargs.items()}
+            result = original(cache, *args, **kwargs)
+            called = recorder.create_node("call_function", leaves.cache_call, arguments, keywords)
+            # The cache keeps the tensors it was given; what it hands out gets identities of its own.
+            return recorder.bind(pytree.tree_map(self._renewed, result), called)
+
+    def _renewed(self, value: Any) -> Any:
+        world = self.recorder.world
+        return world.new(world.metadata(value)) if isinstance(value, torch.Tensor) else value
+
+
+def _only_attention_reads(user: fx.Node) -> bool:
+    return user.target is leaves.attention
