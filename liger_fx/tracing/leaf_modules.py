@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
-from liger_fx.tracing.memo import Unknowable
+from liger_fx.tracing.memo import Unknowable, run_without_grad
 from liger_fx.tracing.recorder import Recorder
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
@@ -56,7 +56,7 @@ def infer_leaf(
     try:
         key = _module_key(module)
     except Unknowable:
-        return run()
+        return run_without_grad(run)
     return recorder.memo.infer(key, run, args, kwargs)
 
 

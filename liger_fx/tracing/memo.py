@@ -60,11 +60,11 @@ class Memo:
             self._describe(args, parts, tensors)
             self._describe(kwargs, parts, tensors)
         except Unknowable:
-            return run()
+            return run_without_grad(run)
         key = tuple(parts)
         template = self._templates.get(key)
         if template is None:
-            result = run()
+            result = run_without_grad(run)
             try:
                 self._templates[key] = self._template(result, {id(t): i for i, t in enumerate(tensors)})
             except Unknowable:
@@ -103,7 +103,7 @@ class Memo:
         if isinstance(result, torch.Tensor):
             if id(result) in positions:
                 return _Argument(positions[id(result)])
-            if type(result) is not FakeTensor or result.constant is not None or result.requires_grad:
+            if type(result) is not FakeTensor or result.constant is not None:
                 raise Unknowable
             metadata = self.world.metadata(result)
             if any(_is_unbacked(size) for size in metadata.spec.shape):
@@ -123,6 +123,12 @@ class Memo:
         if isinstance(template, _Sequence):
             return template.kind(self._instance(item, tensors) for item in template.items)
         return template.value
+
+
+def run_without_grad(run: Callable[[], Any]) -> Any:
+    """Metadata needs no autograd graph; the grad mode that the model's code sees stays what it was."""
+    with torch.no_grad():
+        return run()
 
 
 def _is_unbacked(size: Any) -> bool:

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.effects import is_in_place_name
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
-from liger_fx.tracing.memo import Memo
+from liger_fx.tracing.memo import Memo, run_without_grad
 from liger_fx.tracing.sizes import SizeNodes
 from liger_fx.tracing.trace import Source
 
@@ -141,7 +141,7 @@ class Recorder(TorchFunctionMode):
         return self.bind(result, node, () if in_place else _tensor_ids((args, kwargs)))
 
     def _run_in_place(self, run: Callable[[], Any], args: tuple[Any, ...]) -> Any:
-        result = run()
+        result = run_without_grad(run)
         for leaf in pytree.tree_leaves((args, result)):  # x.t_() changes what is known of x
             if isinstance(leaf, FakeTensor):
                 leaf.__dict__.pop("_liger_fx_metadata", None)

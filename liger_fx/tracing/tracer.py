@@ -77,6 +77,7 @@ class HFTracer(fx.Tracer, Recording):
         self._named_tensors = _named_tensors(root)
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
+        self._autocast_cache_enabled = torch.is_autocast_cache_enabled()
         self.opaque_leaves: dict[str, OpaqueLeaf] = {}
         forward = forward or type(root).forward
         with self.world.mode:
@@ -106,7 +107,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _run(self, forward: Any, inputs: dict[str, torch.Tensor], call: CallSpec) -> Any:
         recorder = self.recorder
-        with enable_python_dispatcher(), self.world.mode, recorder:
+        with _autocast_cache_off(), enable_python_dispatcher(), self.world.mode, recorder:
             recorder.recording = True
             try:
                 result = forward(self.root, **inputs, **call.constants)
@@ -262,7 +263,8 @@ class HFTracer(fx.Tracer, Recording):
 
     def enter_autocast(self, region: torch.autocast) -> None:
         """Record the start of a ``with torch.autocast(...)`` region of the model's code."""
-        arguments = (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
+        cache_enabled = region._cache_enabled or self._autocast_cache_enabled
+        arguments = (region.device, region.fast_dtype, region._enabled, cache_enabled)
         self._autocast_nodes[id(region)] = self.recorder.create_node(
             "call_function", torch.amp.autocast_mode._enter_autocast, arguments
         )
@@ -286,6 +288,17 @@ def _named_tensors(root: nn.Module) -> dict[int, str]:
                 if isinstance(value, torch.Tensor):
                     named.setdefault(id(value), prefix + name)
     return named
+
+
+@contextlib.contextmanager
+def _autocast_cache_off() -> Iterator[None]:
+    """Autocast keeps the casts of weights for later calls: a fake one must not get among them."""
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,105 @@
+"""One traced and rewritten graph of a model, the kind of call it serves, and the check that a call is one.
+
+    input_ids int64[batch, sequence], eval mode, no autocast  ->  this graph
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from liger_fx.graph_codec import decode_graph, encode_graph
+from liger_fx.tracing.effects import is_region_boundary
+from liger_fx.tracing.guards import Check, Guards
+from liger_fx.tracing.leaf_modules import is_leaf
+from liger_fx.tracing.trace import OpaqueLeaf, Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from liger_fx.engine.site import Site
+
+
+class Plan:
+    """A graph that serves one kind of call of a module tree.
+
+    ``sites`` are the engine's records; ``operators_before`` counts the operators of the graph as traced.
+    """
+
+    def __init__(self, trace: Trace, sites: list[Site], operators_before: dict[str, int]) -> None:
+        self.graph: fx.Graph = trace.graph
+        self.guards: Guards = trace.guards
+        self.opaque: list[OpaqueLeaf] = trace.opaque
+        self.paths = sorted({call.path for call in trace.calls})
+        self.sites, self.operators_before = sites, operators_before
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.inputs = [str(n.target) for n in self.graph.nodes if n.op == "placeholder"]
+        self._has_regions = any(map(is_region_boundary, self.graph.nodes))
+        self._holds: Check | None = None
+        self._function: Callable[..., Any] | None = None
+
+    def holds(self, root: nn.Module, arguments: Mapping[str, Any]) -> bool:
+        """Whether the guards hold for a call of ``root`` with these named arguments."""
+        if self._holds is None:
+            self._holds = self.guards.bind(root, self._followed_modules(root))
+        return self._holds(arguments)
+
+    def _followed_modules(self, root: nn.Module) -> list[nn.Module]:
+        tree = dict(root.named_modules())
+        return [tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])]
+
+    def run(self, root: nn.Module, arguments: Mapping[str, Any]) -> Any:
+        """The graph's result for a call that ``holds``."""
+        if self._function is None:
+            self._function = compile_graph(self.graph)
+        inputs = [arguments[name] for name in self.inputs]
+        if not self._has_regions:
+            return self._function(root, *inputs)
+        with _modes_restored(self.guards.autocast):
+            return self._function(root, *inputs)
+
+    def recompile(self, function: Callable[..., Any]) -> None:
+        """Run ``function`` from now on: the graph was edited and compiled anew."""
+        self._function = function
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_holds", "_function", "graph")}
+        return {**state, "graph": encode_graph(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, graph=decode_graph(state["graph"]))
+        self._prepare()
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a Python function of the module tree and the inputs in order."""
+    code = graph.python_code(root_module="self")
+    return fx.graph_module._forward_from_src(code.src, code.globals)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _modes_restored(autocast: Mapping[str, Any]) -> Iterator[None]:
+    """A graph opens and closes its no_grad and autocast regions by single calls: close them on an error too."""
+    grad_enabled = torch.is_grad_enabled()
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    states = [
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in autocast
+    ]
+    try:
+        yield
+    except BaseException:
+        torch._C._set_grad_enabled(grad_enabled)
+        for device, enabled, dtype in states:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        while torch.autocast_decrement_nesting() >= nesting:
+            pass
+        torch.autocast_increment_nesting()
+        raise
