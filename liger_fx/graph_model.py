@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from liger_fx.errors import FallbackWarning, LigerFxError
 from liger_fx.plan import Plan
+from liger_fx.report import GraphDiff
 from liger_fx.tracing.call import CallSpec, UnsupportedCall, describe_call, named_arguments
 
 # Each kind of call costs a trace and a graph; a model called in more ways than this has a
@@ -53,6 +54,11 @@ class GraphModel(fx.GraphModule):
         self._make_plan = make_plan
         self._warned: set[str] = set()
         self.graph = plans[0].graph
+
+    @property
+    def report(self) -> GraphDiff | None:
+        """What was rewritten in ``.graph``, and why the rest was not; None for a plain trace."""
+        return self.plans[0].report
 
     def recompile(self) -> Any:
         """Compile ``.graph`` anew after it was edited; it serves the calls it was traced for."""

@@ -21,21 +21,18 @@ from liger_fx.tracing.trace import OpaqueLeaf, Trace
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from liger_fx.engine.site import Site
+    from liger_fx.report import GraphDiff
 
 
 class Plan:
-    """A graph that serves one kind of call of a module tree.
+    """A graph that serves one kind of call of a module tree, and the report of how it was rewritten."""
 
-    ``sites`` are the engine's records; ``operators_before`` counts the operators of the graph as traced.
-    """
-
-    def __init__(self, trace: Trace, sites: list[Site], operators_before: dict[str, int]) -> None:
+    def __init__(self, trace: Trace, report: GraphDiff | None = None) -> None:
         self.graph: fx.Graph = trace.graph
         self.guards: Guards = trace.guards
         self.opaque: list[OpaqueLeaf] = trace.opaque
         self.paths = sorted({call.path for call in trace.calls})
-        self.sites, self.operators_before = sites, operators_before
+        self.report = report
         self._prepare()
 
     def _prepare(self) -> None:

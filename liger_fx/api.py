@@ -1,0 +1,129 @@
+"""The public functions: optimize a model, trace it without rewriting, compare any two.
+
+    opt = liger_fx.optimize(model)
+    print(opt)              # LigerRMSNorm, LigerSwiGLUMLP, ... where they are
+    print(opt.report)       # each site, before and after, and the reasons for the rest
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from liger_fx.engine.rewriter import rewrite
+from liger_fx.engine.rule import Rule, load_rules
+from liger_fx.errors import MissedSiteError, NothingRewrittenWarning, UsageError
+from liger_fx.graph_model import GraphModel, build
+from liger_fx.module_tree import copy_tree
+from liger_fx.plan import Plan
+from liger_fx.report import GraphDiff, Side
+from liger_fx.tracing.call import CallSpec, example_call
+from liger_fx.tracing.retry import trace_tree
+from liger_fx.tracing.trace import Trace
+
+Inputs = Mapping[str, Any] | tuple[Any, ...] | None
+
+
+def optimize(
+    model: nn.Module,
+    inputs: Inputs = None,
+    *,
+    rules: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    strict: bool = False,
+) -> GraphModel:
+    """Trace ``model`` and rewrite what the rules find into named modules; ``model`` stays as it is.
+
+    The result shares the model's parameters and is of its class too: it generates, trains and saves as the
+    model does. ``result.report`` says what was rewritten and why the rest was not.
+
+    inputs: example inputs, keyword arguments as a mapping or positional ones as a tuple. A transformers
+        language model needs none; any other module does.
+    rules: names of the rules to apply (``liger-fx rules`` lists them); all of them by default.
+    exclude: rule names or module paths (``model.layers.0``, ``*.mlp``) to leave alone.
+    strict: raise MissedSiteError if a site that looked like one could not be rewritten, or none was found.
+
+    Raises UsageError for what is no model or lacks inputs, and TraceError, naming the module, the line and
+    the way out, for a model that cannot be put into a graph. Warns NothingRewrittenWarning.
+    """
+    _check_model(model)
+    make_plan = functools.partial(_rewritten_plan, _names(rules), tuple(exclude))
+    tree = copy_tree(model)
+    optimized = build(tree, make_plan(tree, example_call(model, inputs)), make_plan)
+    assert optimized.report is not None
+    _judge(model, optimized.report, strict)
+    return optimized
+
+
+def trace(model: nn.Module, inputs: Inputs = None) -> GraphModel:
+    """The model as one torch.fx graph, nothing rewritten; ``inputs`` and errors as for ``optimize``."""
+    _check_model(model)
+    tree = copy_tree(model)
+    return build(tree, _plain_plan(tree, example_call(model, inputs)), _plain_plan)
+
+
+def compare(a: nn.Module, b: nn.Module, inputs: Inputs = None) -> GraphDiff:
+    """What differs between two models: plain, traced or optimised; plain ones are traced with ``inputs``."""
+    return GraphDiff.between(a, b, inputs)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, fx.GraphModule):
+        raise UsageError(
+            f"{type(model).__name__} is a torch.fx.GraphModule already; optimise the model it was made from."
+        )
+
+
+def _names(rules: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if rules is None else tuple(rules)
+
+
+def _trace(root: nn.Module, call: CallSpec) -> Trace:
+    # A GraphModel is traced by its model's forward: its own one would run the graph it has.
+    return trace_tree(root, call, getattr(root, "model_class", type(root)).forward)
+
+
+def _plain_plan(root: nn.Module, call: CallSpec) -> Plan:
+    return Plan(_trace(root, call))
+
+
+def _rewritten_plan(
+    rules: tuple[str, ...] | None, exclude: tuple[str, ...], root: nn.Module, call: CallSpec
+) -> Plan:
+    chosen: list[Rule] = load_rules(rules, exclude)
+    traced = _trace(root, call)
+    before = Side.of(root, traced.graph)
+    with torch.no_grad():
+        rewriting = rewrite(traced, chosen, exclude)
+    report = GraphDiff(
+        before,
+        Side.of(root, traced.graph),
+        tuple(rewriting.sites),
+        tuple(rule.name for rule in chosen),
+        tuple(traced.guards.describe()),
+        tuple(map(str, traced.opaque)),
+    )
+    return Plan(traced, report)
+
+
+def _judge(model: nn.Module, report: GraphDiff, strict: bool) -> None:
+    name = type(model).__name__
+    if strict and report.refused:
+        first = report.refused[0]
+        raise MissedSiteError(
+            f"{name}: {len(report.refused)} of {len(report.sites)} sites were not rewritten; the first is "
+            f"{first.path} ({first.rule}): {first.reason}"
+        )
+    if report.rewritten:
+        return
+    text = f"{name}: nothing was rewritten; print(optimized.report) lists {len(report.refused)} refused sites."
+    if strict:
+        raise MissedSiteError(text)
+    warnings.warn(text, NothingRewrittenWarning, stacklevel=3)
