@@ -100,9 +100,9 @@ def _exact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """||ours - exact|| / ||exact||; of a zero `exact`, the plain norm of `ours`."""
-    scale = exact.norm().item()
-    return (ours - exact).norm().item() / (scale or 1.0)
+    """||ours - exact|| / ||exact||; of a zero `exact`, the norm of `ours`; infinite for a NaN."""
+    error = (ours - exact).norm().item() / (exact.norm().item() or 1.0)
+    return math.inf if math.isnan(error) else error
 
 
 def furthest(ours: Run, theirs: Run) -> float:

@@ -1,0 +1,136 @@
+"""Promise 5: a call unlike the one traced is traced once and kept, and what was assumed is readable."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.accuracy import Run, furthest, measure
+from tests.support.families import make_inputs
+from tests.support.pairs import fresh
+
+ROUNDING = 3e-6
+
+
+def run(model: Any, **options: Any) -> Run:
+    return measure(model, make_inputs(model, 2, 9, pad=True, labels=True, **options))
+
+
+def agrees(model: Any, opt: Any, autocast: torch.dtype | None = None, **options: Any) -> bool:
+    """Same loss and gradients, at two sizes."""
+    for batch, length in ((2, 9), (1, 13)):
+        inputs = make_inputs(model, batch, length, pad=True, labels=True, **options)
+        ours, theirs = (measure(m, inputs, autocast=autocast) for m in (opt, model))
+        bound = ROUNDING if autocast is None else 0.02
+        if furthest(ours, theirs) > bound:
+            return False
+    return True
+
+
+def test_each_kind_of_call_is_traced_once_and_kept() -> None:
+    model, opt = fresh("llama")
+    assert len(opt.plans) == 1
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"positions": True},
+        {"embeds": True},
+        {"embeds": True, "positions": True},
+        {"autocast": torch.bfloat16},
+    ]
+    for number, options in enumerate(kinds, start=2):
+        assert agrees(model, opt, **options), options
+        assert len(opt.plans) == number, f"{options} was traced once"
+    model.train()
+    opt.train()
+    assert agrees(model, opt)
+    assert len(opt.plans) == len(kinds) + 2
+    for m in (model, opt):
+        m.eval()
+    assert all(agrees(model, opt, **options) for options in kinds)
+    with torch.no_grad():
+        inputs = make_inputs(model, 5, 23)
+        assert torch.allclose(opt(**inputs).logits, model(**inputs).logits, atol=1e-5)
+    traced = len(opt.plans)
+    with torch.no_grad():
+        opt(**make_inputs(model, 1, 1))
+    assert len(opt.plans) == traced, "sizes are no reason to trace again"
+
+
+def test_the_same_inputs_without_a_mask() -> None:
+    model, opt = fresh("mistral")
+    ids = make_inputs(model, 2, 19)["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(opt(ids).logits, model(ids).logits, atol=1e-5)
+        assert torch.allclose(opt(ids, labels=ids).loss, model(ids, labels=ids).loss, atol=1e-5)
+
+
+def test_left_padding_and_all_ones_masks() -> None:
+    """A builder drops an all-ones mask when it runs; a graph traced with either serves both."""
+    for name in ("llama", "gemma3_text", "cohere2"):
+        model, opt = fresh(name)
+        inputs = make_inputs(model, 2, 9)
+        for width in (0, 4):
+            inputs["attention_mask"][0, :width] = 0
+            positions = inputs["attention_mask"].cumsum(-1) - 1
+            inputs["position_ids"] = positions.clamp(min=0)
+            kept = inputs["attention_mask"].bool()
+            with torch.no_grad():
+                ours, theirs = (m(**inputs).logits[kept] for m in (opt, model))
+            assert torch.allclose(ours, theirs, atol=1e-5), (name, width)
+
+
+def test_guards_are_readable_and_true() -> None:
+    _, opt = fresh("llama")
+    told = "\n".join(opt.report.guards)
+    for fact in ("input_ids", "batch", "sequence", "eval mode", "autocast", "grad mode", "dtype"):
+        assert fact in told, f"{fact} is not in:\n{told}"
+    assert not any("object at 0x" in line for line in opt.report.guards)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.train(),
+        lambda m: setattr(m.config, "use_cache", False),
+        lambda m: m.lm_head.register_forward_hook(lambda *_: None),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.model.layers[0].self_attn.register_forward_hook(lambda _, __, out: (-out[0], out[1])),
+    ],
+    ids=["train", "config", "hook on a leaf", "dtype", "hook inside"],
+)
+def test_a_change_of_the_model_is_noticed(change: Any) -> None:
+    """Whatever the trace assumed may change afterwards; the answer then follows the original's."""
+    model, opt = fresh("qwen2")
+    for m in (model, opt):
+        change(m)
+    inputs = make_inputs(model, 2, 9, pad=True)
+    with torch.no_grad():
+        ours, theirs = opt(**inputs), model(**inputs)
+    assert list(ours) == list(theirs)
+    bound = 3e-2 if theirs.logits.dtype is torch.bfloat16 else 1e-5
+    assert torch.allclose(ours.logits, theirs.logits, atol=bound)
+
+
+def test_checking_the_guards_costs_little() -> None:
+    """Under 2% of a forward of two layers; measured on the fastest of many, for busy machines."""
+    model, opt = fresh("llama")
+    inputs = make_inputs(model, 1, 8)
+    with torch.no_grad():
+        opt(**inputs)
+        plan = next(plan for plan in opt.plans if plan.holds(opt, inputs))
+        check = fastest(lambda: plan.holds(opt, inputs), 300)
+        forward = fastest(lambda: model(**inputs), 30)
+    assert check < 20e-6, f"{check * 1e6:.1f} us"
+    assert check < 0.02 * forward, f"{check * 1e6:.1f} us of {forward * 1e6:.0f} us"
+
+
+def fastest(function: Any, times: int) -> float:
+    spent = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        function()
+        spent.append(time.perf_counter() - begin)
+    return min(spent)

@@ -1,0 +1,114 @@
+"""What is rewritten in each held family: the exact number of sites per rule, and nothing unexplained.
+
+The numbers follow from the models' code: a norm before attention, before the MLP and at the end
+(2 per layer + 1), plus norms after them, norms on q and k, or norms inside a low-rank projection.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.support.families import FAMILIES
+from tests.support.pairs import pair
+
+# family: sites rewritten per rule, in the tiny models of tests/support/families.py
+SITES: dict[str, dict[str, int]] = {
+    "llama": {"rms_norm": 5, "rotary": 2, "gated_mlp": 2},
+    "mistral": {"rms_norm": 5, "rotary": 2, "gated_mlp": 2},
+    "qwen2": {"rms_norm": 5, "rotary": 2, "gated_mlp": 2},
+    "qwen3": {"rms_norm": 9, "rotary": 2, "gated_mlp": 2},  # + q_norm, k_norm
+    "gemma": {"rms_norm": 5, "rotary": 2, "gated_mlp": 2},
+    "gemma2": {"rms_norm": 9, "rotary": 2, "gated_mlp": 2},  # + a norm after each block
+    "gemma3_text": {"rms_norm": 13, "rotary": 2, "gated_mlp": 2},  # + both
+    "phi3": {"rms_norm": 5, "rotary": 2, "gated_mlp": 2},
+    "glm4": {"rms_norm": 9, "rotary": 2, "gated_mlp": 2},  # + a norm after each block
+    "olmo2": {"rms_norm": 9, "rotary": 2, "gated_mlp": 2},  # after each block, q_norm, k_norm
+    "cohere2": {"rotary": 3, "gated_mlp": 4},  # LayerNorms; the layer of full attention is NoPE
+    "granite": {"rms_norm": 5, "rotary": 2, "gated_mlp": 2},
+    "smollm3": {"rms_norm": 9, "rotary": 3, "gated_mlp": 4},  # the fourth layer is NoPE
+    "deepseek_v3": {"rms_norm": 9, "rotary": 2, "gated_mlp": 2},  # + q_a, kv_a; shared experts
+    "mixtral": {"rms_norm": 5, "rotary": 2},  # the experts stay
+}
+
+# family: the modules that stay calls of the original
+OPAQUE: dict[str, tuple[str, ...]] = {
+    "deepseek_v3": ("model.layers.1.mlp.experts",),
+    "mixtral": ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"),
+}
+
+GELU = ("gemma", "gemma2", "gemma3_text")
+
+
+def test_the_table_lists_every_family() -> None:
+    assert tuple(SITES) == FAMILIES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_number_of_sites(name: str) -> None:
+    _, opt = pair(name)
+    assert Counter(site.rule for site in opt.report.rewritten) == SITES[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_site_is_left_unexplained(name: str) -> None:
+    model, opt = pair(name)
+    for site in opt.report.refused:
+        assert site.reason.strip(), f"{site.rule} at {site.path} was refused without a reason"
+    norms, mlps = expected_paths(model)
+    answered = {site.path for site in opt.report.sites}
+    assert norms | mlps <= answered, "a norm or MLP of the model is in neither list"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_opaque_modules_are_listed(name: str) -> None:
+    _, opt = pair(name)
+    listed = sorted(line.partition(":")[0] for line in opt.report.opaque)
+    assert listed == sorted(OPAQUE.get(name, ()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_tree_tells_the_truth(name: str) -> None:
+    model, opt = pair(name)
+    tree = {path: type(module).__name__ for path, module in opt.named_modules()}
+    norms, mlps = expected_paths(model)
+    mlp_class = "LigerGEGLUMLP" if name in GELU else "LigerSwiGLUMLP"
+    if name != "cohere2":
+        assert {tree[path] for path in norms} == {"LigerRMSNorm"}
+    assert {tree[path] for path in mlps} <= {mlp_class}
+    for path, module in model.named_modules():
+        if path.count(".") == 2 and path.startswith("model.layers."):
+            assert tree[path] == type(module).__name__, "containers keep their class names"
+    printed = str(opt)
+    for class_name in {site.after_class for site in opt.report.rewritten}:
+        assert f"{class_name}(" in printed
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sites_name_nodes_of_the_graph(name: str) -> None:
+    model, opt = pair(name)
+    called = {f"call_module {node.target}" for node in opt.graph.nodes if node.op == "call_module"}
+    classes = {type(module).__name__ for module in model.modules()}
+    for site in opt.report.rewritten:
+        assert site.after in called
+        assert type(opt.get_submodule(site.after.removeprefix("call_module "))).__name__ == (
+            site.after_class
+        )
+        assert site.before_class in classes
+        assert site.before, "the nodes it replaced are named"
+        assert site.source is not None and site.source[0].endswith(".py")
+    opt.graph.lint()
+
+
+def expected_paths(model: Any) -> tuple[set[str], set[str]]:
+    """Paths of the model's norms, and of its MLPs other than experts, by the names of classes."""
+    norms, mlps = set(), set()
+    for path, module in model.named_modules():
+        class_name = type(module).__name__
+        if class_name.endswith("Norm"):
+            norms.add(path)
+        elif class_name.endswith("MLP"):
+            mlps.add(path)
+    return norms, mlps
