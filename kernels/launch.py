@@ -1,0 +1,72 @@
+"""What every kernel launch here shares: when Triton runs, on which device, and in what tiles."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+# TRITON_INTERPRET=1 runs Triton's kernels on the CPU, in Python. triton.jit reads it once, when a
+# kernel is defined, so this module does too.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Launch(NamedTuple):
+    """How one kernel is spread over a GPU; the functions that choose one are `*_launch`.
+
+    rows and cols: the tile of one program in one step, both powers of two.
+    warps: of 32 threads, per program.
+    per_sm: programs per multiprocessor, for kernels whose programs loop over tiles.
+    stages: tiles being loaded at once by such a loop (1: no prefetch).
+    """
+
+    rows: int
+    cols: int
+    warps: int
+    per_sm: int = 1
+    stages: int = 1
+
+
+def uses_triton(*tensors: torch.Tensor | None) -> bool:
+    """Whether Triton kernels serve these tensors; PyTorch's operations serve all others.
+
+    It takes CUDA tensors (any tensors under Triton's interpreter) of float32, bfloat16 or float16.
+    """
+    given = [t for t in tensors if t is not None]
+    return all(t.dtype in TRITON_DTYPES for t in given) and (given[0].is_cuda or INTERPRETED)
+
+
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """What the maths is done in: float64 if a tensor is, float32 otherwise."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n` (1 for n <= 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@lru_cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The multiprocessors of a CUDA device; 2 under the interpreter, so that loops share work."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 2
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+    """Start `programs` programs of a Triton kernel on `device`, whichever device is current."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **constants)
+    else:
+        kernel[(programs,)](*args, **constants)

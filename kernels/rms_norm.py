@@ -1,0 +1,298 @@
+"""RMSNorm: each row divided by its root mean square, then scaled.
+
+    x32 = x.float(); y = (x32 * rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)) * (offset + weight)
+    ->  y = rms_norm(x, weight, eps, offset)          one read of x, one write of y
+
+Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019. With r = rsqrt(mean(x^2) + eps),
+g = dy * (offset + weight) and n the row's width, the derivatives are
+
+    dx = r * (g - x * r^2 * sum(g * x) / n)          dweight = sum over rows of dy * x * r
+
+Both sums of a row are taken in the same pass, so the backward needs x and the weight, nothing else.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from liger_fx.kernels.launch import (
+    Launch,
+    ceil_div,
+    compute_dtype,
+    launch,
+    multiprocessors,
+    power_of_two,
+    uses_triton,
+)
+from liger_fx.kernels.layout import as_rows, empty_rows_like
+from liger_fx.kernels.library import below_autograd, define_op, differentiate
+
+MAX_WIDTH = 65_536  # a row is held in the registers of one program; wider ones use PyTorch
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y = x * rsqrt(mean(x^2, -1) + eps) * (offset + weight), in float32, rounded once.
+
+    x: (..., width), any strides; weight: (width,), or None for no multiplication (and no offset).
+    Returns (..., width) in `out_dtype` (x's by default), in x's order of dimensions in memory.
+    Float64 is computed in float64. ValueError if weight's shape is not (width,).
+    Gradients: x's in x's dtype; weight's in weight's, summed over the rows in float32, in an order
+    that does not change from run to run. A second derivative raises RuntimeError.
+    """
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"rms_norm: weight must have shape ({x.shape[-1]},), not {tuple(weight.shape)}"
+        )
+    return _rms_norm(x, weight, eps, offset, out_dtype)
+
+
+def rms_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """What `rms_norm` computes, in PyTorch's own operations."""
+    dtype = compute_dtype(x, weight)
+    wide = x.to(dtype)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.to(dtype) + offset)
+    return y.to(out_dtype or x.dtype)
+
+
+def rms_norm_backward_reference(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of x and weight by the formulas above, in PyTorch's own operations."""
+    dtype = compute_dtype(x, weight)
+    wide, grad = x.to(dtype), dy.to(dtype)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * r
+    g = grad if weight is None else grad * (weight.to(dtype) + offset)
+    dx = (r * (g - normed * (g * normed).mean(-1, keepdim=True))).to(x.dtype)
+    if weight is None:
+        return dx, None
+    return dx, (grad * normed).sum_to_size(weight.shape).to(weight.dtype)
+
+
+@triton.jit
+def _row_offset(row, inner, outer_stride, inner_stride, ONE_STRIDE: tl.constexpr):
+    if ONE_STRIDE:
+        return row * inner_stride
+    return (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit(do_not_specialize=["rows", "inner"])
+def _forward_kernel(
+    x_ptr, w_ptr, y_ptr, rows, inner, width, x_outer, x_inner, eps, offset,
+    ONE_STRIDE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    mask = (row < rows)[:, None] & (col < width)[None, :]
+    x_row = _row_offset(row, inner, x_outer, x_inner, ONE_STRIDE)
+    x = tl.load(x_ptr + x_row[:, None] + col[None, :], mask, other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + col, col < width, other=0.0).to(tl.float32) + offset
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
+    y = x * r[:, None]
+    if HAS_WEIGHT:
+        y = y * w[None, :]
+    y_ptrs = y_ptr + row[:, None] * width + col[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["steps", "rows", "inner"])
+def _backward_kernel(
+    dy_ptr, x_ptr, w_ptr, dx_ptr, partial_ptr, steps, rows, inner, width,
+    dy_outer, dy_inner, x_outer, x_inner, eps, offset,
+    ONE_STRIDE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    col = tl.arange(0, COLS)
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + col, col < width, other=0.0).to(tl.float32) + offset
+    if WEIGHT_GRAD:
+        dw = tl.zeros((ROWS, COLS), tl.float32)
+    for step in tl.range(tl.program_id(0), steps, tl.num_programs(0), num_stages=STAGES):
+        row = tl.full((ROWS,), step, tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (col < width)[None, :]
+        x_row = _row_offset(row, inner, x_outer, x_inner, ONE_STRIDE)
+        dy_row = _row_offset(row, inner, dy_outer, dy_inner, ONE_STRIDE)
+        x = tl.load(x_ptr + x_row[:, None] + col[None, :], mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + dy_row[:, None] + col[None, :], mask, other=0.0).to(tl.float32)
+        g = dy
+        if HAS_WEIGHT:
+            g = dy * w[None, :]
+        r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
+        slope = r * r * (tl.sum(g * x, axis=1) / width)
+        dx = r[:, None] * (g - x * slope[:, None])
+        dx_ptrs = dx_ptr + row[:, None] * width + col[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask)
+        if WEIGHT_GRAD:
+            dw += dy * (x * r[:, None])
+    if WEIGHT_GRAD:
+        partial_ptr += tl.program_id(0).to(tl.int64) * width
+        tl.store(partial_ptr + col, tl.sum(dw, axis=0), col < width)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_kernel(x_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (col < width)[None, :]
+        total += tl.load(x_ptr + row[:, None] * width + col[None, :], mask, other=0.0)
+    tl.store(y_ptr + col, tl.sum(total, axis=0).to(y_ptr.dtype.element_ty), col < width)
+
+
+def forward_launch(width: int) -> Launch:
+    """Tiles of at least 4096 elements, 16 to a thread."""
+    cols = power_of_two(width)
+    rows = max(1, 4096 // cols)
+    return Launch(rows, cols, warps=min(rows * cols // 512, 32))
+
+
+def backward_launch(width: int) -> Launch:
+    """The same tiles, each program looping over some of them; 1024 threads a multiprocessor."""
+    rows, cols, warps, _, _ = forward_launch(width)
+    return Launch(rows, cols, warps, per_sm=32 // warps)
+
+
+def sum_launch(rows: int) -> Launch:
+    """Columns in groups of 32 (128 bytes), up to 256 rows at once."""
+    return Launch(min(power_of_two(rows), 256), 32, warps=8)
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    if not uses_triton(x, weight) or x.shape[-1] > MAX_WIDTH:
+        return rms_norm_reference(x, weight, eps, offset, out_dtype)
+    y = empty_rows_like(x, out_dtype)
+    if not y.numel():
+        return y
+    width = x.shape[-1]
+    count, inner, (x,), strides, outer = as_rows((x,), (y,), levels=2)
+    tile = forward_launch(width)
+    launch(
+        _forward_kernel, ceil_div(count, tile.rows), x.device,
+        x, None if weight is None else weight.contiguous(), y,
+        count, inner, width, outer[0], strides[0], eps, offset,
+        ONE_STRIDE=inner == count, HAS_WEIGHT=weight is not None,
+        ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
+    )  # fmt: skip
+    return y
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    weight_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx, and dweight: of no elements unless `weight_grad`."""
+    if not uses_triton(dy, x, weight) or x.shape[-1] > MAX_WIDTH:
+        dx, dw = rms_norm_backward_reference(dy, x, weight, eps, offset)
+        return dx, dw if dw is not None and weight_grad else x.new_empty(0)
+    dx, dw = _backward_fake(dy, x, weight, eps, offset, weight_grad)
+    if not dx.numel():
+        return dx, dw.zero_()
+    width = x.shape[-1]
+    count, inner, (dy, x), strides, outer = as_rows((dy, x), (dx,), levels=2)
+    tile = backward_launch(width)
+    steps = ceil_div(count, tile.rows)
+    programs = min(steps, tile.per_sm * multiprocessors(x.device))
+    partial = dw.new_empty((programs, width), dtype=torch.float32) if weight_grad else None
+    launch(
+        _backward_kernel, programs, x.device,
+        dy, x, None if weight is None else weight.contiguous(), dx, partial,
+        steps, count, inner, width, outer[0], strides[0], outer[1], strides[1], eps, offset,
+        ONE_STRIDE=inner == count, HAS_WEIGHT=weight is not None, WEIGHT_GRAD=weight_grad,
+        ROWS=tile.rows, COLS=tile.cols, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    if weight_grad:
+        tile = sum_launch(programs)
+        launch(
+            _sum_kernel, ceil_div(width, tile.cols), x.device, partial, dw, programs, width,
+            ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
+        )  # fmt: skip
+    return dx, dw
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    return empty_rows_like(x, out_dtype)
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    weight_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dw = weight.new_empty(weight.shape) if weight is not None and weight_grad else x.new_empty(0)
+    return empty_rows_like(x), dw
+
+
+_rms_norm = define_op(
+    "rms_norm(Tensor x, Tensor? weight, float eps, float offset, ScalarType? out_dtype) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_rms_norm_backward = define_op(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset,"
+    " bool weight_grad) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        offset: float,
+        out_dtype: torch.dtype | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.constants = eps, offset
+        return below_autograd(_rms_norm, x, weight, eps, offset, out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight_grad = ctx.needs_input_grad[1]
+        dx, dw = _rms_norm_backward(dy, *ctx.saved_tensors, *ctx.constants, weight_grad)
+        return dx, dw if weight_grad else None, None, None, None
+
+
+differentiate(_rms_norm, _RMSNorm)

@@ -1,0 +1,363 @@
+"""Rotary position embedding: pairs of a head's elements turned by angles that grow with position.
+
+    q * cos.unsqueeze(1) + rotate_half(q) * sin.unsqueeze(1), and the same for k
+    ->  q, k = rope_pair(q, k, cos, sin)          one launch, cos and sin read once a token
+
+Su et al., "RoFormer", 2021. A pair (a, b) turns by cos and sin, which may differ for its two ends:
+
+    a' = a * cos[a] - b * sin[a]         b' = b * cos[b] + a * sin[b]
+    da = da' * cos[a] + db' * sin[b]     db = db' * cos[b] - da' * sin[a]
+
+The derivative is the same turn with other sines: one operator serves as its own backward.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
+from liger_fx.kernels.layout import empty_rows_like
+from liger_fx.kernels.library import below_autograd, define_op, differentiate
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Form(NamedTuple):
+    """How the pairs of a head lie. Pair j of R / 2 is elements (j, j + R / 2), "half-split", or
+    (2 * j, 2 * j + 1), "interleaved".
+
+    half_tables: cos and sin hold R / 2 entries, one a pair; else R, laid out as the output is.
+    transposed: turn back, as the backward does; in and out still name those of the forward.
+    """
+
+    interleaved_in: bool = False
+    interleaved_out: bool = False
+    half_tables: bool = False
+    transposed: bool = False
+
+
+def rope_pair(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved_in: bool = False,
+    interleaved_out: bool = False,
+    half_tables: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Pair:
+    """q and k with the first R elements of each head turned, in float32 and rounded once.
+
+    q, k: (batch, heads, tokens, D), any strides; the heads may differ in number.
+    cos, sin: (1 or batch, tokens, R), R <= D and even, laid out as the output is and read in full;
+    with `half_tables` (1 or batch, tokens, R / 2), one entry for both ends of a pair.
+    Elements from R on pass through. Returns tensors of the same shapes and orders of dimensions in
+    memory, in `out_dtype` (by default what x * cos has); float64 is computed in float64.
+    Where cos or sin require a gradient, PyTorch's own operations run. ValueError for other shapes.
+    """
+    _check(q, cos, sin, half_tables)
+    _check(k, cos, sin, half_tables)
+    form = Form(interleaved_in, interleaved_out, half_tables)
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return (
+            rope_reference(q, cos, sin, form, out_dtype),
+            rope_reference(k, cos, sin, form, out_dtype),
+        )
+    return _rope_pair(q, k, cos, sin, *form, out_dtype, out_dtype)
+
+
+def rope(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved_in: bool = False,
+    interleaved_out: bool = False,
+    half_tables: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """What `rope_pair` does, to one tensor."""
+    _check(x, cos, sin, half_tables)
+    form = Form(interleaved_in, interleaved_out, half_tables)
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return rope_reference(x, cos, sin, form, out_dtype)
+    return _rope(x, cos, sin, *form, out_dtype)
+
+
+def rope_reference(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    form: Form,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """What `rope` computes, in PyTorch's own operations (the result's strides may differ)."""
+    dtype = compute_dtype(x, cos, sin)
+    out_dtype = out_dtype or torch.promote_types(x.dtype, cos.dtype)
+    width = cos.shape[-1] * (2 if form.half_tables else 1)
+    (cos_a, cos_b), (sin_a, sin_b) = (_ends(t.to(dtype).unsqueeze(1), form) for t in (cos, sin))
+    interleaved_in, interleaved_out = form.interleaved_in, form.interleaved_out
+    if form.transposed:
+        sin_a, sin_b = -sin_b, -sin_a
+        interleaved_in, interleaved_out = interleaved_out, interleaved_in
+    a, b = _split(x[..., :width].to(dtype), interleaved_in)
+    turned = _join(a * cos_a - b * sin_a, b * cos_b + a * sin_b, interleaved_out)
+    return torch.cat([turned.to(out_dtype), x[..., width:].to(out_dtype)], dim=-1)
+
+
+def _split(x: torch.Tensor, interleaved: bool) -> Pair:
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def _join(a: torch.Tensor, b: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    return torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
+
+
+def _ends(table: torch.Tensor, form: Form) -> Pair:
+    return (table, table) if form.half_tables else _split(table, form.interleaved_out)
+
+
+def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half_tables: bool) -> None:
+    if x.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
+        raise ValueError(
+            "rope: wants x of (batch, heads, tokens, D) and cos and sin of one shape (1 or batch, "
+            f"tokens, R), not {tuple(x.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    batch, tokens, width = cos.shape
+    width *= 2 if half_tables else 1
+    if (batch != 1 and batch != x.shape[0]) or tokens != x.shape[2]:
+        raise ValueError(f"rope: cos {tuple(cos.shape)} is not made for x {tuple(x.shape)}")
+    if width > x.shape[3] or width % 2:
+        raise ValueError(f"rope: cannot turn {width} elements in pairs of heads of {x.shape[3]}")
+
+
+@triton.jit
+def _load_pairs(ptr, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Both ends, float32 (rows, PAIRS), of the first HALF pairs at each of (rows, 1) pointers."""
+    if INTERLEAVED:
+        i = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.load(ptr + i, mask & (i < 2 * HALF), other=0.0).to(tl.float32)
+        return tl.split(tl.reshape(both, (ptr.shape[0], PAIRS, 2)))
+    else:
+        j = tl.arange(0, PAIRS)[None, :]
+        a = tl.load(ptr + j, mask & (j < HALF), other=0.0).to(tl.float32)
+        b = tl.load(ptr + HALF + j, mask & (j < HALF), other=0.0).to(tl.float32)
+        return a, b
+
+
+@triton.jit
+def _load_table(
+    ptr, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SHORT: tl.constexpr
+):  # fmt: skip
+    """The entries (1, PAIRS) of cos or sin for both ends of a token's pairs."""
+    ptr = ptr + tl.zeros((1, 1), tl.int32)
+    mask = tl.full((1, 1), 1, tl.int1)
+    if SHORT:
+        j = tl.arange(0, PAIRS)[None, :]
+        entries = tl.load(ptr + j, mask & (j < HALF), other=0.0).to(tl.float32)
+        return entries, entries
+    else:
+        return _load_pairs(ptr, mask, HALF, PAIRS, INTERLEAVED)
+
+
+@triton.jit
+def _turn_heads(
+    x_ptr, y_ptr, x_head, y_head, cos_a, cos_b, sin_a, sin_b,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+):  # fmt: skip
+    """Turn all heads of one token, ROWS at a time; copy the REST elements after the pairs."""
+    dtype = y_ptr.dtype.element_ty
+    for start in range(0, HEADS, ROWS):
+        head = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        mask = head < HEADS
+        x_ptrs, y_ptrs = x_ptr + head * x_head, y_ptr + head * y_head
+        a, b = _load_pairs(x_ptrs, mask, HALF, PAIRS, IN)
+        new_a = (a * cos_a - b * sin_a).to(dtype)
+        new_b = (b * cos_b + a * sin_b).to(dtype)
+        if OUT:
+            i = tl.arange(0, 2 * PAIRS)[None, :]
+            both = tl.reshape(tl.join(new_a, new_b), (ROWS, 2 * PAIRS))
+            tl.store(y_ptrs + i, both, mask & (i < 2 * HALF))
+        else:
+            j = tl.arange(0, PAIRS)[None, :]
+            tl.store(y_ptrs + j, new_a, mask & (j < HALF))
+            tl.store(y_ptrs + HALF + j, new_b, mask & (j < HALF))
+        if REST:
+            i = 2 * HALF + tl.arange(0, REST)[None, :]
+            rest = tl.load(x_ptrs + i, mask & (i < DIM), other=0.0)
+            tl.store(y_ptrs + i, rest.to(tl.float32).to(dtype), mask & (i < DIM))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _kernel(
+    q_ptr, k_ptr, new_q_ptr, new_k_ptr, cos_ptr, sin_ptr, tokens,
+    q_batch, q_head, q_token, new_q_batch, new_q_head, new_q_token,
+    k_batch, k_head, k_token, new_k_batch, new_k_head, new_k_token,
+    cos_batch, cos_token, sin_batch, sin_token,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_DIM: tl.constexpr, K_DIM: tl.constexpr,
+    HALF: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, TABLE: tl.constexpr,
+    SHORT: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr,
+    Q_ROWS: tl.constexpr, K_ROWS: tl.constexpr, Q_REST: tl.constexpr, K_REST: tl.constexpr,
+):  # fmt: skip
+    """One program a token: its cos and sin, then all heads of q, then those of k, if any."""
+    token = (tl.program_id(0) % tokens).to(tl.int64)
+    batch = (tl.program_id(0) // tokens).to(tl.int64)
+    cos_ptr += batch * cos_batch + token * cos_token
+    sin_ptr += batch * sin_batch + token * sin_token
+    cos_a, cos_b = _load_table(cos_ptr, HALF, PAIRS, TABLE, SHORT)
+    sin_a, sin_b = _load_table(sin_ptr, HALF, PAIRS, TABLE, SHORT)
+    if TRANSPOSED:
+        sin_a, sin_b = -sin_b, -sin_a
+    q_ptr += batch * q_batch + token * q_token
+    new_q_ptr += batch * new_q_batch + token * new_q_token
+    _turn_heads(
+        q_ptr, new_q_ptr, q_head, new_q_head, cos_a, cos_b, sin_a, sin_b,
+        Q_HEADS, Q_DIM, HALF, IN, OUT, Q_ROWS, PAIRS, Q_REST,
+    )  # fmt: skip
+    if K_HEADS:
+        k_ptr += batch * k_batch + token * k_token
+        new_k_ptr += batch * new_k_batch + token * new_k_token
+        _turn_heads(
+            k_ptr, new_k_ptr, k_head, new_k_head, cos_a, cos_b, sin_a, sin_b,
+            K_HEADS, K_DIM, HALF, IN, OUT, K_ROWS, PAIRS, K_REST,
+        )  # fmt: skip
+
+
+def rope_launch(pairs: int) -> Launch:
+    """Up to 4096 elements of one token's heads at once; `pairs` is a power of two."""
+    return Launch(rows=max(1, 2048 // pairs), cols=pairs, warps=4)
+
+
+def _run(
+    tensors: tuple[torch.Tensor, ...],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    form: Form,
+    dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[torch.Tensor, ...]:
+    """One or two tensors turned, in x's order of dimensions in memory."""
+    outs = tuple(_fake(x, cos, dtype) for x, dtype in zip(tensors, dtypes, strict=True))
+    if not uses_triton(*tensors, cos, sin):
+        for out, x in zip(outs, tensors, strict=True):
+            out.copy_(rope_reference(x, cos, sin, form, out.dtype))
+        return outs
+    batch, _, tokens, _ = outs[0].shape
+    if batch * tokens:
+        tensors = tuple(
+            x if x.stride(-1) == 1 else torch.empty_like(out, dtype=x.dtype).copy_(x)
+            for x, out in zip(tensors, outs, strict=True)
+        )
+        _launch(tensors, outs, cos.contiguous(), sin.contiguous(), form)
+    return outs
+
+
+def _launch(
+    tensors: tuple[torch.Tensor, ...],
+    outs: tuple[torch.Tensor, ...],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    form: Form,
+) -> None:
+    q, k, new_q, new_k = tensors[0], tensors[-1], outs[0], outs[-1]
+    batch, q_heads, tokens, q_dim = q.shape
+    k_heads, k_dim = (k.shape[1], k.shape[3]) if len(tensors) == 2 else (0, 0)
+    half = cos.shape[-1] // (1 if form.half_tables else 2)
+    tile = rope_launch(power_of_two(half))
+    source, target = form.interleaved_in, form.interleaved_out
+    launch(
+        _kernel, batch * tokens, q.device, q, k, new_q, new_k, cos, sin, tokens,
+        *q.stride()[:3], *new_q.stride()[:3], *k.stride()[:3], *new_k.stride()[:3],
+        cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
+        sin.stride(0) if sin.shape[0] > 1 else 0, sin.stride(1),
+        Q_HEADS=q_heads, K_HEADS=k_heads, Q_DIM=q_dim, K_DIM=k_dim, HALF=half,
+        IN=target if form.transposed else source, OUT=source if form.transposed else target,
+        TABLE=target, SHORT=form.half_tables, TRANSPOSED=form.transposed, PAIRS=tile.cols,
+        Q_ROWS=min(power_of_two(q_heads), tile.rows), K_ROWS=min(power_of_two(k_heads), tile.rows),
+        Q_REST=_rest(q_dim, half), K_REST=_rest(k_dim, half), num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def _rest(dim: int, half: int) -> int:
+    """The tile for what lies beyond the pairs, 0 where there is nothing."""
+    return power_of_two(dim - 2 * half) if dim > 2 * half else 0
+
+
+def _fake(x: torch.Tensor, cos: torch.Tensor, out_dtype: torch.dtype | None) -> torch.Tensor:
+    return empty_rows_like(x, out_dtype or torch.promote_types(x.dtype, cos.dtype))
+
+
+_FORM = "bool interleaved_in, bool interleaved_out, bool half_tables, bool transposed"
+_rope = define_op(
+    f"rope(Tensor x, Tensor cos, Tensor sin, {_FORM}, ScalarType? out_dtype) -> Tensor",
+    lambda x, cos, sin, *rest: _run((x,), cos, sin, Form(*rest[:4]), rest[4:])[0],
+    lambda x, cos, sin, *rest: _fake(x, cos, rest[4]),
+)
+_rope_pair = define_op(
+    f"rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, {_FORM}, ScalarType? q_dtype,"
+    " ScalarType? k_dtype) -> (Tensor, Tensor)",
+    lambda q, k, cos, sin, *rest: _run((q, k), cos, sin, Form(*rest[:4]), rest[4:]),
+    lambda q, k, cos, sin, *rest: (_fake(q, cos, rest[4]), _fake(k, cos, rest[5])),
+)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.form, ctx.dtype = _back(rest), x.dtype
+        return below_autograd(_rope, x, cos, sin, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _refuse(*ctx.needs_input_grad[1:3])
+        return _rope(dy, *ctx.saved_tensors, *ctx.form, ctx.dtype), *(None,) * 7
+
+
+class _RopePair(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *rest: Any,
+    ) -> Pair:
+        ctx.save_for_backward(cos, sin)
+        ctx.form, ctx.dtypes = _back(rest), (q.dtype, k.dtype)
+        return below_autograd(_rope_pair, q, k, cos, sin, *rest)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dq: torch.Tensor, dk: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        _refuse(*ctx.needs_input_grad[2:4])
+        grads = _rope_pair(dq, dk, *ctx.saved_tensors, *ctx.form, *ctx.dtypes)
+        return *grads, *(None,) * 8
+
+
+def _back(rest: tuple[Any, ...]) -> Form:
+    form = Form(*rest[:4])
+    return form._replace(transposed=not form.transposed)
+
+
+def _refuse(cos_needs_grad: bool, sin_needs_grad: bool) -> None:
+    if cos_needs_grad or sin_needs_grad:
+        raise RuntimeError(
+            "torch.ops.liger_fx.rope gives cos and sin no gradient; call rope or rope_pair of "
+            "liger_fx.kernels.rope, which use PyTorch's operations then"
+        )
+
+
+differentiate(_rope, _Rope)
+differentiate(_rope_pair, _RopePair)

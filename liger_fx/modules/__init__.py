@@ -1,0 +1,20 @@
+"""The named modules that take the place of what was matched: what `print(model)` then shows."""
+
+from liger_fx.modules.gated_mlp import LigerGEGLUMLP, LigerReGLUMLP, LigerSwiGLUMLP
+from liger_fx.modules.gated_product import LigerGEGLU, LigerReGLU, LigerSwiGLU
+from liger_fx.modules.mlp import LigerMLP
+from liger_fx.modules.rms_norm import LigerRMSNorm
+from liger_fx.modules.rotary import LigerRotaryEmbedding, LigerSingleRotaryEmbedding
+
+__all__ = [
+    "LigerGEGLU",
+    "LigerGEGLUMLP",
+    "LigerMLP",
+    "LigerRMSNorm",
+    "LigerReGLU",
+    "LigerReGLUMLP",
+    "LigerRotaryEmbedding",
+    "LigerSingleRotaryEmbedding",
+    "LigerSwiGLU",
+    "LigerSwiGLUMLP",
+]

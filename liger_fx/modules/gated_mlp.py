@@ -1,0 +1,97 @@
+"""LigerSwiGLUMLP, LigerGEGLUMLP, LigerReGLUMLP: the gated MLP, around the model's own linears.
+
+    (mlp): LlamaMLP(                             (mlp): LigerSwiGLUMLP(
+      (gate_proj): Linear(...)                     4096 -> 14336, activation=silu
+      (up_proj): Linear(...)               ->      (gate_proj): Linear(...)
+      (down_proj): Linear(...)                     (up_proj): Linear(...)
+      (act_fn): SiLUActivation()                   (down_proj): Linear(...)
+    )                                            )
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
+from liger_fx.modules.gated_product import chosen_activation
+from liger_fx.modules.linears import adopt, sizes
+
+
+class _GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), or with gate and up as the halves of one packed linear.
+
+    children: the original linear layers (any callable modules) under their original names, in
+        their original order.
+    down, gate, up: the names of those children that have these roles; or
+    down, gate_up, gate_first: where one child computes both, and whether gate is its first half.
+    activation: one of `activations`, the first by default.
+    ValueError for a name that is no child, an unknown activation, or neither pair of roles.
+    """
+
+    activations: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        children: Mapping[str, nn.Module],
+        *,
+        down: str,
+        gate: str | None = None,
+        up: str | None = None,
+        gate_up: str | None = None,
+        gate_first: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        named = {"gate": gate, "up": up, "gate_up": gate_up}
+        roles = {role: name for role, name in named.items() if name is not None}
+        if set(roles) not in ({"gate", "up"}, {"gate_up"}):
+            raise ValueError("a gated MLP needs the names of gate and up, or of gate_up alone")
+        self.activation = chosen_activation(self, self.activations, activation)
+        self.gate_first = gate_first
+        self.roles = {**roles, "down": down}
+        adopt(self, children, **self.roles)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states: (..., hidden). Returns (..., hidden), in what dtype `down` makes of it."""
+        if "gate_up" in self.roles:
+            packed = self._child("gate_up")(hidden_states)
+            product = packed_gated_activation(packed, self.activation, self.gate_first)
+        else:
+            gate, up = self._child("gate")(hidden_states), self._child("up")(hidden_states)
+            product = gated_activation(gate, up, self.activation)
+        return self._child("down")(product)
+
+    def _child(self, role: str) -> nn.Module:
+        return self.get_submodule(self.roles[role])
+
+    def extra_repr(self) -> str:
+        shape = sizes(self._child("gate_up" if self._packed else "gate"), self._child("down"))
+        parts = [] if shape is None else [shape]
+        parts.append(f"activation={self.activation}")
+        if self._packed:
+            parts.append("packed" if self.gate_first else "packed, gate_first=False")
+        return ", ".join(parts)
+
+    @property
+    def _packed(self) -> bool:
+        return "gate_up" in self.roles
+
+
+class LigerSwiGLUMLP(_GatedMLP):
+    """down(silu(gate(x)) * up(x)): see `_GatedMLP` for the arguments."""
+
+    activations = ("silu",)
+
+
+class LigerGEGLUMLP(_GatedMLP):
+    """down(gelu(gate(x)) * up(x)), gelu by the error function or by tanh."""
+
+    activations = ("gelu", "gelu_tanh")
+
+
+class LigerReGLUMLP(_GatedMLP):
+    """down(relu(gate(x)) * up(x))."""
+
+    activations = ("relu",)

@@ -1,0 +1,76 @@
+"""LigerSwiGLU, LigerGEGLU, LigerReGLU: activation and product of a gated MLP, without its linears.
+
+    silu(gate) * up             ->  (act): LigerSwiGLU(activation=silu)
+    first, second = x.chunk(2, -1); gelu(first) * second
+                                ->  (act): LigerGEGLU(activation=gelu)
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
+
+
+def chosen_activation(module: nn.Module, known: tuple[str, ...], activation: str | None) -> str:
+    """`activation`, or the first of `known` for None; ValueError where it is not among them."""
+    if activation is None:
+        return known[0]
+    if activation not in known:
+        raise ValueError(f"{type(module).__name__} computes {' or '.join(known)}, not {activation}")
+    return activation
+
+
+class _GatedProduct(nn.Module):
+    """activation: one of `activations`, the first by default.
+    gate_first: for packed input, whether gate is the first half of the last dimension.
+    width: of the result, for the repr alone.
+    """
+
+    activations: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        activation: str | None = None,
+        *,
+        gate_first: bool = True,
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = chosen_activation(self, self.activations, activation)
+        self.gate_first = gate_first
+        self.width = width
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        """gate, up: (..., width); or gate alone, both packed in (..., 2 * width).
+        Returns activation(gate) * up, (..., width).
+        """
+        if up is None:
+            return packed_gated_activation(gate, self.activation, self.gate_first)
+        return gated_activation(gate, up, self.activation)
+
+    def extra_repr(self) -> str:
+        parts = [] if self.width is None else [str(self.width)]
+        parts.append(f"activation={self.activation}")
+        if not self.gate_first:
+            parts.append("gate_first=False")
+        return ", ".join(parts)
+
+
+class LigerSwiGLU(_GatedProduct):
+    """silu(gate) * up."""
+
+    activations = ("silu",)
+
+
+class LigerGEGLU(_GatedProduct):
+    """gelu(gate) * up, gelu by the error function or by tanh."""
+
+    activations = ("gelu", "gelu_tanh")
+
+
+class LigerReGLU(_GatedProduct):
+    """relu(gate) * up."""
+
+    activations = ("relu",)

@@ -1,0 +1,66 @@
+"""LigerRMSNorm: the module in place of every spelling of RMSNorm.
+
+    (norm): LlamaRMSNorm((4096,), eps=1e-05)
+    ->  (norm): LigerRMSNorm((4096,), eps=1e-05)
+
+    (norm): GemmaRMSNorm((2048,), eps=1e-06)
+    ->  (norm): LigerRMSNorm((2048,), eps=1e-06, scale=1 + weight)
+"""
+
+import torch
+from torch import nn
+
+from liger_fx.kernels.rms_norm import rms_norm
+from liger_fx.modules.casting import Cast, check_cast, result_dtype
+
+
+class LigerRMSNorm(nn.Module):
+    """y = x * rsqrt(mean(x^2, -1) + eps) * (offset + weight), in float32 and rounded once.
+
+    width: the size of the last dimension.
+    eps: None for the machine epsilon of the input's dtype, as torch.nn.RMSNorm has it.
+    weight: the original parameter of shape (width,), registered under `weight_name`, never a copy;
+        None where there is none or it comes with the call.
+    offset: 1.0 where the model multiplies by 1 + weight.
+    cast: "input" where the result has the input's dtype; "promote" where it has that of input times
+        weight. It is rounded to that dtype once.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        eps: float | None,
+        *,
+        weight: nn.Parameter | None = None,
+        weight_name: str = "weight",
+        offset: float = 0.0,
+        cast: Cast = "input",
+    ) -> None:
+        super().__init__()
+        check_cast(cast)
+        self.width = width
+        self.eps = eps
+        self.offset = offset
+        self.cast: Cast = cast
+        self.weight_name = weight_name
+        self.register_parameter(weight_name, weight)
+
+    def forward(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """hidden_states: (..., width). weight: (width,), used in place of the registered one.
+        Returns (..., width) in the dtype that `cast` says.
+        """
+        if weight is None:
+            weight = getattr(self, self.weight_name)
+        eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
+        out_dtype = result_dtype(self.cast, hidden_states, weight)
+        return rms_norm(hidden_states, weight, eps, self.offset, out_dtype)
+
+    def extra_repr(self) -> str:
+        parts = [f"({self.width},)", f"eps={self.eps}"]
+        if self.offset:
+            parts.append(f"scale={self.offset:g} + weight")
+        if self.cast == "promote":
+            parts.append("cast=promote")
+        return ", ".join(parts)
