@@ -97,7 +97,9 @@ def test_guards_are_readable_and_true() -> None:
         lambda m: setattr(m.config, "use_cache", False),
         lambda m: m.lm_head.register_forward_hook(lambda *_: None),
         lambda m: m.to(torch.bfloat16),
-        lambda m: m.model.layers[0].self_attn.register_forward_hook(lambda _, __, out: (-out[0], out[1])),
+        lambda m: m.model.layers[0].self_attn.register_forward_hook(
+            lambda _, __, out: (-out[0], out[1])
+        ),
     ],
     ids=["train", "config", "hook on a leaf", "dtype", "hook inside"],
 )
