@@ -21,7 +21,13 @@ from torch import fx, nn
 from liger_fx.errors import FallbackWarning, LigerFxError
 from liger_fx.plan import Plan
 from liger_fx.report import GraphDiff
-from liger_fx.tracing.call import CallSpec, UnsupportedCall, describe_call, named_arguments
+from liger_fx.tracing.call import (
+    CallSpec,
+    UnsupportedCall,
+    describe_call,
+    named_arguments,
+    with_sizes_of,
+)
 
 # Each kind of call costs a trace and a graph; a model called in more ways than this has a
 # plain argument that changes at every call.
@@ -87,16 +93,19 @@ class GraphModel(fx.GraphModule):
         return plan.run(self, arguments)
 
     def _new_plan(self, arguments: dict[str, Any]) -> Plan:
-        call = describe_call(self, arguments)
         if len(self.plans) >= _MAX_PLANS:
             raise UnsupportedCall(
                 f"it is called in more than {_MAX_PLANS} ways (inputs {', '.join(sorted(arguments))})"
             )
-        plan = self._make_plan(self, call)
-        if not plan.holds(self, arguments):
-            raise UnsupportedCall("the model's code asks of these sizes what a graph of any size cannot promise")
-        self.plans.append(plan)
-        return plan
+        call = describe_call(self, arguments)
+        # Example sizes first; where the model's code asks something of the sizes that these do not answer
+        # as the call's do, the call's own.
+        for candidate in (call, with_sizes_of(call, arguments)):
+            plan = self._make_plan(self, candidate)
+            if plan.holds(self, arguments):
+                self.plans.append(plan)
+                return plan
+        raise UnsupportedCall("the model's code asks of these sizes what no graph can promise")
 
     def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if reason not in self._warned:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,27 @@ def _describe_input(name: str, tensor: torch.Tensor, names: tuple[str, ...], hin
         if not names:
             hints[known] = int(size)
     return InputSpec(tuple(sizes), tensor.dtype, tensor.device)
+
+
+def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:
+    """The same call traced at the sizes of these arguments; a size of 0 or 1 holds for itself only.
+
+    (A dimension of one is broadcast where any other is not, so a trace at one says nothing about others.)
+    """
+    hints: dict[str, int] = {}
+    for name, spec in call.tensors.items():
+        for named, size in zip(spec.sizes, arguments[name].shape):
+            if isinstance(named, str):
+                hints.setdefault(named, int(size))
+
+    def pinned(size: int | str) -> int | str:
+        return hints[size] if isinstance(size, str) and hints[size] < 2 else size
+
+    tensors = {
+        name: replace(spec, sizes=tuple(map(pinned, spec.sizes)))
+        for name, spec in call.tensors.items()
+    }
+    return CallSpec(tensors, call.constants, hints)
 
 
 def named_arguments(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

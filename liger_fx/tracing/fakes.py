@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from liger_fx.tracing.trace import TensorSpec
@@ -81,7 +81,8 @@ class FakeWorld:
         strides = tuple(map(as_expr, tensor.stride())) if tensor.layout is torch.strided else ()
         key = (sizes, strides, tensor.dtype, tensor.device)
         if key not in self._metadata:
-            with in_kernel_invocation_manager(self.mode), torch._C._DisableTorchDispatch():
+            # Neither the fake mode nor the recorder may see this call.
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 template = torch.empty_strided(
                     tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta"
                 )

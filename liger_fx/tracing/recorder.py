@@ -84,7 +84,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self.recording:
-            return func(*args, **kwargs)
+            with self.kernel_guards_dropped():
+                return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
             attribute = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -96,26 +97,33 @@ class Recorder(TorchFunctionMode):
             return self._set_grad_enabled(func, *args)
         elif func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
-        with self.paused():
+        with self.paused(), self.kernel_guards_dropped():
             return self._record(func, name, args, kwargs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside is not recorded, and the sizes it asks about bind nobody."""
-        self.take_own_guards()
+        """What runs inside is not recorded."""
         was, self.recording = self.recording, False
         try:
             yield
         finally:
             self.recording = was
+
+    @contextmanager
+    def kernel_guards_dropped(self) -> Iterator[None]:
+        """Forget the size comparisons made inside, in an operation's fake kernel.
+
+        They ask which of several equal ways to take (is a dimension broadcast?), and would turn away calls
+        that the graph serves correctly.
+        """
+        self.take_own_guards()
+        try:
+            yield
+        finally:
             self._guards_seen = len(self.world.shape_env.guards)
 
     def take_own_guards(self) -> None:
-        """Keep the size comparisons that the model's own code made since the last operation.
-
-        Those made inside an operation's fake kernel are left out: they ask which of several equal ways to
-        take (is a dimension broadcast?), and would turn away calls that the graph serves correctly.
-        """
+        """Keep the size comparisons that the model's own code made since the last operation."""
         guards = self.world.shape_env.guards
         self.own_guards += guards[self._guards_seen :]
         self._guards_seen = len(guards)
@@ -239,6 +247,8 @@ class Recorder(TorchFunctionMode):
             return {key: self.argument(item) for key, item in value.items()}
         if isinstance(value, slice):
             return slice(*map(self.argument, (value.start, value.stop, value.step)))
+        if type(value).__module__ == "numpy" and hasattr(value, "item"):
+            return value.item()
         if value is None or value is ... or isinstance(value, fx.node.base_types):
             return value
         if isinstance(value, torch.nn.Module):
