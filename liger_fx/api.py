@@ -1,8 +1,8 @@
 """The public functions: optimize a model, trace it without rewriting, compare any two.
 
-    opt = liger_fx.optimize(model)
-    print(opt)              # LigerRMSNorm, LigerSwiGLUMLP, ... where they are
-    print(opt.report)       # each site, before and after, and the reasons for the rest
+opt = liger_fx.optimize(model)
+print(opt)              # LigerRMSNorm, LigerSwiGLUMLP, ... where they are
+print(opt.report)       # each site, before and after, and the reasons for the rest
 """
 
 from __future__ import annotations
@@ -39,17 +39,20 @@ def optimize(
 ) -> GraphModel:
     """Trace ``model`` and rewrite what the rules find into named modules; ``model`` stays as it is.
 
-    The result shares the model's parameters and is of its class too: it generates, trains and saves as the
-    model does. ``result.report`` says what was rewritten and why the rest was not.
+    The result shares the model's parameters and is of its class too: it generates, trains and
+    saves as the model does. ``result.report`` says what was rewritten and why the rest was not.
 
-    inputs: example inputs, keyword arguments as a mapping or positional ones as a tuple. A transformers
+    inputs: example inputs, keyword arguments as a mapping or positional ones as a tuple. A
+    transformers
         language model needs none; any other module does.
     rules: names of the rules to apply (``liger-fx rules`` lists them); all of them by default.
     exclude: rule names or module paths (``model.layers.0``, ``*.mlp``) to leave alone.
-    strict: raise MissedSiteError if a site that looked like one could not be rewritten, or none was found.
+    strict: raise MissedSiteError if a site that looked like one could not be rewritten, or none
+    was found.
 
-    Raises UsageError for what is no model or lacks inputs, and TraceError, naming the module, the line and
-    the way out, for a model that cannot be put into a graph. Warns NothingRewrittenWarning.
+    Raises UsageError for what is no model or lacks inputs, and TraceError, naming the module, the
+    line and the way out, for a model that cannot be put into a graph. Warns
+    NothingRewrittenWarning.
     """
     _check_model(model)
     make_plan = functools.partial(_rewritten_plan, _names(rules), tuple(exclude))
@@ -61,14 +64,16 @@ def optimize(
 
 
 def trace(model: nn.Module, inputs: Inputs = None) -> GraphModel:
-    """The model as one torch.fx graph, nothing rewritten; ``inputs`` and errors as for ``optimize``."""
+    """The model as one torch.fx graph, nothing rewritten; ``inputs`` and errors as for
+    ``optimize``."""
     _check_model(model)
     tree = copy_tree(model)
     return build(tree, _plain_plan(tree, example_call(model, inputs)), _plain_plan)
 
 
 def compare(a: nn.Module, b: nn.Module, inputs: Inputs = None) -> GraphDiff:
-    """What differs between two models: plain, traced or optimised; plain ones are traced with ``inputs``."""
+    """What differs between two models: plain, traced or optimised; plain ones are traced with
+    ``inputs``."""
     return GraphDiff.between(a, b, inputs)
 
 
@@ -77,7 +82,8 @@ def _check_model(model: Any) -> None:
         raise UsageError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, fx.GraphModule):
         raise UsageError(
-            f"{type(model).__name__} is a torch.fx.GraphModule already; optimise the model it was made from."
+            f"{type(model).__name__} is a torch.fx.GraphModule already; optimise the model it was "
+            "made from."
         )
 
 
@@ -115,15 +121,16 @@ def _rewritten_plan(
 
 def _judge(model: nn.Module, report: GraphDiff, strict: bool) -> None:
     name = type(model).__name__
-    if strict and report.refused:
+    refused = len(report.refused)
+    if strict and refused:
         first = report.refused[0]
         raise MissedSiteError(
-            f"{name}: {len(report.refused)} of {len(report.sites)} sites were not rewritten; the first is "
+            f"{name}: {refused} of {len(report.sites)} sites were not rewritten; the first is "
             f"{first.path} ({first.rule}): {first.reason}"
         )
     if report.rewritten:
         return
-    text = f"{name}: nothing was rewritten; print(optimized.report) lists {len(report.refused)} refused sites."
+    text = f"{name}: nothing was rewritten; the result's report lists {refused} refused sites."
     if strict:
         raise MissedSiteError(text)
     warnings.warn(text, NothingRewrittenWarning, stacklevel=3)

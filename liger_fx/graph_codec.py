@@ -1,8 +1,9 @@
-"""A graph as plain data and back, by writing its nodes down rather than by tracing generated code again.
+"""A graph as plain data and back, by writing its nodes down rather than by tracing generated code
+again.
 
-    add = operator.add(mul, 2)
- ->
-    {"name": "add", "op": "call_function", "target": "_operator.add", "args": [{"node": 3}, 2], ...}
+   add = operator.add(mul, 2)
+->
+   {"name": "add", "op": "call_function", "target": "_operator.add", "args": [{"node": 3}, 2], ...}
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def encode_graph(graph: fx.Graph) -> list[Encoded]:
         {
             "name": node.name,
             "op": node.op,
-            "target": node.target if isinstance(node.target, str) else _get_qualified_name(node.target),
+            "target": node.target
+            if isinstance(node.target, str)
+            else _get_qualified_name(node.target),
             "args": _encode(node.args, index),
             "kwargs": _encode(node.kwargs, index),
             "meta": {key: node.meta[key] for key in _META if key in node.meta},
@@ -64,8 +67,10 @@ def _encode(value: Any, index: dict[fx.Node, int]) -> Any:
     if isinstance(value, slice):
         return slice(*(_encode(part, index) for part in (value.start, value.stop, value.step)))
     if isinstance(value, (list, tuple)):
-        return type(value)(_encode(item, index) for item in value) if type(value) in (list, tuple) else tuple(
-            _encode(item, index) for item in value
+        return (
+            type(value)(_encode(item, index) for item in value)
+            if type(value) in (list, tuple)
+            else tuple(_encode(item, index) for item in value)
         )
     if isinstance(value, dict):
         return {key: _encode(item, index) for key, item in value.items()}

@@ -44,7 +44,8 @@ class _BareInit(nn.Module):
 
 
 class GraphModel(fx.GraphModule):
-    """What ``liger_fx.optimize`` and ``liger_fx.trace`` return; subclasses also derive from a model class.
+    """What ``liger_fx.optimize`` and ``liger_fx.trace`` return; subclasses also derive from a
+    model class.
 
     ``plans`` hold one graph for each kind of call met so far, the first of them as ``.graph``.
     """
@@ -52,9 +53,13 @@ class GraphModel(fx.GraphModule):
     model_class: type[nn.Module]
 
     def __init__(self, attributes: dict[str, Any], plans: list[Plan], make_plan: MakePlan) -> None:
-        # Built around an empty graph: GraphModule copies what a graph refers to, and here it is all in place.
+        # Built around an empty graph: GraphModule copies what a graph refers to, and here it is
+        # all in place.
         super().__init__(nn.Module(), fx.Graph(), class_name=self.model_class.__name__)
-        type(self).__qualname__, type(self).__module__ = self.model_class.__qualname__, self.model_class.__module__
+        type(self).__qualname__, type(self).__module__ = (
+            self.model_class.__qualname__,
+            self.model_class.__module__,
+        )
         self.__dict__.update(attributes)
         self.plans = plans
         self._make_plan = make_plan
@@ -78,7 +83,8 @@ class GraphModel(fx.GraphModule):
         return code
 
     def call_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the graph that serves this call; trace one if there is none, else the model's own forward."""
+        """Run the graph that serves this call; trace one if there is none, else the model's own
+        forward."""
         try:
             arguments = named_arguments(self.model_class.forward, args, kwargs)
         except UnsupportedCall as unsupported:
@@ -95,11 +101,12 @@ class GraphModel(fx.GraphModule):
     def _new_plan(self, arguments: dict[str, Any]) -> Plan:
         if len(self.plans) >= _MAX_PLANS:
             raise UnsupportedCall(
-                f"it is called in more than {_MAX_PLANS} ways (inputs {', '.join(sorted(arguments))})"
+                f"it is called in more than {_MAX_PLANS} ways, this time with "
+                f"{', '.join(sorted(arguments))}"
             )
         call = describe_call(self, arguments)
-        # Example sizes first; where the model's code asks something of the sizes that these do not answer
-        # as the call's do, the call's own.
+        # Example sizes first; where the model's code asks something of the sizes that these do not
+        # answer as the call's do, the call's own.
         for candidate in (call, with_sizes_of(call, arguments)):
             plan = self._make_plan(self, candidate)
             if plan.holds(self, arguments):
@@ -111,22 +118,31 @@ class GraphModel(fx.GraphModule):
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(
-                f"{self.model_class.__name__}: no graph serves this call, so the model's own forward runs, with "
-                f"the named modules in place: {reason}.",
+                f"{self.model_class.__name__}: no graph serves this call, so the model's own "
+                f"forward runs, with the named modules in place: {reason}.",
                 FallbackWarning,
                 stacklevel=4,
             )
         return self.model_class.forward(self, *args, **kwargs)
 
     def __str__(self) -> str:
-        """The module tree under the modules' true names; ``.code`` and ``.graph`` show the graph."""
+        """The module tree under the modules' true names; ``.code`` and ``.graph`` show the
+        graph."""
         return nn.Module.__repr__(self)
 
     __repr__ = __str__
 
     def _attributes(self) -> dict[str, Any]:
         """What the module tree's root holds, without what GraphModule keeps for its graph."""
-        own = {"_graph", "_code", "_lineno_map", "_prologue_start", "plans", "_make_plan", "_warned"}
+        own = {
+            "_graph",
+            "_code",
+            "_lineno_map",
+            "_prologue_start",
+            "plans",
+            "_make_plan",
+            "_warned",
+        }
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModel:
@@ -151,9 +167,10 @@ def _copy_plan(plan: Plan) -> Plan:
     return twin
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def graph_class(model_class: type[nn.Module]) -> type[GraphModel]:
-    """The GraphModel class that is also a ``model_class``, under its name and with its forward's signature."""
+    """The GraphModel class that is also a ``model_class``, under its name and with its forward's
+    signature."""
 
     @functools.wraps(model_class.forward)
     def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
@@ -179,5 +196,3 @@ def _rebuild(
     model_class: type[nn.Module], attributes: dict[str, Any], plans: list[Plan], make_plan: MakePlan
 ) -> GraphModel:
     return graph_class(model_class)(attributes, plans, make_plan)
-
-

@@ -1,8 +1,11 @@
-"""A second tree of the same modules around the same weights, so that the given model stays as it is.
+"""A second tree of the same modules around the same weights: the given model stays as it is.
 
-    LlamaForCausalLM(model, lm_head)  ->  LlamaForCausalLM'(model', lm_head')   with  lm_head'.weight is lm_head.weight
+    LlamaForCausalLM(model, lm_head)
+ ->
+    LlamaForCausalLM'(model', lm_head')   with   lm_head'.weight is lm_head.weight
 
-Classes, names, parameters and buffers are the same objects; containers, hooks, modes and configs are not.
+Classes, names, parameters and buffers are the same objects; containers, hooks, modes and configs
+are not.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def copy_tree(model: M) -> M:
-    """A copy of every module of ``model``, sharing its parameters and buffers; no memory for weights."""
+    """A copy of every module of ``model``, sharing its parameters and buffers; no memory for
+    weights."""
     copies = {module: _bare_copy(module) for module in model.modules()}
     configs: dict[int, Any] = {}
     for module, twin in copies.items():
@@ -30,7 +34,9 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     return module.__class__.__new__(module.__class__)
 
 
-def _copied(name: str, value: Any, copies: dict[nn.Module, nn.Module], configs: dict[int, Any]) -> Any:
+def _copied(
+    name: str, value: Any, copies: dict[nn.Module, nn.Module], configs: dict[int, Any]
+) -> Any:
     if isinstance(value, nn.Module):
         return copies.get(value, value)
     if name == "config" or name.endswith("_config"):
@@ -44,5 +50,7 @@ def _copied(name: str, value: Any, copies: dict[nn.Module, nn.Module], configs: 
                 twin[key] = copies.get(item, item)
         return twin
     if kind in (list, tuple, set):
-        return kind(copies.get(item, item) if isinstance(item, nn.Module) else item for item in value)
+        return kind(
+            copies.get(item, item) if isinstance(item, nn.Module) else item for item in value
+        )
     return value

@@ -1,6 +1,7 @@
-"""One traced and rewritten graph of a model, the kind of call it serves, and the check that a call is one.
+"""One traced and rewritten graph of a model, the kind of call it serves, and the check that a call
+is one.
 
-    input_ids int64[batch, sequence], eval mode, no autocast  ->  this graph
+input_ids int64[batch, sequence], eval mode, no autocast  ->  this graph
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class Plan:
-    """A graph that serves one kind of call of a module tree, and the report of how it was rewritten."""
+    """A graph that serves one kind of call of a module tree, and the report of how it was
+    rewritten."""
 
     def __init__(self, trace: Trace, report: GraphDiff | None = None) -> None:
         self.graph: fx.Graph = trace.graph
@@ -66,7 +68,9 @@ class Plan:
         self._function = function
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_holds", "_function", "graph")}
+        state = {
+            k: v for k, v in self.__dict__.items() if k not in ("_holds", "_function", "graph")
+        }
         return {**state, "graph": encode_graph(self.graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -82,13 +86,12 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
 
 @contextmanager
 def _modes_restored(autocast: Mapping[str, Any]) -> Iterator[None]:
-    """A graph opens and closes its no_grad and autocast regions by single calls: close them on an error too."""
+    """A graph opens and closes its no_grad and autocast regions by single calls: close them on an
+    error too."""
     grad_enabled = torch.is_grad_enabled()
     nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    states = [
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in autocast
-    ]
+    states = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in autocast]
     try:
         yield
     except BaseException:

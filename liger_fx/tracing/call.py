@@ -1,8 +1,8 @@
 """One kind of call of a model: which inputs, of which sizes and dtypes, and which plain arguments.
 
-    model(input_ids=<int64 2 x 7>, labels=<int64 2 x 7>, use_cache=False)
- ->
-    input_ids int64[batch, sequence], labels int64[batch, sequence], use_cache=False
+   model(input_ids=<int64 2 x 7>, labels=<int64 2 x 7>, use_cache=False)
+->
+   input_ids int64[batch, sequence], labels int64[batch, sequence], use_cache=False
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A tensor input: each dimension a number, or the name of a size that may vary from call to call."""
+    """A tensor input: each dimension a number, or the name of a size that may vary from call to
+    call."""
 
     sizes: tuple[int | str, ...]
     dtype: torch.dtype
     device: torch.device
 
     def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.sizes))}] on {self.device}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}[{', '.join(map(str, self.sizes))}] on {self.device}"
 
 
 @dataclass(frozen=True)
 class CallSpec:
-    """The tensor inputs of a call by name, the plain arguments, and example values of the varying sizes."""
+    """The tensor inputs of a call by name, the plain arguments, and example values of the varying
+    sizes."""
 
     tensors: dict[str, InputSpec]
     constants: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +58,8 @@ class UnsupportedCall(Exception):
 
 
 def describe_call(model: nn.Module, arguments: Mapping[str, Any]) -> CallSpec:
-    """The kind of call that these keyword arguments make; UnsupportedCall where no graph can serve it."""
+    """The kind of call that these keyword arguments make; UnsupportedCall where no graph can serve
+    it."""
     named = is_transformers(model)
     tensors: dict[str, InputSpec] = {}
     constants: dict[str, Any] = {}
@@ -74,11 +78,13 @@ def describe_call(model: nn.Module, arguments: Mapping[str, Any]) -> CallSpec:
     return CallSpec(tensors, constants, hints)
 
 
-def _describe_input(name: str, tensor: torch.Tensor, names: tuple[str, ...], hints: dict[str, int]) -> InputSpec:
+def _describe_input(
+    name: str, tensor: torch.Tensor, names: tuple[str, ...], hints: dict[str, int]
+) -> InputSpec:
     sizes: list[int | str] = []
     for dim, size in enumerate(tensor.shape):
-        # A size of one may be a broadcast one (position_ids of all rows), so it is taken as it is, except
-        # where the name of the input says what it is.
+        # A size of one may be a broadcast one (position_ids of all rows), so it is taken as it is,
+        # except where the name of the input says what it is.
         known = names[dim] if names else f"{name}_{dim}"
         if (size == 1 and not (names and name != "position_ids")) or not known:
             sizes.append(int(size))
@@ -92,11 +98,12 @@ def _describe_input(name: str, tensor: torch.Tensor, names: tuple[str, ...], hin
 def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:
     """The same call traced at the sizes of these arguments; a size of 0 or 1 holds for itself only.
 
-    (A dimension of one is broadcast where any other is not, so a trace at one says nothing about others.)
+    (A dimension of one is broadcast where any other is not, so a trace at one says nothing about
+    others.)
     """
     hints: dict[str, int] = {}
     for name, spec in call.tensors.items():
-        for named, size in zip(spec.sizes, arguments[name].shape):
+        for named, size in zip(spec.sizes, arguments[name].shape, strict=True):
             if isinstance(named, str):
                 hints.setdefault(named, int(size))
 
@@ -110,14 +117,18 @@ def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:
     return CallSpec(tensors, call.constants, hints)
 
 
-def named_arguments(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_arguments(
+    forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """All arguments by name, without those that are None (to a model, given or not is the same)."""
     named = {key: value for key, value in kwargs.items() if value is not None}
     if args:
         names = parameter_names(forward)
         if len(args) > len(names):
             raise UnsupportedCall(f"{len(args)} positional arguments")
-        named.update((name, value) for name, value in zip(names, args) if value is not None)
+        named.update(
+            (name, value) for name, value in zip(names, args, strict=False) if value is not None
+        )
     return named
 
 
@@ -143,7 +154,9 @@ def example_call(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...] |
         if inputs is not None:
             return describe_call(model, named_arguments(forward, tuple(inputs), {}))
     except UnsupportedCall as unsupported:
-        raise UsageError(f"The example inputs hold {unsupported}; a graph takes tensors and plain values.") from None
+        raise UsageError(
+            f"The example inputs hold {unsupported}; a graph takes tensors and plain values."
+        ) from None
     if not is_transformers(model):
         raise UsageError(
             f"{type(model).__name__} is no transformers model, so it needs example inputs: pass "
@@ -152,7 +165,8 @@ def example_call(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...] |
     names = set(inspect.signature(forward).parameters)
     if "input_ids" not in names:
         raise UsageError(
-            f"{type(model).__name__} takes no input_ids; pass example inputs as inputs={{'name': tensor, ...}}."
+            f"{type(model).__name__} takes no input_ids; pass example inputs as "
+            "inputs={'name': tensor, ...}."
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     spec = InputSpec(("batch", "sequence"), torch.long, device)

@@ -1,4 +1,5 @@
-"""Drops what a trace wrote down and nothing reads: sizes, parameters and results that lead nowhere."""
+"""Drops what a trace wrote down and nothing reads: sizes, parameters and results that lead
+nowhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which nodes do more than compute their result, so that they may be neither dropped nor moved across."""
+"""Which nodes do more than compute their result, so that they may be neither dropped nor moved
+across."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from torch import fx
 from liger_fx.tracing import leaves
 
 _IN_PLACE_OPERATORS = {
-    operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.imatmul,
-    operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior,
-    operator.ixor, operator.ilshift, operator.irshift,
+    operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul,
+    operator.imatmul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
 }  # fmt: skip
 _EFFECTFUL_FUNCTIONS = {
     torch._C._set_grad_enabled,
@@ -36,10 +37,14 @@ def is_region_boundary(node: fx.Node) -> bool:
 def is_effectful(node: fx.Node, root: torch.nn.Module | None = None) -> bool:
     """Whether the node changes a tensor, a cache or the grad or autocast mode.
 
-    ``root`` resolves call_module targets: an in-place activation module (``nn.ReLU(inplace=True)``) is effectful.
+    ``root`` resolves call_module targets: an in-place activation module
+    (``nn.ReLU(inplace=True)``) is effectful.
     """
     if node.op == "call_module":
-        return root is not None and getattr(root.get_submodule(str(node.target)), "inplace", False) is True
+        return (
+            root is not None
+            and getattr(root.get_submodule(str(node.target)), "inplace", False) is True
+        )
     if node.op == "call_method":
         return is_in_place_name(str(node.target))
     if node.op != "call_function":
@@ -63,6 +68,7 @@ def draws_random_numbers(node: fx.Node) -> bool:
 
 
 _RANDOM = {
-    "dropout", "alpha_dropout", "feature_dropout", "rand", "rand_like", "randn", "randn_like", "randint",
-    "randint_like", "randperm", "bernoulli", "multinomial", "normal", "gumbel_softmax", "poisson",
+    "dropout", "alpha_dropout", "feature_dropout", "rand", "rand_like", "randn", "randn_like",
+    "randint", "randint_like", "randperm", "bernoulli", "multinomial", "normal",
+    "gumbel_softmax", "poisson",
 }  # fmt: skip

@@ -3,9 +3,10 @@
     input_ids of any (batch, seq)  ->  FakeTensor int64[batch, seq]
     self.weight                    ->  FakeTensor float32[64]
 
-PyTorch's FakeTensor is a real Tensor subclass, so ``isinstance``, shape unpacking, factory functions and
-in-place operations in a model's code work as they are. Making one through PyTorch's dispatcher takes
-hundreds of microseconds; here a new one of known metadata is made from a template in a few.
+PyTorch's FakeTensor is a real Tensor subclass, so ``isinstance``, shape unpacking, factory
+functions and in-place operations in a model's code work as they are. Making one through PyTorch's
+dispatcher takes hundreds of microseconds; here a new one of known metadata is made from a template
+in a few.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class FakeWorld:
         if isinstance(tensor, FakeTensor):
             known = tensor.__dict__.get("_liger_fx_metadata")
             if known is not None:
-                return known  # type: ignore[no-any-return]
+                return known
         sizes = tuple(map(as_expr, tensor.shape))
         strides = tuple(map(as_expr, tensor.stride())) if tensor.layout is torch.strided else ()
         key = (sizes, strides, tensor.dtype, tensor.device)

@@ -34,8 +34,8 @@ Check = Callable[[Mapping[str, Any]], bool]
 class Guards:
     """The assumptions of one trace.
 
-    ``sizes`` are Python expressions over the names of sizes; ``autocast`` maps device types to the dtype
-    autocast had, or None where it was off.
+    ``sizes`` are Python expressions over the names of sizes; ``autocast`` maps device types to the
+    dtype autocast had, or None where it was off.
     """
 
     call: CallSpec
@@ -72,7 +72,8 @@ class Guards:
     def bind(self, root: nn.Module, modules: list[nn.Module]) -> Check:
         """A fast check of a call's named arguments against a tree.
 
-        ``modules`` are those whose code the graph replaces: their hooks and modes are assumptions too.
+        ``modules`` are those whose code the graph replaces: their hooks and modes are assumptions
+        too.
         """
         state = _TreeState(root, modules, self.training)
         inputs_hold = _compile_inputs(self)
@@ -92,11 +93,14 @@ class Guards:
 
 
 class _TreeState:
-    """Modes, hooks, dtypes, devices and configs of a module tree, compared in a few microseconds."""
+    """Modes, hooks, dtypes, devices and configs of a module tree, compared in a few
+    microseconds."""
 
     def __init__(self, root: nn.Module, modules: list[nn.Module], training: bool) -> None:
         self.training = training
-        self.modes = [m.__dict__ for m in modules if m is root or _code_mentions(type(m), "training")]
+        self.modes = [
+            m.__dict__ for m in modules if m is root or _code_mentions(type(m), "training")
+        ]
         self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.checkpointing = [m.__dict__ for m in modules if hasattr(m, "gradient_checkpointing")]
         self.tensors = _telling_tensors(root, modules)
@@ -129,8 +133,9 @@ _dtype, _device = operator.attrgetter("dtype"), operator.attrgetter("device")
 def _telling_tensors(root: nn.Module, modules: list[nn.Module]) -> list[torch.Tensor]:
     """Parameters whose dtype decides what the graph's frozen casts mean.
 
-    Those that modules of the graph hold themselves, and embeddings, up to a handful of each class: a model
-    changes dtype as a whole or by kind of module, and a deep one must not pay for every layer.
+    Those that modules of the graph hold themselves, and embeddings, up to a handful of each class:
+    a model changes dtype as a whole or by kind of module, and a deep one must not pay for every
+    layer.
     """
     counts: dict[tuple[type, str], int] = {}
     found: dict[int, torch.Tensor] = {}
@@ -149,11 +154,14 @@ def _telling_tensors(root: nn.Module, modules: list[nn.Module]) -> list[torch.Te
 
 
 def _same_config(now: dict[str, Any], then: dict[str, Any]) -> bool:
-    """The attention implementation may change (it is looked up when the graph runs); nothing else may."""
+    """The attention implementation may change (it is looked up when the graph runs); nothing else
+    may."""
     names = now.keys() | then.keys()
     missing = object()
     return all(
-        now.get(name, missing) == then.get(name, missing) for name in names if name not in _UNGUARDED_CONFIG
+        now.get(name, missing) == then.get(name, missing)
+        for name in names
+        if name not in _UNGUARDED_CONFIG
     )
 
 
@@ -193,7 +201,9 @@ def _size_guards(tracer: HFTracer) -> list[str]:
     printer = PythonPrinter()
 
     def text(expr: sympy.Basic) -> str:
-        named = expr.subs({s: sympy.Symbol(names[sympy.Symbol(str(s))], integer=True) for s in expr.free_symbols})
+        named = expr.subs(
+            {s: sympy.Symbol(names[sympy.Symbol(str(s))], integer=True) for s in expr.free_symbols}
+        )
         return printer.doprint(named)
 
     known = set(names)
@@ -210,7 +220,8 @@ def _size_guards(tracer: HFTracer) -> list[str]:
 
 
 def _compile_inputs(guards: Guards) -> Check:
-    """A Python function that compares a call's inputs; generated, because a loop would cost three times."""
+    """A Python function that compares a call's inputs; generated, because a loop would cost three
+    times."""
     scope: dict[str, Any] = {"constants": guards.call.constants}
     lines = ["def inputs_hold(arguments):", "    try:"]
     bound: dict[str, str] = {}
@@ -218,12 +229,19 @@ def _compile_inputs(guards: Guards) -> Check:
     for i, (name, spec) in enumerate(guards.call.tensors.items()):
         lines.append(f"        x{i} = arguments[{name!r}]; s{i} = x{i}.shape")
         scope[f"dtype{i}"], scope[f"device{i}"] = spec.dtype, spec.device
-        conditions += [f"len(s{i}) == {len(spec.sizes)}", f"x{i}.dtype is dtype{i}", f"x{i}.device == device{i}"]
+        conditions += [
+            f"len(s{i}) == {len(spec.sizes)}",
+            f"x{i}.dtype is dtype{i}",
+            f"x{i}.device == device{i}",
+        ]
         conditions += _size_conditions(i, spec, bound)
     for i, name in enumerate(guards.call.constants):
         lines.append(f"        c{i} = arguments[{name!r}]")
-        conditions.append(f"type(c{i}) is type(constants[{name!r}]) and c{i} == constants[{name!r}]")
-    # A symbol may also appear in a guard without being an input's size when its input was not given.
+        conditions.append(
+            f"type(c{i}) is type(constants[{name!r}]) and c{i} == constants[{name!r}]"
+        )
+    # A symbol may also appear in a guard without being an input's size when its input was not
+    # given.
     for guard in guards.sizes:
         expression = guard
         for name, place in sorted(bound.items(), key=lambda item: -len(item[0])):
@@ -233,7 +251,7 @@ def _compile_inputs(guards: Guards) -> Check:
     lines.append("    return " + " and ".join(conditions))
     scope["math"] = __import__("math")
     exec(compile("\n".join(lines), "<guards>", "exec"), scope)
-    return scope["inputs_hold"]  # type: ignore[no-any-return]
+    return scope["inputs_hold"]
 
 
 def _size_conditions(i: int, spec: InputSpec, bound: dict[str, str]) -> list[str]:

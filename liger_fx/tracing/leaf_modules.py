@@ -1,7 +1,8 @@
 """Which modules a trace calls instead of following, and what their results look like.
 
-    self.q_proj(x)        nn.Linear, a quantised or LoRA linear   ->  call_module q_proj
-    self.experts(x, ...)  a loop over the experts that were hit   ->  call_module experts, listed as opaque
+self.q_proj(x)        nn.Linear, a quantised or LoRA linear   ->  call_module q_proj
+self.experts(x, ...)  a loop over the experts that were hit   ->  call_module experts, listed as
+opaque
 """
 
 from __future__ import annotations
@@ -29,21 +30,30 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer of any make: nn.Linear's subclasses, quantised ones, LoRA around one (base_layer)."""
+    """A linear layer of any make: nn.Linear's subclasses, quantised ones, LoRA around one
+    (base_layer)."""
     if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
         return True
-    return "Linear" in type(module).__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
+    return (
+        "Linear" in type(module).__name__
+        and hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+    )
 
 
 def is_experts(module: nn.Module) -> bool:
-    """transformers' expert layers, whose implementation is chosen by the config and may loop over the data."""
-    return hasattr(type(module), "_apply_gate") and type(module).__module__.startswith("transformers")
+    """transformers' expert layers, whose implementation is chosen by the config and may loop over
+    the data."""
+    return hasattr(type(module), "_apply_gate") and type(module).__module__.startswith(
+        "transformers"
+    )
 
 
 def infer_leaf(
     recorder: Recorder, call: Any, module: nn.Module, args: Any, kwargs: Any, *, concrete: bool
 ) -> Any:
-    """Fakes for what the leaf returns; ``concrete`` runs it on random data because its code cannot run on fakes."""
+    """Fakes for what the leaf returns; ``concrete`` runs it on random data because its code cannot
+    run on fakes."""
     if is_experts(module):
         hidden = args[0] if args else next(iter(kwargs.values()))
         return torch.empty_like(hidden)
@@ -61,7 +71,8 @@ def infer_leaf(
 
 
 def _module_key(module: nn.Module) -> Hashable:
-    """What a module's result can depend on besides its inputs: class, plain attributes, parameters, children."""
+    """What a module's result can depend on besides its inputs: class, plain attributes,
+    parameters, children."""
     if module._forward_hooks or module._forward_pre_hooks:
         raise Unknowable
     plain = []
@@ -80,13 +91,16 @@ def _module_key(module: nn.Module) -> Hashable:
     return type(module), tuple(plain), tuple(tensors), tuple(children)
 
 
-def _infer_by_running(recorder: Recorder, call: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _infer_by_running(
+    recorder: Recorder, call: Any, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
     """Run the module on random data of distinctive sizes and read the sizes of its results back."""
     world = recorder.world
     sizes: dict[int, Any] = {world.hint(size): size for size in world.symbols.values()}
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, FakeTensor):
-            for size in leaf.shape:
+            shape: Any = leaf.shape
+            for size in shape:
                 if isinstance(size, torch.SymInt):
                     sizes.setdefault(world.hint(size), size)
     first = list(world.symbols.values())[:2]
@@ -111,5 +125,3 @@ def _infer_by_running(recorder: Recorder, call: Any, module: nn.Module, args: An
         arguments, keywords = pytree.tree_map(example, (args, kwargs))
         result = call(module, *arguments, **keywords)
     return pytree.tree_map(as_fake, result)
-
-

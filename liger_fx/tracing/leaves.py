@@ -3,10 +3,10 @@
 Each is importable by name, so that a graph can be printed, saved and read back, and each looks up
 what it needs (attention implementation, mask builder, output class) when it runs:
 
-    attention_interface(self, q, k, v, mask, scaling=..)  ->  attention(self_attn, q, k, v, mask, scaling=..)
-    create_causal_mask(config=.., inputs_embeds=..)       ->  build_mask("create_causal_mask", model, inputs_embeds=..)
-    past_key_values.update(k, v, 3)                       ->  cache_call(cache, "update", k, v, 3)
-    CausalLMOutputWithPast(logits=..)                     ->  model_output("transformers...:CausalLMOutputWithPast", logits=..)
+    attention_interface(self, q, k, v, mask)      ->  attention(self_attn, q, k, v, mask)
+    create_causal_mask(self.config, ...)          ->  build_mask("create_causal_mask", model, ...)
+    past_key_values.update(k, v, 3)               ->  cache_call(cache, "update", k, v, 3)
+    CausalLMOutputWithPast(logits=logits)         ->  model_output("..:CausalLMOutputWithPast", ..)
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from transformers.modeling_utils import AttentionInterface
 
 @functools.lru_cache(maxsize=256)
 def resolve(reference: str) -> Any:
-    """The object named ``module:qualified.name``; AttributeError or ImportError when there is none."""
+    """The object named ``module:qualified.name``; AttributeError or ImportError when there is
+    none."""
     module, _, name = reference.partition(":")
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))
 
@@ -46,22 +47,25 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by the implementation that ``module.config`` names at this moment.
 
-    ``query`` (batch, heads, queries, head_dim), ``key`` and ``value`` (batch, kv_heads, keys, head_dim) give
-    (batch, queries, heads, value_dim) and, for eager attention, the weights. ``default`` references the
-    model's own eager function; ``implementation`` is set where the model does not ask its config.
+    ``query`` (batch, heads, queries, head_dim), ``key`` and ``value`` (batch, kv_heads, keys,
+    head_dim) give (batch, queries, heads, value_dim) and, for eager attention, the weights.
+    ``default`` references the model's own eager function; ``implementation`` is set where the
+    model does not ask its config.
     """
-    if implementation is None:
-        implementation = module.config._attn_implementation
+    config: Any = module.config
+    chosen = config._attn_implementation if implementation is None else implementation
     fallback = resolve(default) if default else None
-    interface = AttentionInterface().get_interface(implementation, fallback)
+    interface = AttentionInterface().get_interface(chosen, fallback)
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 
-def build_mask(builder: str, owner: torch.nn.Module, *, materialise: bool = False, **kwargs: Any) -> Any:
+def build_mask(
+    builder: str, owner: torch.nn.Module, *, materialise: bool = False, **kwargs: Any
+) -> Any:
     """The attention mask of a builder in ``transformers.masking_utils`` for ``owner.config``.
 
-    The builder may answer None (attention then works by its ``is_causal`` flag); with ``materialise`` it
-    must give a tensor, because something other than attention reads it.
+    The builder may answer None (attention then works by its ``is_causal`` flag); with
+    ``materialise`` it must give a tensor, because something other than attention reads it.
     """
     if materialise and builder == "create_recurrent_attention_mask":
         mask = getattr(masking_utils, builder)(config=owner.config, **kwargs)
@@ -72,19 +76,21 @@ def build_mask(builder: str, owner: torch.nn.Module, *, materialise: bool = Fals
 
 
 def new_cache(owner: torch.nn.Module | None) -> DynamicCache:
-    """An empty key-value cache laid out for ``owner.config``, or for any model when there is no owner."""
+    """An empty key-value cache laid out for ``owner.config``, or for any model when there is no
+    owner."""
     return DynamicCache(config=owner.config) if owner is not None else DynamicCache()
 
 
 def cache_call(cache: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     """Call one of the cache's state methods, e.g. ``update(key, value, layer)``.
 
-    ``update`` appends a layer's keys and values (batch, kv_heads, new, head_dim) and returns all that
-    attention shall see.
+    ``update`` appends a layer's keys and values (batch, kv_heads, new, head_dim) and returns all
+    that attention shall see.
     """
     return getattr(cache, method)(*args, **kwargs)
 
 
 def model_output(cls: str, **fields: Any) -> Any:
-    """The transformers ModelOutput class named by ``cls`` (``module:qualified.name``) with these fields."""
+    """The transformers ModelOutput class named by ``cls`` (``module:qualified.name``) with these
+    fields."""
     return resolve(cls)(**fields)

@@ -1,7 +1,9 @@
-"""Each kind of operation is inferred once: layer 2 of a model costs a dictionary look-up per operation.
+"""Each kind of operation is inferred once: layer 2 of a model costs a dictionary look-up per
+operation.
 
-A result's metadata follows from the operation, the metadata of its tensor arguments and the values of the
-others. The first time, PyTorch's fake kernels work it out; after that the answer is a template:
+A result's metadata follows from the operation, the metadata of its tensor arguments and the values
+of the others. The first time, PyTorch's fake kernels work it out; after that the answer is a
+template:
 
     linear(float32[b, s, 64], float32[64, 64])  ->  float32[b, s, 64], fresh
     x.add_(y)                                   ->  argument 0 itself
@@ -9,6 +11,7 @@ others. The first time, PyTorch's fake kernels work it out; after that the answe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -65,10 +68,9 @@ class Memo:
         template = self._templates.get(key)
         if template is None:
             result = run_without_grad(run)
-            try:
-                self._templates[key] = self._template(result, {id(t): i for i, t in enumerate(tensors)})
-            except Unknowable:
-                pass
+            with contextlib.suppress(Unknowable):
+                positions = {id(t): i for i, t in enumerate(tensors)}
+                self._templates[key] = self._template(result, positions)
             return result
         return self._instance(template, tensors)
 
@@ -80,8 +82,7 @@ class Memo:
             tensors.append(value)
             parts.append(id(self.world.metadata(value)))
         elif kind in _PLAIN:
-            parts.append(kind)
-            parts.append(value)
+            parts.append((kind, value))
         elif kind is tuple or kind is list or kind is torch.Size:
             parts.append((kind, len(value)))
             for item in value:
@@ -110,7 +111,9 @@ class Memo:
                 raise Unknowable  # each run makes a size of its own
             return metadata
         if type(result) in (tuple, list):
-            return _Sequence(type(result), tuple(self._template(item, positions) for item in result))
+            return _Sequence(
+                type(result), tuple(self._template(item, positions) for item in result)
+            )
         if type(result) in _PLAIN:
             return _Constant(result)
         raise Unknowable
@@ -126,7 +129,8 @@ class Memo:
 
 
 def run_without_grad(run: Callable[[], Any]) -> Any:
-    """Metadata needs no autograd graph; the grad mode that the model's code sees stays what it was."""
+    """Metadata needs no autograd graph; the grad mode that the model's code sees stays what it
+    was."""
     with torch.no_grad():
         return run()
 

@@ -1,6 +1,8 @@
-"""The few names of PyTorch and transformers that are replaced while a trace runs, and put back after it.
+"""The few names of PyTorch and transformers that are replaced while a trace runs, and put back
+after it.
 
-Only the tracing thread takes the replaced paths: a model that another thread runs meanwhile computes as ever.
+Only the tracing thread takes the replaced paths: a model that another thread runs meanwhile
+computes as ever.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ _thread = threading.local()
 _MISSING = object()
 
 CACHE_METHODS = (
-    "update", "update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state",
-    "update_indexer",
+    "update", "update_conv_state", "update_recurrent_state",
+    "get_conv_state", "get_recurrent_state", "update_indexer",
 )  # fmt: skip
 
 
@@ -166,7 +168,8 @@ def _traced_cache_method(name: str, original: Any) -> Any:
 
 
 def _patch_mask_builders(replace: Any, root: nn.Module) -> None:
-    """Mask builders are imported by name, so each modelling file of the model holds its own reference."""
+    """Mask builders are imported by name, so each modelling file of the model holds its own
+    reference."""
     builders = {
         builder: _traced_mask_builder(name, builder)
         for name, builder in vars(masking_utils).items()

@@ -4,8 +4,8 @@
  ->
     pow_1 = hidden.pow(2);  mean = pow_1.mean(-1, keepdim=True)
 
-A TorchFunctionMode sees the calls as the model wrote them, above autograd and autocast, so that the graph
-replays under whichever of these the caller uses.
+A TorchFunctionMode sees the calls as the model wrote them, above autograd and autocast, so that
+the graph replays under whichever of these the caller uses.
 """
 
 from __future__ import annotations
@@ -44,21 +44,23 @@ DATA_DEPENDENT = (
 
 # Questions about a tensor's metadata: answered, never recorded.
 _METADATA_GETTERS = {
-    "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_sparse", "grad_fn", "grad",
-    "is_leaf", "is_quantized", "is_nested", "names", "is_mps", "is_xpu", "is_meta", "_version", "is_cpu",
-    "itemsize", "nbytes", "is_mkldnn",
+    "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_sparse",
+    "grad_fn", "grad", "is_leaf", "is_quantized", "is_nested", "names", "is_mps", "is_xpu",
+    "is_meta", "_version", "is_cpu", "itemsize", "nbytes", "is_mkldnn",
 }  # fmt: skip
 _METADATA_FUNCTIONS = {
-    "size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "stride", "is_contiguous", "__len__",
-    "ndimension", "get_device", "element_size", "__hash__", "__format__", "__repr__", "is_tensor",
-    "is_autocast_enabled", "get_default_dtype", "is_signed", "storage_offset", "is_inference", "is_same_size",
-    "_is_zerotensor", "is_conj", "is_neg", "result_type", "has_names",
+    "size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "stride",
+    "is_contiguous", "__len__", "ndimension", "get_device", "element_size", "__hash__",
+    "__format__", "__repr__", "is_tensor", "is_autocast_enabled", "get_default_dtype",
+    "is_signed", "storage_offset", "is_inference", "is_same_size", "_is_zerotensor", "is_conj",
+    "is_neg", "result_type", "has_names",
 }  # fmt: skip
 _REFLECTED = {
-    "__radd__": operator.add, "__rsub__": operator.sub, "__rmul__": operator.mul, "__rdiv__": operator.truediv,
-    "__rtruediv__": operator.truediv, "__rfloordiv__": operator.floordiv, "__rpow__": operator.pow,
-    "__rmod__": operator.mod, "__rmatmul__": operator.matmul, "__rand__": operator.and_,
-    "__ror__": operator.or_, "__rxor__": operator.xor,
+    "__radd__": operator.add, "__rsub__": operator.sub, "__rmul__": operator.mul,
+    "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv,
+    "__rfloordiv__": operator.floordiv, "__rpow__": operator.pow, "__rmod__": operator.mod,
+    "__rmatmul__": operator.matmul, "__rand__": operator.and_, "__ror__": operator.or_,
+    "__rxor__": operator.xor,
 }  # fmt: skip
 _NO_OPERATOR = {"__get__", "__set__", "__contains__", "__len__", "__iter__"}
 
@@ -80,7 +82,11 @@ class Recorder(TorchFunctionMode):
         self._guards_seen = 0
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if not self.recording:
@@ -113,8 +119,8 @@ class Recorder(TorchFunctionMode):
     def kernel_guards_dropped(self) -> Iterator[None]:
         """Forget the size comparisons made inside, in an operation's fake kernel.
 
-        They ask which of several equal ways to take (is a dimension broadcast?), and would turn away calls
-        that the graph serves correctly.
+        They ask which of several equal ways to take (is a dimension broadcast?), and would turn
+        away calls that the graph serves correctly.
         """
         self.take_own_guards()
         try:
@@ -159,7 +165,9 @@ class Recorder(TorchFunctionMode):
         arguments: tuple[Any, ...] = tuple(map(self.argument, args))
         keywords = {key: self.argument(value) for key, value in kwargs.items()}
         if name == "__get__":
-            return self.create_node("call_function", builtins.getattr, (arguments[0], func.__self__.__name__))
+            return self.create_node(
+                "call_function", builtins.getattr, (arguments[0], func.__self__.__name__)
+            )
         if name in _REFLECTED and len(arguments) == 2:
             return self.create_node("call_function", _REFLECTED[name], arguments[::-1])
         if name.startswith("__") and name not in _NO_OPERATOR and hasattr(operator, name):
@@ -182,7 +190,9 @@ class Recorder(TorchFunctionMode):
         """Make ``node`` (or getitem nodes of it) the origin of every value in ``result``."""
         if isinstance(result, torch.Tensor):
             fake = self.world.adopt(result)
-            if id(fake) in argument_ids:  # a no-op .to() gives its input back: two nodes, so two values
+            if (
+                id(fake) in argument_ids
+            ):  # a no-op .to() gives its input back: two nodes, so two values
                 fake = self.world.new(self.world.metadata(fake))
             set_node(fake, node)
             node.meta["spec"] = self.world.metadata(fake).spec
@@ -206,7 +216,9 @@ class Recorder(TorchFunctionMode):
     def bind_item(self, value: Any, node: fx.Node, key: Any, argument_ids: Any) -> Any:
         if not _holds_values(value):
             return value
-        return self.bind(value, self.create_node("call_function", operator.getitem, (node, key)), argument_ids)
+        return self.bind(
+            value, self.create_node("call_function", operator.getitem, (node, key)), argument_ids
+        )
 
     def with_fakes(self, tree: Any) -> Any:
         """``tree`` with real tensors (parameters, buffers, constants) replaced by their fakes."""
@@ -229,7 +241,8 @@ class Recorder(TorchFunctionMode):
         return tree
 
     def argument(self, value: Any) -> Any:
-        """``value`` as a graph argument: nodes for tensors, sizes, modules and caches, constants as they are."""
+        """``value`` as a graph argument: nodes for tensors, sizes, modules and caches, constants
+        as they are."""
         if isinstance(value, torch.Tensor):
             fake = self.with_fakes(value)
             node = node_of(fake)

@@ -1,4 +1,5 @@
-"""Trace a model; what cannot be followed becomes a module that is called, and the trace starts again."""
+"""Trace a model; what cannot be followed becomes a module that is called, and the trace starts
+again."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ _MAX_OPAQUE_CLASSES = 24
 def trace_tree(root: nn.Module, call: CallSpec, forward: Any = None) -> Trace:
     """The trace of ``forward(root, **call)``, opaque leaves where it cannot be followed.
 
-    A class of modules whose code stops the trace stays whole; it is the innermost one that is not itself a
-    PreTrainedModel. TraceError where nothing below the top is left to keep whole.
+    A class of modules whose code stops the trace stays whole; it is the innermost one that is not
+    itself a PreTrainedModel. TraceError where nothing below the top is left to keep whole.
     """
     opaque: dict[type, tuple[str, Source | None]] = {}
     fixed: frozenset[str] = frozenset()

@@ -1,8 +1,8 @@
 """Symbolic sizes as graph nodes.
 
-    x.view(batch, seq, 8, 64)   with   batch = input_ids.shape[0]
- ->
-    size = input_ids.size(0);  size_1 = input_ids.size(1);  view = x.view(size, size_1, 8, 64)
+   x.view(batch, seq, 8, 64)   with   batch = input_ids.shape[0]
+->
+   size = input_ids.size(0);  size_1 = input_ids.size(1);  view = x.view(size, size_1, 8, 64)
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class SizeNodes:
             self._nodes.setdefault(expr, node)
 
     def define_by_shape(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        """Let sizes that appear here first (rows found by nonzero, say) be read off ``node``'s result."""
-        for dim, size in enumerate(tensor.shape):
+        """Let sizes that appear here first (rows found by nonzero, say) be read off ``node``'s
+        result."""
+        sizes: Any = tensor.shape  # ints and SymInts, which mypy takes for ints all
+        for dim, size in enumerate(sizes):
             if isinstance(size, torch.SymInt) and self.is_new(size):
                 self._nodes[size.node.expr] = self.graph.call_method("size", (node, dim))
 

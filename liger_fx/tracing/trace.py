@@ -1,4 +1,5 @@
-"""What a trace is: one flat graph, and the facts about each of its nodes that torch.fx does not keep.
+"""What a trace is: one flat graph, and the facts about each of its nodes that torch.fx does not
+keep.
 
     model(input_ids)  ->  Trace(graph, root, calls, guards, opaque)
 
@@ -26,7 +27,8 @@ Source = tuple[str, int]
 
 
 class TensorSpec(NamedTuple):
-    """A tensor's metadata: sizes are ints where the trace fixed them, else expressions of the inputs' sizes."""
+    """A tensor's metadata: sizes are ints where the trace fixed them, else expressions of the
+    inputs' sizes."""
 
     shape: tuple[int | sympy.Expr, ...]
     dtype: torch.dtype

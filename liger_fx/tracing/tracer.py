@@ -1,12 +1,13 @@
-"""The Hugging Face fx tracer: one flat torch.fx graph of a whole model, of any batch size and length.
+"""The Hugging Face fx tracer: one flat torch.fx graph of a whole model, of any batch size and
+length.
 
     LlamaForCausalLM.forward(input_ids, attention_mask)
  ->
     embed = model.embed_tokens(input_ids);  to = embed.to(torch.float32);  pow_1 = to.pow(2); ...
 
-No proxy runs through the model's code: fake tensors do (fakes.py), a torch-function mode writes down what is
-done to them (recorder.py), and modules of torch.nn, linear layers of any make and what cannot be followed
-become call_module nodes.
+No proxy runs through the model's code: fake tensors do (fakes.py), a torch-function mode writes
+down what is done to them (recorder.py), and modules of torch.nn, linear layers of any make and
+what cannot be followed become call_module nodes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from liger_fx.tracing.transformers_leaves import TransformersLeaves
 class Untraceable(Exception):
     """The trace stopped inside the innermost module of ``stack``; the cause is the text."""
 
-    def __init__(self, stack: list[tuple[str, nn.Module]], source: Source | None, cause: str) -> None:
+    def __init__(
+        self, stack: list[tuple[str, nn.Module]], source: Source | None, cause: str
+    ) -> None:
         super().__init__(cause)
         self.stack, self.source = stack, source
 
@@ -47,7 +50,8 @@ class HFTracer(fx.Tracer, Recording):
     """Traces one model for one kind of call.
 
     ``opaque`` maps module classes that are called instead of followed to the reason why;
-    ``fixed_sizes`` names the sizes of transformers inputs that the model's code may fix to a number.
+    ``fixed_sizes`` names the sizes of transformers inputs that the model's code may fix to a
+    number.
     """
 
     def __init__(
@@ -64,7 +68,8 @@ class HFTracer(fx.Tracer, Recording):
     ) -> Trace:
         """Trace ``forward(root, **inputs)`` (the class's own forward by default).
 
-        Raises Untraceable. Nothing of ``root``, PyTorch or transformers stays changed, whatever happens.
+        Raises Untraceable. Nothing of ``root``, PyTorch or transformers stays changed, whatever
+        happens.
         """
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
@@ -125,7 +130,9 @@ class HFTracer(fx.Tracer, Recording):
         if isinstance(result, ModelOutput):
             fields = {key: self._output_argument(value) for key, value in result.items()}
             reference = leaves.reference_to(type(result))
-            return self.recorder.create_node("call_function", leaves.model_output, (reference,), fields)
+            return self.recorder.create_node(
+                "call_function", leaves.model_output, (reference,), fields
+            )
         if isinstance(result, (tuple, list)):
             return type(result)(map(self._output_argument, result))
         return self.recorder.argument(result)
@@ -137,7 +144,8 @@ class HFTracer(fx.Tracer, Recording):
         self.leaves.materialise_masks()
         erase_unread_nodes(self.graph, self.root)
 
-    # -- module calls ------------------------------------------------------------------------------------
+    # -- module calls
+    # ------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the module becomes a call_module node."""
@@ -146,7 +154,9 @@ class HFTracer(fx.Tracer, Recording):
     def trace_module_call(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What ``module(*args, **kwargs)`` does during the trace."""
         path = self.paths.get(module)
-        if path is None:  # made on the fly by the model's code: its parameters are constants to the graph
+        if (
+            path is None
+        ):  # made on the fly by the model's code: its parameters are constants to the graph
             return original(module, *args, **kwargs)
         if self.is_leaf_module(module, path):
             return self._call_leaf(original, module, path, args, kwargs)
@@ -167,13 +177,22 @@ class HFTracer(fx.Tracer, Recording):
         call.output = self._noted(result)
         return result
 
-    def _call_leaf(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+    def _call_leaf(
+        self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any
+    ) -> Any:
         recorder = self.recorder
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             reason = self._opaque_reason(module)
             try:
-                result = infer_leaf(recorder, original, module, args, kwargs, concrete=type(module) in self.opaque_classes)
+                result = infer_leaf(
+                    recorder,
+                    original,
+                    module,
+                    args,
+                    kwargs,
+                    concrete=type(module) in self.opaque_classes,
+                )
             except Exception as error:
                 self.stack.append((ModuleCall(-1, path, type(module), None), module))
                 try:
@@ -187,7 +206,13 @@ class HFTracer(fx.Tracer, Recording):
             if reason is not None:
                 self.opaque_leaves[path] = OpaqueLeaf(path, type(module).__name__, *reason)
             in_place = getattr(module, "inplace", False) is True
-            ids = () if in_place else {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)}
+            ids = (
+                ()
+                if in_place
+                else {
+                    id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)
+                }
+            )
             return recorder.bind(result, node, ids)
 
     def _opaque_reason(self, module: nn.Module) -> tuple[str, Source | None] | None:
@@ -199,16 +224,21 @@ class HFTracer(fx.Tracer, Recording):
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         for hook in hooks:
             if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
-                raise RuntimeError("a forward hook stands on this module, and a flat graph would not run it")
+                raise RuntimeError(
+                    "a forward hook stands on this module, and a flat graph would not run it"
+                )
         if getattr(module, "gradient_checkpointing", False) and module.training:
             raise RuntimeError("gradient checkpointing is on, and a flat graph would not recompute")
 
     def _refuse_fixed_sizes(self) -> None:
-        """A batch size or length that a module forces to one number makes the graph useless: find the module."""
+        """A batch size or length that a module forces to one number makes the graph useless: find
+        the module."""
         for name in ("batch", "sequence"):
             size = self.world.symbols.get(name)
             if size is not None and size.node.expr.is_number and name not in self.fixed_sizes:
-                raise Untraceable(self._stack(), None, f"its code fixes the {name} size to {size.node.expr}")
+                raise Untraceable(
+                    self._stack(), None, f"its code fixes the {name} size to {size.node.expr}"
+                )
 
     def _noted(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
@@ -231,10 +261,15 @@ class HFTracer(fx.Tracer, Recording):
                 source = (innermost[0], frame.tb_lineno)
             frame = frame.tb_next
         text = " ".join(str(error).split()) or type(error).__name__
-        cause = f"{type(error).__name__}: {text[:300]}" if type(error) is not RuntimeError else text[:300]
+        cause = (
+            f"{type(error).__name__}: {text[:300]}"
+            if type(error) is not RuntimeError
+            else text[:300]
+        )
         return Untraceable(self._stack(), source, cause)
 
-    # -- what the recorder asks --------------------------------------------------------------------------
+    # -- what the recorder asks
+    # --------------------------------------------------------------------------
 
     def current_call(self) -> tuple[int, str]:
         call = self.stack[-1][0]
@@ -243,14 +278,18 @@ class HFTracer(fx.Tracer, Recording):
     def node_of_real(self, tensor: torch.Tensor) -> fx.Node:
         path = self._named_tensors.get(id(tensor))
         if path is None:
-            path = next(p for i in itertools.count() if not hasattr(self.root, p := f"_tensor_constant{i}"))
+            path = next(
+                p for i in itertools.count() if not hasattr(self.root, p := f"_tensor_constant{i}")
+            )
             self.root.register_buffer(path, tensor, persistent=False)
             self._named_tensors[id(tensor)] = path
         return self._get_attr(path)
 
     def node_of_module(self, module: nn.Module) -> fx.Node:
         if module is self.root or module not in self.paths:
-            raise TypeError(f"a {type(module).__name__} that is no submodule of the model is handed to a leaf")
+            raise TypeError(
+                f"a {type(module).__name__} that is no submodule of the model is handed to a leaf"
+            )
         return self._get_attr(self.paths[module])
 
     def _get_attr(self, path: str) -> fx.Node:
@@ -259,7 +298,8 @@ class HFTracer(fx.Tracer, Recording):
             self._get_attr_nodes[path] = self.recorder.create_node("get_attr", path)
         return self._get_attr_nodes[path]
 
-    # -- autocast regions --------------------------------------------------------------------------------
+    # -- autocast regions
+    # --------------------------------------------------------------------------------
 
     def enter_autocast(self, region: torch.autocast) -> None:
         """Record the start of a ``with torch.autocast(...)`` region of the model's code."""
@@ -309,7 +349,7 @@ def _attributes_kept(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for group, old in zip(groups, before):
+        for group, old in zip(groups, before, strict=True):
             for name, value in list(group.items()):
                 if value is old.get(name):
                     continue
@@ -318,5 +358,3 @@ def _attributes_kept(root: nn.Module) -> Iterator[None]:
                         group[name] = old[name]
                     else:
                         del group[name]
-
-

@@ -1,7 +1,7 @@
 """Attention, mask builders and caches as seen by a trace: one node each, never traced through.
 
-What an attention implementation or a mask builder does inside depends on the implementation, the device and
-the data (an all-ones mask is dropped); as leaves they decide when the graph runs.
+What an attention implementation or a mask builder does inside depends on the implementation, the
+device and the data (an all-ones mask is dropped); as leaves they decide when the graph runs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ class TransformersLeaves:
         self._masks: list[tuple[fx.Node, Any]] = []
 
     def attention(
-        self, interface: Any, implementation: str, default: Any, module: torch.nn.Module, *args: Any, **kwargs: Any
+        self,
+        interface: Any,
+        implementation: str,
+        default: Any,
+        module: torch.nn.Module,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """Record ``attention_interface(module, q, k, v, mask, ...)`` and return fakes of its results."""
+        """Record ``attention_interface(module, q, k, v, mask, ...)`` and return fakes of its
+        results."""
         recorder = self.recorder
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
@@ -38,7 +45,9 @@ class TransformersLeaves:
             keywords = {key: recorder.argument(value) for key, value in kwargs.items()}
             if default is not None:
                 keywords["default"] = leaves.reference_to(default)
-            if implementation != getattr(getattr(module, "config", None), "_attn_implementation", None):
+            if implementation != getattr(
+                getattr(module, "config", None), "_attn_implementation", None
+            ):
                 keywords["implementation"] = implementation
             if implementation == "eager" or not isinstance(args[0], torch.Tensor):
                 result = interface(module, *args, **kwargs)
@@ -50,14 +59,20 @@ class TransformersLeaves:
             return recorder.bind(result, node)
 
     def mask(self, name: str, builder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a mask builder; its stand-in is the full mask, whatever the builder would shorten it to."""
+        """Record a mask builder; its stand-in is the full mask, whatever the builder would shorten
+        it to."""
         recorder = self.recorder
         given = dict(inspect.signature(builder).bind(*args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
         cache = given.get("past_key_values")
         known_cache = cache is None or node_of(cache) is not None
-        if any(callable(value) for value in given.values() if not isinstance(value, Cache)) or not known_cache:
-            return builder(*args, **kwargs)  # a mask function of the model's own: trace what it does
+        if (
+            any(callable(value) for value in given.values() if not isinstance(value, Cache))
+            or not known_cache
+        ):
+            return builder(
+                *args, **kwargs
+            )  # a mask function of the model's own: trace what it does
         with recorder.paused():
             given = recorder.with_fakes(given)
             owner = recorder.argument(self._owner_of(given.pop("config")))
@@ -78,7 +93,9 @@ class TransformersLeaves:
         keys = given.get("encoder_hidden_states")
         keys = embeds if keys is None else keys
         width = keys.shape[1] if mask is None else mask.shape[-1]
-        return torch.empty((embeds.shape[0], 1, embeds.shape[1], width), dtype=torch.bool, device=embeds.device)
+        return torch.empty(
+            (embeds.shape[0], 1, embeds.shape[1], width), dtype=torch.bool, device=embeds.device
+        )
 
     def _owner_of(self, config: PreTrainedConfig) -> torch.nn.Module:
         """A module below the root that carries this very config."""
@@ -96,7 +113,9 @@ class TransformersLeaves:
             if skippable or node.args[0] == "create_recurrent_attention_mask":
                 node.kwargs = {**node.kwargs, "materialise": True}
 
-    def new_cache(self, init: Any, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def new_cache(
+        self, init: Any, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Record the construction of a DynamicCache, empty and for a config or for none."""
         recorder = self.recorder
         with recorder.paused():
@@ -108,13 +127,19 @@ class TransformersLeaves:
             owner = None if config is None else recorder.argument(self._owner_of(config))
             set_node(cache, recorder.create_node("call_function", leaves.new_cache, (owner,)))
 
-    def cache_length(self, original: Any, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def cache_length(
+        self, original: Any, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The cache's length; where no other node knows that size, a node that asks the cache."""
         recorder = self.recorder
         with recorder.paused():
             length = original(cache, *args, **kwargs)
             node = node_of(cache)
-            if node is not None and isinstance(length, torch.SymInt) and recorder.sizes.is_new(length):
+            if (
+                node is not None
+                and isinstance(length, torch.SymInt)
+                and recorder.sizes.is_new(length)
+            ):
                 asked = recorder.create_node("call_method", "get_seq_length", (node, *args), kwargs)
                 recorder.sizes.define(length, asked)
             return length
@@ -133,7 +158,8 @@ class TransformersLeaves:
             keywords = {key: recorder.argument(value) for key, value in kwargs.items()}
             result = original(cache, *args, **kwargs)
             called = recorder.create_node("call_function", leaves.cache_call, arguments, keywords)
-            # The cache keeps the tensors it was given; what it hands out gets identities of its own.
+            # The cache keeps the tensors it was given; what it hands out gets identities of its
+            # own.
             return recorder.bind(pytree.tree_map(self._renewed, result), called)
 
     def _renewed(self, value: Any) -> Any:
