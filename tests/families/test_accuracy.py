@@ -1,7 +1,7 @@
 """Logits, loss and every gradient of the held families, judged by promise 6.
 
 Float32 must moreover agree with the original to rounding in every single call, which is what finds
-a wrong formula at one shape; a verdict on errors against float64 takes the calls of a test together.
+a wrong formula at one shape; the verdict against float64 takes the calls of a test together.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_dropout_draws_the_same_numbers(name: str) -> None:
     model, opt = fresh(name, attention_dropout=0.3)
     inputs = make_inputs(model, 2, 19, pad=True, labels=True)
     with mode(True, model, opt):
-        runs = []
+        runs: list[Run] = []
         for m in (model, opt, opt):
             torch.manual_seed(5 if len(runs) < 2 else 6)
             runs.append(measure(m, inputs))

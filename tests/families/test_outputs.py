@@ -1,4 +1,4 @@
-"""The result answers as the original does: classes and fields of its outputs, caches, generate()."""
+"""The result answers as the original does: classes and fields, caches, generate()."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_same_class_and_fields(name: str) -> None:
     ids=lambda options: next(iter(options)),
 )
 def test_same_answer_with_options(name: str, options: dict[str, Any]) -> None:
-    """Served by a graph of its own or by the original forward: either way the answer is the same."""
-    model, opt = pair(name)
+    """Served by a graph of its own or by the original forward, the answer is the same."""
+    model, opt = fresh(name)  # output_hidden_states leaves transformers' hooks on a model
     inputs = make_inputs(model, 2, 9, pad=True) | options
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""What is rewritten in each held family: the exact number of sites per rule, and nothing unexplained.
+"""What is rewritten in each held family: the exact number of sites per rule, all explained.
 
 The numbers follow from the models' code: a norm before attention, before the MLP and at the end
 (2 per layer + 1), plus norms after them, norms on q and k, or norms inside a low-rank projection.

@@ -1,4 +1,4 @@
-"""transformers' Trainer trains the result as it trains the original: same losses, same checkpoint."""
+"""transformers' Trainer trains the result as it does the original: same losses and checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MLPs as people write them: gated, packed, plain, in a module of their own or in the middle of one."""
+"""MLPs as people write them: gated, packed, plain, in a module of their own or inside another."""
 
 from __future__ import annotations
 

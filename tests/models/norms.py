@@ -1,4 +1,4 @@
-"""RMSNorm as people write it: x * w / sqrt(mean(x^2) + eps), in every spelling but transformers' own."""
+"""RMSNorm as people write it: x * w / sqrt(mean(x^2) + eps), in other spellings than llama's."""
 
 from __future__ import annotations
 
@@ -56,9 +56,8 @@ class Upcast(Weighted):
 class UpcastWeightAfter(Weighted):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.float32)
-        return self.scale * (wide * wide.square().mean(-1, keepdim=True).add(EPS).rsqrt()).type_as(
-            x
-        )
+        root = wide.square().mean(-1, keepdim=True).add(EPS).rsqrt()
+        return self.scale * (wide * root).type_as(x)
 
 
 class OnePlusWeight(Weighted):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+T = torch.Tensor
+Pair = tuple[T, T]
 
 
 def angles(length: int, width: int, dtype: torch.dtype, interleaved: bool = False) -> Pair:
@@ -16,12 +17,12 @@ def angles(length: int, width: int, dtype: torch.dtype, interleaved: bool = Fals
     return angle.cos()[None].to(dtype), angle.sin()[None].to(dtype)
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
+def rotate_half(x: T) -> T:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
 
-def rotate_neighbours(x: torch.Tensor) -> torch.Tensor:
+def rotate_neighbours(x: T) -> T:
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
@@ -30,9 +31,7 @@ class HeadsFirst(nn.Module):
 
     layout, interleaved, share = 1, False, 1.0
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -42,9 +41,7 @@ class HeadsLast(HeadsFirst):
 
     layout = 2
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -52,9 +49,7 @@ class HeadsLast(HeadsFirst):
 class Interleaved(HeadsFirst):
     interleaved = True
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         cos, sin = cos[:, None], sin[:, None]
         return q * cos + rotate_neighbours(q) * sin, k * cos + rotate_neighbours(k) * sin
 
@@ -62,9 +57,7 @@ class Interleaved(HeadsFirst):
 class InterleavedHeadsLast(HeadsFirst):
     layout, interleaved = 2, True
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         cos, sin = cos[:, :, None], sin[:, :, None]
         return q * cos + rotate_neighbours(q) * sin, k * cos + rotate_neighbours(k) * sin
 
@@ -74,24 +67,17 @@ class PartOfTheHead(HeadsFirst):
 
     share = 0.5
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         width = q.shape[-1] // 2
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        turned = [
-            torch.cat(
-                (t[..., :width] * cos + rotate_half(t[..., :width]) * sin, t[..., width:]), -1
-            )
-            for t in (q, k)
-        ]
-        return turned[0], turned[1]
+        first_q, first_k = q[..., :width], k[..., :width]
+        first_q = first_q * cos + rotate_half(first_q) * sin
+        first_k = first_k * cos + rotate_half(first_k) * sin
+        return torch.cat((first_q, q[..., width:]), -1), torch.cat((first_k, k[..., width:]), -1)
 
 
 class InFloat32AndBack(HeadsFirst):
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
         wide_q, wide_k = q.float(), k.float()
         turned_q = wide_q * cos + rotate_half(wide_q) * sin
@@ -102,9 +88,7 @@ class InFloat32AndBack(HeadsFirst):
 class OneTensor(HeadsFirst):
     """The query alone; the key goes through as it is."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return (q * cos) + (rotate_half(q) * sin), k
 
@@ -112,14 +96,11 @@ class OneTensor(HeadsFirst):
 class Sliced(HeadsFirst):
     """Halves by slices, terms the other way round, and functions instead of operators."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
-        return self.turn(q, cos.unsqueeze(1), sin.unsqueeze(1)), self.turn(
-            k, cos.unsqueeze(1), sin.unsqueeze(1)
-        )
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return self.turn(q, cos, sin), self.turn(k, cos, sin)
 
-    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def turn(self, x: T, cos: T, sin: T) -> T:
         half = x.shape[-1] // 2
         turned = torch.cat([torch.neg(x[..., half:]), x[..., :half]], dim=-1)
         return torch.add(torch.mul(sin, turned), torch.mul(cos, x))
@@ -140,17 +121,13 @@ SPELLINGS: tuple[type[HeadsFirst], ...] = (
 class TurnedBack(HeadsFirst):
     """The inverse rotation: the sign of the other half."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return q * cos - rotate_half(q) * sin, k * cos - rotate_half(k) * sin
 
 
 class NoMinus(HeadsFirst):
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> Pair:
+    def forward(self, q: T, k: T, cos: T, sin: T) -> Pair:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         first, second = q.chunk(2, -1)
         return q * cos + torch.cat((second, first), -1) * sin, k

@@ -278,7 +278,8 @@ def main() -> int:
             options += ["--breakdown"] if arguments.breakdown else []
             found = run_child(__file__, *options, timeout_s=arguments.timeout)
             results.append({"variant": variant, "model": name, **found})
-            print(name, variant, found.get("step_ms", found.get("error")), flush=True)
+            done = found.get("step_ms") or found["error"].splitlines()[-1]
+            print(name, variant, done, flush=True)
             write(arguments.out, results)  # after each, so that a time limit loses one variant only
     report(results)
     return int(any("error" in row for row in results))
