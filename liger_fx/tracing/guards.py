@@ -10,8 +10,8 @@ A call that breaks one is not this graph's to serve.
 
 from __future__ import annotations
 
-import copy
-import operator
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils._sympy.printers import PythonPrinter
 
 from liger_fx.tracing.call import CallSpec, InputSpec
+from liger_fx.tracing.tree_state import TreeState
 
 if TYPE_CHECKING:
     from liger_fx.tracing.tracer import HFTracer
 
-_UNGUARDED_CONFIG = ("_attn_implementation_internal", "_attn_implementation")
 Check = Callable[[Mapping[str, Any]], bool]
 
 
@@ -43,6 +43,7 @@ class Guards:
     training: bool
     grad_enabled: bool
     autocast: dict[str, torch.dtype | None]
+    attention_fixed: bool
 
     @classmethod
     def of_trace(cls, tracer: HFTracer, call: CallSpec) -> Guards:
@@ -53,6 +54,7 @@ class Guards:
             training=tracer.root.training,
             grad_enabled=torch.is_grad_enabled(),
             autocast=_autocast_state(_device_types(tracer.root, call)),
+            attention_fixed=tracer.leaves.masks_are_read,
         )
 
     def describe(self) -> list[str]:
@@ -66,6 +68,8 @@ class Guards:
         for device, dtype in self.autocast.items():
             lines.append(f"autocast on {device} is {'off' if dtype is None else dtype}")
         lines.append("parameters keep their dtype and device, and the config its values")
+        if self.attention_fixed:
+            lines.append("so does its attention implementation")
         lines.append("no forward hook stands on a module that the graph goes through")
         return lines
 
@@ -75,7 +79,7 @@ class Guards:
         ``modules`` are those whose code the graph replaces: their hooks and modes are assumptions
         too.
         """
-        state = _TreeState(root, modules, self.training)
+        state = TreeState(root, modules, self.training, self.attention_fixed)
         inputs_hold = _compile_inputs(self)
         grad_enabled, autocast = self.grad_enabled, self.autocast
         is_grad_enabled = torch.is_grad_enabled
@@ -90,96 +94,6 @@ class Guards:
             )
 
         return holds
-
-
-class _TreeState:
-    """Modes, hooks, dtypes, devices and configs of a module tree, compared in a few
-    microseconds."""
-
-    def __init__(self, root: nn.Module, modules: list[nn.Module], training: bool) -> None:
-        self.training = training
-        self.modes = [
-            m.__dict__ for m in modules if m is root or _code_mentions(type(m), "training")
-        ]
-        self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.checkpointing = [m.__dict__ for m in modules if hasattr(m, "gradient_checkpointing")]
-        self.tensors = _telling_tensors(root, modules)
-        self.dtypes = list(map(_dtype, self.tensors))
-        self.devices = list(map(_device, self.tensors))
-        configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
-        self.configs = [(vars(config), copy.deepcopy(vars(config))) for config in configs.values()]
-
-    def holds(self) -> bool:
-        training = self.training
-        for mode in self.modes:
-            if mode["training"] is not training:
-                return False
-        if any(self.hooks) and not all(map(_are_capturing, self.hooks)):
-            return False
-        if training:
-            for attributes in self.checkpointing:
-                if attributes.get("gradient_checkpointing"):
-                    return False
-        if list(map(_dtype, self.tensors)) != self.dtypes:
-            return False
-        if list(map(_device, self.tensors)) != self.devices:
-            return False
-        return all(now == then or _same_config(now, then) for now, then in self.configs)
-
-
-_dtype, _device = operator.attrgetter("dtype"), operator.attrgetter("device")
-
-
-def _telling_tensors(root: nn.Module, modules: list[nn.Module]) -> list[torch.Tensor]:
-    """Parameters whose dtype decides what the graph's frozen casts mean.
-
-    Those that modules of the graph hold themselves, and embeddings, up to a handful of each class:
-    a model changes dtype as a whole or by kind of module, and a deep one must not pay for every
-    layer.
-    """
-    counts: dict[tuple[type, str], int] = {}
-    found: dict[int, torch.Tensor] = {}
-    for module in root.modules():
-        if isinstance(module, nn.Linear):
-            continue  # a linear layer of another dtype than its input raises by itself
-        for name, tensor in module._parameters.items():
-            key = (type(module), name)
-            counts[key] = counts.get(key, 0) + 1
-            if tensor is not None and counts[key] <= 8:
-                found.setdefault(id(tensor), tensor)
-    first = next(root.parameters(), None)
-    if first is not None:
-        found.setdefault(id(first), first)
-    return list(found.values())
-
-
-def _same_config(now: dict[str, Any], then: dict[str, Any]) -> bool:
-    """The attention implementation may change (it is looked up when the graph runs); nothing else
-    may."""
-    names = now.keys() | then.keys()
-    missing = object()
-    return all(
-        now.get(name, missing) == then.get(name, missing)
-        for name in names
-        if name not in _UNGUARDED_CONFIG
-    )
-
-
-def _are_capturing(hooks: Mapping[int, Any]) -> bool:
-    """transformers' own hooks for output_hidden_states do nothing unless that is asked for."""
-    return all("output_capturing_hook" in getattr(h, "__qualname__", "") for h in hooks.values())
-
-
-def _code_mentions(cls: type, name: str) -> bool:
-    """Whether a method of the class (PyTorch's own aside) uses an attribute of that name."""
-    for base in cls.__mro__:
-        if base is nn.Module or base is object:
-            continue
-        for value in vars(base).values():
-            code = getattr(getattr(value, "__wrapped__", value), "__code__", None)
-            if code is not None and name in code.co_names:
-                return True
-    return False
 
 
 def _autocast_state(devices: tuple[str, ...]) -> dict[str, torch.dtype | None]:
@@ -249,7 +163,7 @@ def _compile_inputs(guards: Guards) -> Check:
         conditions.append(f"({expression})")
     lines += ["    except (KeyError, AttributeError):", "        return False"]
     lines.append("    return " + " and ".join(conditions))
-    scope["math"] = __import__("math")
+    scope["math"] = math
     exec(compile("\n".join(lines), "<guards>", "exec"), scope)
     return scope["inputs_hold"]
 
@@ -268,6 +182,4 @@ def _size_conditions(i: int, spec: InputSpec, bound: dict[str, str]) -> list[str
 
 
 def _replace_word(text: str, word: str, replacement: str) -> str:
-    import re
-
     return re.sub(rf"\b{re.escape(word)}\b", replacement, text)

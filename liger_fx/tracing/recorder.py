@@ -10,13 +10,11 @@ the graph replays under whichever of these the caller uses.
 
 from __future__ import annotations
 
-import builtins
 import functools
 import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -30,39 +28,24 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from liger_fx.tracing.effects import is_in_place_name
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.memo import Memo, run_without_grad
 from liger_fx.tracing.sizes import SizeNodes
-from liger_fx.tracing.trace import Source
+from liger_fx.tracing.torch_calls import (
+    as_node_target,
+    asks_about_metadata,
+    holds_values,
+    is_in_place,
+    modes,
+    source_line,
+    tensor_ids,
+)
 
 DATA_DEPENDENT = (
     GuardOnDataDependentSymNode,
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
-
-# Questions about a tensor's metadata: answered, never recorded.
-_METADATA_GETTERS = {
-    "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_sparse",
-    "grad_fn", "grad", "is_leaf", "is_quantized", "is_nested", "names", "is_mps", "is_xpu",
-    "is_meta", "_version", "is_cpu", "itemsize", "nbytes", "is_mkldnn",
-}  # fmt: skip
-_METADATA_FUNCTIONS = {
-    "size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "stride",
-    "is_contiguous", "__len__", "ndimension", "get_device", "element_size", "__hash__",
-    "__format__", "__repr__", "is_tensor", "is_autocast_enabled", "get_default_dtype",
-    "is_signed", "storage_offset", "is_inference", "is_same_size", "_is_zerotensor", "is_conj",
-    "is_neg", "result_type", "has_names",
-}  # fmt: skip
-_REFLECTED = {
-    "__radd__": operator.add, "__rsub__": operator.sub, "__rmul__": operator.mul,
-    "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv,
-    "__rfloordiv__": operator.floordiv, "__rpow__": operator.pow, "__rmod__": operator.mod,
-    "__rmatmul__": operator.matmul, "__rand__": operator.and_, "__ror__": operator.or_,
-    "__rxor__": operator.xor,
-}  # fmt: skip
-_NO_OPERATOR = {"__get__", "__set__", "__contains__", "__len__", "__iter__"}
 
 
 class CannotRecord(Exception):
@@ -93,15 +76,11 @@ class Recorder(TorchFunctionMode):
             with self.kernel_guards_dropped():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name == "__get__":
-            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-            if attribute in _METADATA_GETTERS:
-                return func(*args, **kwargs)
-        elif name in _METADATA_FUNCTIONS or (name == "type" and len(args) < 2 and not kwargs):
+        if asks_about_metadata(func, name, args, kwargs):
             return func(*args, **kwargs)
-        elif func is torch._C._set_grad_enabled:
+        if func is torch._C._set_grad_enabled:
             return self._set_grad_enabled(func, *args)
-        elif func is torch.Tensor.__iter__:
+        if func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
         with self.paused(), self.kernel_guards_dropped():
             return self._record(func, name, args, kwargs)
@@ -141,18 +120,18 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = self.with_fakes(args), self.with_fakes(kwargs)
-        in_place = _is_in_place(name, kwargs)
+        in_place = is_in_place(name, kwargs)
         run = functools.partial(func, *args, **kwargs)
         if in_place:
             result = self._run_in_place(run, args)
         else:
-            result = self.memo.infer((func, *_modes()), run, args, kwargs)
-        if name != "__setitem__" and not _holds_values(result):
+            result = self.memo.infer((func, *modes()), run, args, kwargs)
+        if name != "__setitem__" and not holds_values(result):
             return result
         node = self._emit(func, name, args, kwargs)
         if name == "__setitem__":
             return None
-        return self.bind(result, node, () if in_place else _tensor_ids((args, kwargs)))
+        return self.bind(result, node, () if in_place else tensor_ids((args, kwargs)))
 
     def _run_in_place(self, run: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         result = run_without_grad(run)
@@ -164,17 +143,7 @@ class Recorder(TorchFunctionMode):
     def _emit(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         arguments: tuple[Any, ...] = tuple(map(self.argument, args))
         keywords = {key: self.argument(value) for key, value in kwargs.items()}
-        if name == "__get__":
-            return self.create_node(
-                "call_function", builtins.getattr, (arguments[0], func.__self__.__name__)
-            )
-        if name in _REFLECTED and len(arguments) == 2:
-            return self.create_node("call_function", _REFLECTED[name], arguments[::-1])
-        if name.startswith("__") and name not in _NO_OPERATOR and hasattr(operator, name):
-            return self.create_node("call_function", getattr(operator, name), arguments)
-        if _is_tensor_method(func, name) and arguments and isinstance(arguments[0], fx.Node):
-            return self.create_node("call_method", name, arguments, keywords)
-        return self.create_node("call_function", func, arguments, keywords)
+        return self.create_node(*as_node_target(func, name, arguments, keywords))
 
     def create_node(
         self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -214,7 +183,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def bind_item(self, value: Any, node: fx.Node, key: Any, argument_ids: Any) -> Any:
-        if not _holds_values(value):
+        if not holds_values(value):
             return value
         return self.bind(
             value, self.create_node("call_function", operator.getitem, (node, key)), argument_ids
@@ -286,60 +255,3 @@ class Recording:
     def node_of_module(self, module: torch.nn.Module) -> fx.Node:
         """The get_attr node of a module of the traced tree."""
         raise NotImplementedError
-
-
-def _modes() -> tuple[Any, ...]:
-    """The thread's modes that change what an operation returns."""
-    return (
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-        torch.get_default_dtype(),
-    )
-
-
-def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
-    return (
-        is_in_place_name(name)
-        or name in ("__setitem__", "__set__")
-        or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-        or kwargs.get("out") is not None
-        or kwargs.get("inplace") is True
-    )
-
-
-def _holds_values(result: Any) -> bool:
-    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return any(isinstance(leaf, kinds) for leaf in pytree.tree_leaves(result))
-
-
-def _tensor_ids(tree: Any) -> set[int]:
-    return {id(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_tensor_method(func: Any, name: str) -> bool:
-    own = getattr(torch.Tensor, name, None)
-    if own is None:
-        return False
-    qualified = getattr(func, "__qualname__", "")
-    return own is func or qualified.startswith(("Tensor.", "TensorBase.", "_TensorBase."))
-
-
-def source_line(frame: FrameType | None) -> Source | None:
-    """File and line of the innermost frame that is neither PyTorch's nor the tracer's."""
-    while frame is not None:
-        if _is_model_code(frame.f_code):
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
-    return None
-
-
-@functools.lru_cache(maxsize=16384)
-def _is_model_code(code: CodeType) -> bool:
-    path = code.co_filename.replace("\\", "/")
-    return not (
-        "/torch/" in path
-        or "/liger_fx/tracing/" in path
-        or path.endswith(("/contextlib.py", "/functools.py"))
-        or path.startswith("<")
-    )

@@ -12,9 +12,7 @@ what cannot be followed become call_module nodes.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,7 +29,9 @@ from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.guards import Guards
 from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf
 from liger_fx.tracing.patches import patched
-from liger_fx.tracing.recorder import Recorder, Recording, source_line
+from liger_fx.tracing.recorder import Recorder, Recording
+from liger_fx.tracing.root_state import attributes_kept, autocast_cache_off, named_tensors
+from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 
@@ -79,7 +79,7 @@ class HFTracer(fx.Tracer, Recording):
         self.calls = [ModuleCall(0, "", type(root), None)]
         self.stack: list[tuple[ModuleCall, nn.Module]] = [(self.calls[0], root)]
         self.paths = {module: path for path, module in root.named_modules()}
-        self._named_tensors = _named_tensors(root)
+        self._named_tensors = named_tensors(root)
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
         self._autocast_cache_enabled = torch.is_autocast_cache_enabled()
@@ -87,7 +87,7 @@ class HFTracer(fx.Tracer, Recording):
         forward = forward or type(root).forward
         with self.world.mode:
             inputs = self._placeholders(call)
-        with _attributes_kept(root), patched(self):
+        with attributes_kept(root), patched(self):
             output = self._run(forward, inputs, call)
         self._finish(output)
         guards = Guards.of_trace(self, call)
@@ -112,7 +112,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _run(self, forward: Any, inputs: dict[str, torch.Tensor], call: CallSpec) -> Any:
         recorder = self.recorder
-        with _autocast_cache_off(), enable_python_dispatcher(), self.world.mode, recorder:
+        with autocast_cache_off(), enable_python_dispatcher(), self.world.mode, recorder:
             recorder.recording = True
             try:
                 result = forward(self.root, **inputs, **call.constants)
@@ -255,10 +255,11 @@ class HFTracer(fx.Tracer, Recording):
 
     def _untraceable(self, error: Exception) -> Untraceable:
         frame, source = error.__traceback__, None
-        while frame is not None:
-            innermost = source_line(frame.tb_frame)
-            if innermost is not None and frame.tb_frame.f_code.co_filename == innermost[0]:
-                source = (innermost[0], frame.tb_lineno)
+        while (
+            frame is not None
+        ):  # the innermost line of the model, on the way to where it went wrong
+            if is_model_code(frame.tb_frame.f_code):
+                source = (frame.tb_frame.f_code.co_filename, frame.tb_lineno)
             frame = frame.tb_next
         text = " ".join(str(error).split()) or type(error).__name__
         cause = (
@@ -316,45 +317,3 @@ class HFTracer(fx.Tracer, Recording):
             self.recorder.create_node(
                 "call_function", torch.amp.autocast_mode._exit_autocast, (entered,)
             )
-
-
-def _named_tensors(root: nn.Module) -> dict[int, str]:
-    """Paths of parameters, buffers and tensors held as plain attributes, by identity."""
-    named: dict[int, str] = {}
-    for path, module in root.named_modules():
-        prefix = f"{path}." if path else ""
-        for group in (module._parameters, module._buffers, module.__dict__):
-            for name, value in group.items():
-                if isinstance(value, torch.Tensor):
-                    named.setdefault(id(value), prefix + name)
-    return named
-
-
-@contextlib.contextmanager
-def _autocast_cache_off() -> Iterator[None]:
-    """Autocast keeps the casts of weights for later calls: a fake one must not get among them."""
-    was = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(was)
-
-
-@contextlib.contextmanager
-def _attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Models store tensors on themselves during forward; a fake must not stay there."""
-    groups = [g for m in root.modules() for g in (m.__dict__, m._buffers)]
-    before = [dict(group) for group in groups]
-    try:
-        yield
-    finally:
-        for group, old in zip(groups, before, strict=True):
-            for name, value in list(group.items()):
-                if value is old.get(name):
-                    continue
-                if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(value)):
-                    if name in old:
-                        group[name] = old[name]
-                    else:
-                        del group[name]

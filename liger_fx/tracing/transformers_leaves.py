@@ -26,6 +26,7 @@ class TransformersLeaves:
     def __init__(self, recorder: Recorder, root: torch.nn.Module) -> None:
         self.recorder, self.root = recorder, root
         self._masks: list[tuple[fx.Node, Any]] = []
+        self.masks_are_read = False
 
     def attention(
         self,
@@ -75,8 +76,9 @@ class TransformersLeaves:
             )  # a mask function of the model's own: trace what it does
         with recorder.paused():
             given = recorder.with_fakes(given)
-            owner = recorder.argument(self._owner_of(given.pop("config")))
-            stand_in = self._mask_stand_in(name, given)
+            config = given.pop("config")
+            owner = recorder.argument(self._owner_of(config))
+            stand_in = self._mask_stand_in(name, config, given)
             if stand_in is None:
                 return None
             keywords = {key: recorder.argument(value) for key, value in given.items()}
@@ -84,7 +86,9 @@ class TransformersLeaves:
             self._masks.append((node, builder))
             return recorder.bind(stand_in, node)
 
-    def _mask_stand_in(self, name: str, given: dict[str, Any]) -> torch.Tensor | None:
+    def _mask_stand_in(
+        self, name: str, config: PreTrainedConfig, given: dict[str, Any]
+    ) -> torch.Tensor | None:
         mask, embeds = given.get("attention_mask"), given["inputs_embeds"]
         if name == "create_recurrent_attention_mask":
             return None if mask is None or mask.ndim != 2 else torch.empty_like(mask)
@@ -93,9 +97,11 @@ class TransformersLeaves:
         keys = given.get("encoder_hidden_states")
         keys = embeds if keys is None else keys
         width = keys.shape[1] if mask is None else mask.shape[-1]
-        return torch.empty(
-            (embeds.shape[0], 1, embeds.shape[1], width), dtype=torch.bool, device=embeds.device
-        )
+        # Eager attention adds its mask; the others select by it.
+        eager = config._attn_implementation == "eager"
+        dtype = embeds.dtype if eager else torch.bool
+        shape = (embeds.shape[0], 1, embeds.shape[1], width)
+        return torch.empty(shape, dtype=dtype, device=embeds.device)
 
     def _owner_of(self, config: PreTrainedConfig) -> torch.nn.Module:
         """A module below the root that carries this very config."""
@@ -107,8 +113,9 @@ class TransformersLeaves:
     def materialise_masks(self) -> None:
         """Have masks built in full wherever something other than attention reads them."""
         for node, builder in self._masks:
-            if all(map(_only_attention_reads, node.users)):
+            if all(user.target is leaves.attention for user in node.users):
                 continue
+            self.masks_are_read = True
             skippable = "allow_is_causal_skip" in inspect.signature(builder).parameters
             if skippable or node.args[0] == "create_recurrent_attention_mask":
                 node.kwargs = {**node.kwargs, "materialise": True}
@@ -165,7 +172,3 @@ class TransformersLeaves:
     def _renewed(self, value: Any) -> Any:
         world = self.recorder.world
         return world.new(world.metadata(value)) if isinstance(value, torch.Tensor) else value
-
-
-def _only_attention_reads(user: fx.Node) -> bool:
-    return user.target is leaves.attention
