@@ -12,11 +12,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from liger_fx.engine.rewriter import rewrite
-from liger_fx.engine.rule import Rule, load_rules
+from liger_fx.engine.rule import Selection, discover
 from liger_fx.errors import MissedSiteError, NothingRewrittenWarning, UsageError
 from liger_fx.graph_model import GraphModel, build
 from liger_fx.module_tree import copy_tree
@@ -45,8 +44,9 @@ def optimize(
     inputs: example inputs, keyword arguments as a mapping or positional ones as a tuple. A
     transformers
         language model needs none; any other module does.
-    rules: names of the rules to apply (``liger-fx rules`` lists them); all of them by default.
-    exclude: rule names or module paths (``model.layers.0``, ``*.mlp``) to leave alone.
+    rules: names of the rules to apply (``liger-fx rules`` lists them), or module paths to apply
+        them in (``model.layers.0``, ``*.mlp``); all of them, everywhere, by default.
+    exclude: rule names or module paths to leave alone.
     strict: raise MissedSiteError if a site that looked like one could not be rewritten, or none
     was found.
 
@@ -55,7 +55,8 @@ def optimize(
     NothingRewrittenWarning.
     """
     _check_model(model)
-    make_plan = functools.partial(_rewritten_plan, _names(rules), tuple(exclude))
+    selection = _selection(model, rules, exclude)
+    make_plan = functools.partial(_rewritten_plan, selection)
     tree = copy_tree(model)
     optimized = build(tree, make_plan(tree, example_call(model, inputs)), make_plan)
     assert optimized.report is not None
@@ -87,8 +88,19 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _names(rules: Iterable[str] | None) -> tuple[str, ...] | None:
-    return None if rules is None else tuple(rules)
+def _selection(model: nn.Module, rules: Iterable[str] | None, exclude: Iterable[str]) -> Selection:
+    for names in (rules, exclude):
+        if isinstance(names, str):
+            raise UsageError(f"Expected a list of names, got the single string {names!r}.")
+    selection = Selection(None if rules is None else tuple(rules), tuple(exclude))
+    known = discover()
+    unknown = selection.unknown(known, model)
+    if unknown:
+        raise UsageError(
+            f"{', '.join(map(repr, unknown))}: no rule and no module of {type(model).__name__} has "
+            f"that name. The rules are {', '.join(rule.name for rule in known)}."
+        )
+    return selection
 
 
 def _trace(root: nn.Module, call: CallSpec) -> Trace:
@@ -100,19 +112,16 @@ def _plain_plan(root: nn.Module, call: CallSpec) -> Plan:
     return Plan(_trace(root, call))
 
 
-def _rewritten_plan(
-    rules: tuple[str, ...] | None, exclude: tuple[str, ...], root: nn.Module, call: CallSpec
-) -> Plan:
-    chosen: list[Rule] = load_rules(rules, exclude)
+def _rewritten_plan(selection: Selection, root: nn.Module, call: CallSpec) -> Plan:
     traced = _trace(root, call)
+    rules = discover()
     before = Side.of(root, traced.graph)
-    with torch.no_grad():
-        rewriting = rewrite(traced, chosen, exclude)
+    rewriting = rewrite(traced, rules, selection)
     report = GraphDiff(
         before,
         Side.of(root, traced.graph),
         tuple(rewriting.sites),
-        tuple(rule.name for rule in chosen),
+        tuple(rule.name for rule in rules),
         tuple(traced.guards.describe()),
         tuple(map(str, traced.opaque)),
     )

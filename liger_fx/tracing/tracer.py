@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from transformers.utils.generic import ModelOutput
 
+from liger_fx.errors import TraceError
 from liger_fx.tracing import leaves
 from liger_fx.tracing.call import CallSpec, InputSpec
 from liger_fx.tracing.cleanup import erase_unread_nodes
@@ -34,6 +35,7 @@ from liger_fx.tracing.root_state import attributes_kept, autocast_cache_off, nam
 from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
+from liger_fx.tracing.tree_state import is_capturing
 
 
 class Untraceable(Exception):
@@ -119,7 +121,7 @@ class HFTracer(fx.Tracer, Recording):
                 recorder.take_own_guards()
                 recorder.recording = False
                 return self._output_argument(result)
-            except Untraceable:
+            except (Untraceable, TraceError):
                 raise
             except Exception as error:
                 raise self._untraceable(error) from error
@@ -168,7 +170,7 @@ class HFTracer(fx.Tracer, Recording):
             self._refuse_hooks(module)
             result = original(module, *args, **kwargs)
             self._refuse_fixed_sizes()
-        except Untraceable:
+        except (Untraceable, TraceError):
             raise
         except Exception as error:
             raise self._untraceable(error) from error
@@ -221,14 +223,21 @@ class HFTracer(fx.Tracer, Recording):
         return self.opaque_classes.get(type(module))
 
     def _refuse_hooks(self, module: nn.Module) -> None:
+        """What happens around a module's call would be lost in a flat graph."""
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        for hook in hooks:
-            if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
-                raise RuntimeError(
-                    "a forward hook stands on this module, and a flat graph would not run it"
-                )
-        if getattr(module, "gradient_checkpointing", False) and module.training:
-            raise RuntimeError("gradient checkpointing is on, and a flat graph would not recompute")
+        path, cause = self.stack[-1][0].path, ""
+        if not all(is_capturing(hook) for hook in hooks):
+            cause = (
+                f"a forward hook stands on {path or 'the model'}, and a flat graph would not run it"
+            )
+            way_out = (
+                "Remove the hook, or put it on a module that the graph calls (a linear layer)."
+            )
+        elif getattr(module, "gradient_checkpointing", False) and module.training:
+            cause = "gradient checkpointing is on, and a flat graph would not recompute"
+            way_out = "Turn it off where memory allows."
+        if cause:
+            raise TraceError(path, None, cause, way_out)
 
     def _refuse_fixed_sizes(self) -> None:
         """A batch size or length that a module forces to one number makes the graph useless: find

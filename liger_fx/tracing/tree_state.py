@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class TreeState:
         for mode in self.modes:
             if mode["training"] is not training:
                 return False
-        if any(self.hooks) and not all(map(_are_capturing, self.hooks)):
+        if any(self.hooks) and not all(is_capturing(h) for hs in self.hooks for h in hs.values()):
             return False
         if training:
             for attributes in self.checkpointing:
@@ -125,9 +125,9 @@ def _configs_in(value: Any) -> Iterator[Any]:
             yield from _configs_in(item)
 
 
-def _are_capturing(hooks: Mapping[int, Any]) -> bool:
-    """transformers' own hooks for output_hidden_states do nothing unless that is asked for."""
-    return all("output_capturing_hook" in getattr(h, "__qualname__", "") for h in hooks.values())
+def is_capturing(hook: Any) -> bool:
+    """Whether it is transformers' own hook for output_hidden_states, idle unless asked for."""
+    return "output_capturing_hook" in getattr(hook, "__qualname__", "")
 
 
 def _code_mentions(cls: type, name: str) -> bool:

@@ -81,9 +81,9 @@ def test_modes_dtypes_hooks_and_config_break_the_guards() -> None:
     hook = traced.model.layers[0].register_forward_hook(lambda *_: None)
     assert not plan.holds(traced, CALL)
     hook.remove()
-    traced.config.output_attentions = True
+    traced.config.output_hidden_states = True
     assert not plan.holds(traced, CALL)
-    traced.config.output_attentions = False
+    traced.config.output_hidden_states = False
     assert plan.holds(traced, CALL)
     traced.to(torch.bfloat16)
     assert not plan.holds(traced, CALL)
