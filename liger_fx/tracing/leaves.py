@@ -54,8 +54,7 @@ def attention(
     """
     config: Any = module.config
     chosen = config._attn_implementation if implementation is None else implementation
-    fallback = resolve(default) if default else None
-    interface = AttentionInterface().get_interface(chosen, fallback)
+    interface = resolve(default) if default and chosen == "eager" else AttentionInterface()[chosen]
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 

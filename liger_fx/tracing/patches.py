@@ -117,17 +117,20 @@ def _patch_autocast(replace: Any) -> None:
 
 
 def _patch_attention(replace: Any) -> None:
-    original = AttentionInterface.get_interface
+    # Models of early transformers 5 look it up by index, later ones by get_interface.
+    name = "get_interface" if hasattr(AttentionInterface, "get_interface") else "__getitem__"
+    original = getattr(AttentionInterface, name)
 
     @functools.wraps(original)
-    def get_interface(self: Any, implementation: str, default: Any) -> Any:
-        interface = original(self, implementation, default)
+    def look_up(self: Any, implementation: str, *default: Any) -> Any:
+        interface = original(self, implementation, *default)
         tracer = recording_tracer()
         if tracer is None:
             return interface
-        return functools.partial(tracer.leaves.attention, interface, implementation, default)
+        eager = default[0] if default else None
+        return functools.partial(tracer.leaves.attention, interface, implementation, eager)
 
-    replace(AttentionInterface, "get_interface", get_interface)
+    replace(AttentionInterface, name, look_up)
 
 
 def _patch_caches(replace: Any) -> None:

@@ -89,7 +89,9 @@ class TransformersLeaves:
     def _mask_stand_in(
         self, name: str, config: PreTrainedConfig, given: dict[str, Any]
     ) -> torch.Tensor | None:
-        mask, embeds = given.get("attention_mask"), given["inputs_embeds"]
+        # transformers before 5.1 called it input_embeds.
+        embeds = given["inputs_embeds" if "inputs_embeds" in given else "input_embeds"]
+        mask = given.get("attention_mask")
         if name == "create_recurrent_attention_mask":
             return None if mask is None or mask.ndim != 2 else torch.empty_like(mask)
         if mask is not None and mask.ndim == 4:

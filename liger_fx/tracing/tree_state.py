@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.configuration_utils import PreTrainedConfig
 
 # Looked up when the graph runs, so it may change.
@@ -32,55 +34,60 @@ class TreeState:
             m.__dict__ for m in modules if m is root or _code_mentions(type(m), "training")
         ]
         self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        # PyTorch numbers all hooks of the process: while the number stands, no new one does.
+        self.hooks_seen = -1
         self.checkpointing = [m.__dict__ for m in modules if hasattr(m, "gradient_checkpointing")]
-        self.tensors = _telling_tensors(root, modules)
-        self.dtypes = list(map(_dtype, self.tensors))
-        self.devices = list(map(_device, self.tensors))
+        self.tensors = _telling_tensors(root)
+        self.kinds = self._kinds()
         unguarded = () if attention_fixed else _ATTENTION
         self.configs = [_ConfigState(config, unguarded) for config in _configs(modules)]
 
     def holds(self) -> bool:
         training = self.training
-        for mode in self.modes:
-            if mode["training"] is not training:
-                return False
-        if any(self.hooks) and not all(is_capturing(h) for hs in self.hooks for h in hs.values()):
+        if list(map(_mode, self.modes)).count(training) != len(self.modes):
+            return False
+        if RemovableHandle.next_id != self.hooks_seen and not self._no_hooks():
             return False
         if training:
             for attributes in self.checkpointing:
                 if attributes.get("gradient_checkpointing"):
                     return False
-        if list(map(_dtype, self.tensors)) != self.dtypes:
-            return False
-        if list(map(_device, self.tensors)) != self.devices:
+        if self._kinds() != self.kinds:
             return False
         return all(config.holds() for config in self.configs)
 
+    def _kinds(self) -> list[tuple[torch.dtype, torch.device]]:
+        # Looked up by name: a parameter may have been replaced since.
+        return [((t := group[name]).dtype, t.device) for group, name in self.tensors]
 
-_dtype, _device = operator.attrgetter("dtype"), operator.attrgetter("device")
+    def _no_hooks(self) -> bool:
+        number = RemovableHandle.next_id
+        if all(is_capturing(hook) for hooks in self.hooks for hook in hooks.values()):
+            self.hooks_seen = number
+            return True
+        return False
 
 
-def _telling_tensors(root: nn.Module, modules: list[nn.Module]) -> list[torch.Tensor]:
-    """Parameters whose dtype decides what the graph's frozen casts mean.
+_mode = operator.itemgetter("training")
 
-    Those that modules of the graph hold themselves, and embeddings, up to a handful of each class:
-    a model changes dtype as a whole or by kind of module, and a deep one must not pay for every
-    layer.
+
+def _telling_tensors(root: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Parameters whose dtype decides what the graph's frozen casts mean, as (group, name).
+
+    All but those of linear layers, which raise by themselves at an input of another dtype; up to a
+    handful of each class: a model changes dtype as a whole or by kind of module, and a deep one
+    must not pay for every layer.
     """
-    counts: dict[tuple[type, str], int] = {}
-    found: dict[int, torch.Tensor] = {}
+    counts: Counter[tuple[type, str]] = Counter()
+    found: list[tuple[dict[str, Any], str]] = []
     for module in root.modules():
-        if isinstance(module, nn.Linear):
-            continue  # a linear layer of another dtype than its input raises by itself
         for name, tensor in module._parameters.items():
-            key = (type(module), name)
-            counts[key] = counts.get(key, 0) + 1
-            if tensor is not None and counts[key] <= 8:
-                found.setdefault(id(tensor), tensor)
-    first = next(root.parameters(), None)
-    if first is not None:
-        found.setdefault(id(first), first)
-    return list(found.values())
+            kind = (type(module), name)
+            counts[kind] += 1
+            most = 1 if isinstance(module, nn.Linear) else 8
+            if tensor is not None and counts[kind] <= most:
+                found.append((module._parameters, name))
+    return found
 
 
 class _ConfigState:
