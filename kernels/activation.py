@@ -17,6 +17,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.launch import Launch, ceil_div, compute_dtype, launch, uses_triton
+from liger_fx.kernels.layout import laid_out
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -94,14 +95,14 @@ def activate_and_slope(x, NAME: tl.constexpr):
         return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _forward_kernel(x_ptr, y_ptr, count, NAME: tl.constexpr, COLS: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     x = tl.load(x_ptr + i, i < count, other=0.0).to(tl.float32)
     tl.store(y_ptr + i, activate(x, NAME).to(y_ptr.dtype.element_ty), i < count)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _backward_kernel(dy_ptr, x_ptr, dx_ptr, count, NAME: tl.constexpr, COLS: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     x = tl.load(x_ptr + i, i < count, other=0.0).to(tl.float32)
@@ -130,16 +131,19 @@ def _launch(kernel: Any, name: str, out: torch.Tensor, *tensors: torch.Tensor) -
 
 
 def _forward(x: torch.Tensor, name: str) -> torch.Tensor:
+    y = torch.empty_like(x)
     if not uses_triton(x):
-        return activation_reference(x, name)
-    return _launch(_forward_kernel, name, torch.empty_like(x), x)
+        return laid_out(activation_reference(x, name), y)
+    return _launch(_forward_kernel, name, y, x)
 
 
 def _backward(dy: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+    dx = torch.empty_like(x)
     if not uses_triton(dy, x):
         dtype = compute_dtype(x)
-        return (dy.to(dtype) * activation_slope(x.to(dtype), name)).to(x.dtype)
-    return _launch(_backward_kernel, name, torch.empty_like(x), dy, x)
+        plain = dy.to(dtype) * activation_slope(x.to(dtype), name)
+        return laid_out(plain.to(x.dtype), dx)
+    return _launch(_backward_kernel, name, dx, dy, x)
 
 
 _activation = define_op(

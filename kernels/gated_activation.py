@@ -30,7 +30,7 @@ from liger_fx.kernels.launch import (
     power_of_two,
     uses_triton,
 )
-from liger_fx.kernels.layout import Tensors, as_rows, empty_rows_like
+from liger_fx.kernels.layout import Tensors, as_rows, empty_rows_like, laid_out
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 
@@ -156,9 +156,9 @@ def _launch(kernel: Any, name: str, inputs: Tensors, outputs: Tensors) -> None:
 
 
 def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    if not uses_triton(gate, up):
-        return gated_activation_reference(gate, up, activation)
     y = _fake(gate, up, activation)
+    if not uses_triton(gate, up):
+        return laid_out(gated_activation_reference(gate, up, activation), y)
     _launch(_forward_kernel, activation, (gate, up), (y,))
     return y
 
@@ -166,9 +166,10 @@ def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Ten
 def _backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not uses_triton(dy, gate, up):
-        return gated_activation_backward_reference(dy, gate, up, activation)
     grads = _backward_fake(dy, gate, up, activation)
+    if not uses_triton(dy, gate, up):
+        plain = gated_activation_backward_reference(dy, gate, up, activation)
+        return laid_out(plain[0], grads[0]), laid_out(plain[1], grads[1])
     _launch(_backward_kernel, activation, (dy, gate, up), grads)
     return grads
 

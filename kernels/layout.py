@@ -33,6 +33,14 @@ def empty_rows_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
     return out
 
 
+def laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`value` in the strides of `like`, an uninitialised tensor: `like` itself, filled, if need be.
+
+    PyTorch's own operations choose strides by all their operands; a fake cannot foresee that.
+    """
+    return value if value.stride() == like.stride() else like.copy_(value)
+
+
 def as_rows(inputs: Tensors, outputs: Tensors, levels: int) -> Rows:
     """Tensors of one shape, not empty, as rows in the memory order of outputs[0], described by at
     most `levels` (1 or 2) strides each. Inputs that cannot be are copied.

@@ -27,7 +27,7 @@ from liger_fx.kernels.launch import (
     power_of_two,
     uses_triton,
 )
-from liger_fx.kernels.layout import as_rows, empty_rows_like
+from liger_fx.kernels.layout import as_rows, empty_rows_like, laid_out
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 MAX_WIDTH = 65_536  # a row is held in the registers of one program; wider ones use PyTorch
@@ -135,8 +135,9 @@ def _backward_kernel(
         g = dy
         if HAS_WEIGHT:
             g = dy * w[None, :]
-        r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
-        slope = r * r * (tl.sum(g * x, axis=1) / width)
+        squares, products = tl.split(tl.sum(tl.join(x * x, g * x), axis=1))  # one reduction
+        r = tl.rsqrt(squares / width + eps)
+        slope = r * r * (products / width)
         dx = r[:, None] * (g - x * slope[:, None])
         dx_ptrs = dx_ptr + row[:, None] * width + col[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask)
@@ -165,10 +166,14 @@ def forward_launch(width: int) -> Launch:
     return Launch(rows, cols, warps=min(rows * cols // 512, 32))
 
 
-def backward_launch(width: int) -> Launch:
-    """The same tiles, each program looping over some of them; 1024 threads a multiprocessor."""
+def backward_launch(width: int, column_bytes: int) -> Launch:
+    """The same tiles, each program looping over some of them, 512 threads a multiprocessor: they
+    fill its registers. Loads run ahead by as many tiles as fit in 96 KiB of shared memory, at most
+    two. column_bytes: what an element of x and one of dy take together.
+    """
     rows, cols, warps, _, _ = forward_launch(width)
-    return Launch(rows, cols, warps, per_sm=32 // warps)
+    ahead = min(98304 // (rows * cols * column_bytes), 2)
+    return Launch(rows, cols, warps, per_sm=max(16 // warps, 1), stages=1 + ahead)
 
 
 def sum_launch(rows: int) -> Launch:
@@ -183,9 +188,9 @@ def _forward(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    if not uses_triton(x, weight) or x.shape[-1] > MAX_WIDTH:
-        return rms_norm_reference(x, weight, eps, offset, out_dtype)
     y = empty_rows_like(x, out_dtype)
+    if not uses_triton(x, weight) or x.shape[-1] > MAX_WIDTH:
+        return laid_out(rms_norm_reference(x, weight, eps, offset, out_dtype), y)
     if not y.numel():
         return y
     width = x.shape[-1]
@@ -210,15 +215,15 @@ def _backward(
     weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx, and dweight: of no elements unless `weight_grad`."""
-    if not uses_triton(dy, x, weight) or x.shape[-1] > MAX_WIDTH:
-        dx, dw = rms_norm_backward_reference(dy, x, weight, eps, offset)
-        return dx, dw if dw is not None and weight_grad else x.new_empty(0)
     dx, dw = _backward_fake(dy, x, weight, eps, offset, weight_grad)
+    if not uses_triton(dy, x, weight) or x.shape[-1] > MAX_WIDTH:
+        plain, plain_dw = rms_norm_backward_reference(dy, x, weight, eps, offset)
+        return laid_out(plain, dx), plain_dw if plain_dw is not None and weight_grad else dw
     if not dx.numel():
         return dx, dw.zero_()
     width = x.shape[-1]
     count, inner, (dy, x), strides, outer = as_rows((dy, x), (dx,), levels=2)
-    tile = backward_launch(width)
+    tile = backward_launch(width, x.element_size() + dy.element_size())
     steps = ceil_div(count, tile.rows)
     programs = min(steps, tile.per_sm * multiprocessors(x.device))
     partial = dw.new_empty((programs, width), dtype=torch.float32) if weight_grad else None

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
-from liger_fx.kernels.layout import empty_rows_like
+from liger_fx.kernels.layout import empty_rows_like, laid_out
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -246,16 +246,19 @@ def _run(
     """One or two tensors turned, in x's order of dimensions in memory."""
     outs = tuple(_fake(x, cos, dtype) for x, dtype in zip(tensors, dtypes, strict=True))
     if not uses_triton(*tensors, cos, sin):
-        for out, x in zip(outs, tensors, strict=True):
-            out.copy_(rope_reference(x, cos, sin, form, out.dtype))
-        return outs
+        return tuple(
+            laid_out(rope_reference(x, cos, sin, form, out.dtype), out)
+            for out, x in zip(outs, tensors, strict=True)
+        )
     batch, _, tokens, _ = outs[0].shape
     if batch * tokens:
         tensors = tuple(
             x if x.stride(-1) == 1 else torch.empty_like(out, dtype=x.dtype).copy_(x)
             for x, out in zip(tensors, outs, strict=True)
         )
-        _launch(tensors, outs, cos.contiguous(), sin.contiguous(), form)
+        if cos.stride(-1) != 1 or sin.stride(-1) != 1:
+            cos, sin = cos.contiguous(), sin.contiguous()
+        _launch(tensors, outs, cos, sin, form)
     return outs
 
 

@@ -1,11 +1,11 @@
 """LigerSwiGLUMLP, LigerGEGLUMLP, LigerReGLUMLP: the gated MLP, around the model's own linears.
 
-    (mlp): LlamaMLP(                             (mlp): LigerSwiGLUMLP(
-      (gate_proj): Linear(...)                     4096 -> 14336, activation=silu
-      (up_proj): Linear(...)               ->      (gate_proj): Linear(...)
-      (down_proj): Linear(...)                     (up_proj): Linear(...)
-      (act_fn): SiLUActivation()                   (down_proj): Linear(...)
-    )                                            )
+(mlp): LlamaMLP(                             (mlp): LigerSwiGLUMLP(
+  (gate_proj): Linear(...)                     4096 -> 14336, activation=silu
+  (up_proj): Linear(...)               ->      (gate_proj): Linear(...)
+  (down_proj): Linear(...)                     (up_proj): Linear(...)
+  (act_fn): SiLUActivation()                   (down_proj): Linear(...)
+)                                            )
 """
 
 from collections.abc import Mapping

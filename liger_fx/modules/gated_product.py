@@ -1,8 +1,8 @@
 """LigerSwiGLU, LigerGEGLU, LigerReGLU: activation and product of a gated MLP, without its linears.
 
-    silu(gate) * up             ->  (act): LigerSwiGLU(activation=silu)
-    first, second = x.chunk(2, -1); gelu(first) * second
-                                ->  (act): LigerGEGLU(activation=gelu)
+silu(gate) * up             ->  (act): LigerSwiGLU(activation=silu)
+first, second = x.chunk(2, -1); gelu(first) * second
+                            ->  (act): LigerGEGLU(activation=gelu)
 """
 
 from typing import ClassVar

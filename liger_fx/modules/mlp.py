@@ -1,10 +1,10 @@
 """LigerMLP: the plain MLP, around the model's own linears.
 
-    (mlp): CLIPMLP(                              (mlp): LigerMLP(
-      (activation_fn): GELUActivation()    ->      768 -> 3072, activation=gelu
-      (fc1): Linear(...)                           (fc1): Linear(...)
-      (fc2): Linear(...)                           (fc2): Linear(...)
-    )                                            )
+(mlp): CLIPMLP(                              (mlp): LigerMLP(
+  (activation_fn): GELUActivation()    ->      768 -> 3072, activation=gelu
+  (fc1): Linear(...)                           (fc1): Linear(...)
+  (fc2): Linear(...)                           (fc2): Linear(...)
+)                                            )
 """
 
 from collections.abc import Mapping

@@ -1,15 +1,16 @@
 """LigerRMSNorm: the module in place of every spelling of RMSNorm.
 
-    (norm): LlamaRMSNorm((4096,), eps=1e-05)
-    ->  (norm): LigerRMSNorm((4096,), eps=1e-05)
+(norm): LlamaRMSNorm((4096,), eps=1e-05)
+->  (norm): LigerRMSNorm((4096,), eps=1e-05)
 
-    (norm): GemmaRMSNorm((2048,), eps=1e-06)
-    ->  (norm): LigerRMSNorm((2048,), eps=1e-06, scale=1 + weight)
+(norm): GemmaRMSNorm((2048,), eps=1e-06)
+->  (norm): LigerRMSNorm((2048,), eps=1e-06, scale=1 + weight)
 """
 
 import torch
 from torch import nn
 
+from liger_fx.kernels.launch import compute_dtype
 from liger_fx.kernels.rms_norm import rms_norm
 from liger_fx.modules.casting import Cast, check_cast, result_dtype
 
@@ -18,7 +19,8 @@ class LigerRMSNorm(nn.Module):
     """y = x * rsqrt(mean(x^2, -1) + eps) * (offset + weight), in float32 and rounded once.
 
     width: the size of the last dimension.
-    eps: None for the machine epsilon of the input's dtype, as torch.nn.RMSNorm has it.
+    eps: None for the machine epsilon of the dtype that the norm is computed in (float32, or float64
+        for float64 input), as torch.nn.RMSNorm has it.
     weight: the original parameter of shape (width,), registered under `weight_name`, never a copy;
         None where there is none or it comes with the call.
     offset: 1.0 where the model multiplies by 1 + weight.
@@ -53,7 +55,9 @@ class LigerRMSNorm(nn.Module):
         """
         if weight is None:
             weight = getattr(self, self.weight_name)
-        eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
+        eps = self.eps
+        if eps is None:
+            eps = torch.finfo(compute_dtype(hidden_states)).eps
         out_dtype = result_dtype(self.cast, hidden_states, weight)
         return rms_norm(hidden_states, weight, eps, self.offset, out_dtype)
 

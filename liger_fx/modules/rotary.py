@@ -1,9 +1,9 @@
 """LigerRotaryEmbedding: the module in place of every spelling of "apply the rotary embedding".
 
-    (self_attn): LlamaAttention(...)            the function apply_rotary_pos_emb showed nowhere
-    ->  (self_attn): LlamaAttention(
-          (rotary): LigerRotaryEmbedding(128 of 128, half-split)
-        )
+(self_attn): LlamaAttention(...)            the function apply_rotary_pos_emb showed nowhere
+->  (self_attn): LlamaAttention(
+      (rotary): LigerRotaryEmbedding(128 of 128, half-split)
+    )
 """
 
 import torch

@@ -1,0 +1,67 @@
+"""How close a kernel's result must be to float64: as close as the eager spelling, or closer."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liger_fx.kernels.launch import INTERPRETED
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32_SLACK = 2.4e-7  # two units in the last place: sums are taken in another order
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """||value - exact|| / ||exact||, in float64; infinite where value has a NaN."""
+    error = torch.linalg.vector_norm(value.double() - exact)
+    ratio = error / torch.linalg.vector_norm(exact) if exact.any() else error
+    return float("inf") if ratio.isnan() else ratio.item()
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`exact` as the best kernel could store it. The interpreter cuts bfloat16 off instead of
+    rounding it, so there the best is the number cut off.
+    """
+    if INTERPRETED and dtype == torch.bfloat16:
+        bits = exact.float().contiguous().view(torch.int32) & -65536
+        return bits.view(torch.float32).to(dtype)
+    return exact.to(dtype)
+
+
+def assert_as_accurate(
+    values: Sequence[torch.Tensor], eager: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
+) -> None:
+    """Float32 `values` at most 1.1 times as far from `exact` (float64) as `eager` is. Half values
+    at most 1.1 times as far as one rounding brings them, which is less than eager needs.
+    """
+    for value, plain, true in zip(values, eager, exact, strict=True):
+        assert value.shape == true.shape
+        best = relative_error(rounded(true, value.dtype), true)
+        limit = max(best, relative_error(plain, true)) if value.dtype == torch.float32 else best
+        assert relative_error(value, true) <= 1.1 * limit + FLOAT32_SLACK
+
+
+def with_gradients(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], *grads: torch.Tensor
+) -> list[torch.Tensor]:
+    """The outputs of function(*inputs), then the gradients of `inputs` for those of the outputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    given = [g.to(out.dtype) for g, out in zip(grads, outputs, strict=True)]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, given)]
+
+
+def doubled(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.detach().double() for t in tensors]
+
+
+def far_apart(folder: Path, rows: int, width: int) -> torch.Tensor:
+    """A float32 (rows, width) whose rows lie more than 2^31 elements apart, in a sparse file."""
+    stride = 2**31 + 64
+    memory = torch.from_file(
+        str(folder / "sparse"), shared=True, size=(rows - 1) * stride + width, dtype=torch.float32
+    )
+    x = memory.as_strided((rows, width), (stride, 1))
+    return x.copy_(torch.randn(rows, width))

@@ -1,0 +1,27 @@
+"""One suite, three machines: CUDA where there is a device, else PyTorch's operations on the CPU,
+and Triton's interpreter when TRITON_INTERPRET=1 (test_interpreter.py runs the folder so).
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory holds NaN, so that an element no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
