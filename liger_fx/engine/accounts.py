@@ -1,0 +1,119 @@
+"""What happened, in words: a Site for each match, each refused candidate, and each module that has
+the name of one and holds none."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from liger_fx.engine.facts import Facts
+from liger_fx.engine.matcher import Match
+from liger_fx.engine.mounting import Plan
+from liger_fx.engine.rule import Reject, Rule
+from liger_fx.engine.search import Refusal
+from liger_fx.engine.site import Site
+from liger_fx.engine.term import describe
+from liger_fx.tracing.trace import Source, Trace
+
+
+def rewritten(rule: Rule, group: Sequence[Match], plan: Plan, path: str, facts: Facts) -> Site:
+    """The site of matches that became a call of the module at ``path``."""
+    names = _names(group)
+    nodes = {node for match in group for node in (*match.covered, match.root)}
+    before = [describe(node, names) for node in sorted(nodes, key=facts.position.__getitem__)]
+    held_by = plan.owner.module if plan.owner else facts.module(plan.path)
+    return Site(
+        rule=rule.name,
+        path=plan.path,
+        source=group[0].root.meta.get("source"),
+        before_class=type(held_by).__name__,
+        before=tuple(before),
+        after=f"call_module {path}",
+        after_class=type(plan.replacement.module).__name__,
+        reason=None,
+    )
+
+
+def refused(rule: Rule, refusal: Refusal, facts: Facts) -> Site:
+    """The site of a candidate that stays as it is."""
+    node, why = refusal.node, refusal.why
+    call = facts.call(node)
+    is_leaf = node.op == "call_module"
+    path = str(node.target) if is_leaf else call.path
+    text = why.reason if isinstance(why, Reject) else str(why)
+    covered = sorted({node, *refusal.covered}, key=facts.position.__getitem__)
+    return Site(
+        rule=rule.name,
+        path=path,
+        source=node.meta.get("source"),
+        before_class=type(facts.module(path)).__name__ if is_leaf else call.cls.__name__,
+        before=tuple(describe(n) for n in covered),
+        after=None,
+        after_class=None,
+        reason=text + _where(why.node),
+    )
+
+
+def unexplained(trace: Trace, rules: Sequence[Rule], sites: Iterable[Site]) -> list[Site]:
+    """A refused site for each module with a candidate's class name that no site speaks of."""
+    opaque = {leaf.path: leaf for leaf in trace.opaque}
+    found: list[Site] = []
+    spoken: dict[str, list[str]] = {}
+    for site in sites:
+        spoken.setdefault(site.rule, []).append(site.path)
+    for path, (name, source, is_leaf) in _called(trace).items():
+        kin = [rule for rule in rules if rule.class_names and re.search(rule.class_names, name)]
+        known = (p for rule in kin for p in spoken.get(rule.name, ()))
+        if not kin or any(p == path or p.startswith(f"{path}.") for p in known):
+            continue
+        reason = f"no {' or '.join(rule.name for rule in kin)} was found in it"
+        if is_leaf:
+            reason = "opaque leaf, not traced through"
+        if path in opaque:
+            reason += f": {opaque[path].reason}"
+        found.append(Site(kin[0].name, path, source, name, (), None, None, reason))
+    return found
+
+
+def _called(trace: Trace) -> dict[str, tuple[str, Source | None, bool]]:
+    """Every called module by path: class name, where it was called or begins, whether a leaf.
+
+    The modules of torch.nn and of this package are what they say they are, and are left out.
+    """
+    first: dict[int, Source | None] = {}
+    leaves: dict[str, fx.Node] = {}
+    for node in trace.graph.nodes:
+        first.setdefault(node.meta.get("call") or 0, node.meta.get("source"))
+        if node.op == "call_module":
+            leaves.setdefault(str(node.target), node)
+    called = {c.path: (c.cls.__name__, first.get(c.index), False) for c in trace.calls if c.path}
+    for path, node in leaves.items():
+        cls = type(trace.root.get_submodule(path))
+        if not cls.__module__.startswith(("torch.nn", "liger_fx.")):
+            called[path] = (cls.__name__, node.meta.get("source"), True)
+        else:
+            called.pop(path, None)
+    return called
+
+
+def _names(group: Sequence[Match]) -> dict[fx.Node, str]:
+    """What the pattern calls the captured nodes; ``x`` of a second match is ``x2``."""
+    names: dict[fx.Node, str] = {}
+    for i, match in enumerate(group):
+        for node, name in match.names.items():
+            names.setdefault(node, f"{name}{i + 1}" if i else name)
+    return names
+
+
+def _where(node: fx.Node | None) -> str:
+    if node is None:
+        return ""
+    source = node.meta.get("source")
+    return (
+        f" ({describe(node)} at {os.path.basename(source[0])}:{source[1]})"
+        if source
+        else f" ({describe(node)})"
+    )

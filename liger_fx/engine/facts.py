@@ -1,0 +1,102 @@
+"""What the engine looks up about a graph, gathered in one walk so that every question is cheap."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from liger_fx.tracing.effects import is_effectful
+from liger_fx.tracing.trace import ModuleCall, Trace
+
+# Views and casts cost nothing worth keeping: when something else reads one, it simply stays.
+_FREE = {
+    "to", "float", "half", "bfloat16", "double", "type", "type_as", "getattr", "size",
+    "getitem", "chunk", "split", "narrow", "unbind", "view", "reshape", "flatten", "unflatten",
+    "view_as", "transpose", "swapaxes", "swapdims", "unsqueeze", "expand", "contiguous",
+    "repeat_interleave",
+}  # fmt: skip
+
+
+class Facts:
+    """Order, effects and module calls of one trace, as it is now."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.position: dict[fx.Node, float] = {node: i for i, node in enumerate(trace.graph.nodes)}
+        self._nodes_of: dict[int, list[fx.Node]] = defaultdict(list)
+        self._children: dict[int, list[int]] = defaultdict(list)
+        self._effects: list[fx.Node] = []
+        for node in self.position:
+            self._nodes_of[node.meta.get("call") or 0].append(node)
+            if node.op in ("call_function", "call_method") and is_effectful(node):
+                self._effects.append(node)
+        self._effect_positions = [self.position[node] for node in self._effects]
+        self.calls_of: dict[str, list[ModuleCall]] = defaultdict(list)
+        for call in trace.calls:
+            self.calls_of[call.path].append(call)
+            if call.parent is not None:
+                self._children[call.parent].append(call.index)
+        self.leaf_calls: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.position:
+            if node.op == "call_module":
+                self.leaf_calls[str(node.target)].append(node)
+
+    @property
+    def root(self) -> nn.Module:
+        """The tree that the graph's targets are paths in."""
+        return self.trace.root
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a path; "" is the root."""
+        return self.root.get_submodule(path)
+
+    def call(self, node: fx.Node) -> ModuleCall:
+        """The innermost module call that made the node."""
+        return self.trace.calls[node.meta.get("call") or 0]
+
+    def effect_between(self, first: fx.Node, last: fx.Node) -> fx.Node | None:
+        """The first node between the two that changes a tensor, a cache or a mode."""
+        i = bisect_right(self._effect_positions, self.position[first])
+        if i < len(self._effects) and self._effect_positions[i] < self.position[last]:
+            return self._effects[i]
+        return None
+
+    def nodes_below(self, call: ModuleCall) -> Iterator[fx.Node]:
+        """All nodes made during a module call, those of the calls inside it included."""
+        pending = [call.index]
+        while pending:
+            index = pending.pop()
+            yield from self._nodes_of.get(index, ())
+            pending += self._children.get(index, ())
+
+    def classes_below(self, call: ModuleCall) -> Iterator[type]:
+        """The classes of a module call and of the calls inside it."""
+        pending = [call.index]
+        while pending:
+            index = pending.pop()
+            yield self.trace.calls[index].cls
+            pending += self._children.get(index, ())
+
+    def is_inside(self, call: ModuleCall | None, outer: ModuleCall) -> bool:
+        """Whether a call is the other one, or was made during it."""
+        while call is not None and call.index > outer.index:
+            call = None if call.parent is None else self.trace.calls[call.parent]
+        return call is outer
+
+    def innermost_holding(self, nodes: list[fx.Node]) -> ModuleCall:
+        """The innermost module call during which all the nodes were made."""
+        call = self.call(nodes[0])
+        while not all(self.is_inside(self.call(node), call) for node in nodes):
+            call = self.trace.calls[call.parent or 0]
+        return call
+
+
+def computes(node: fx.Node) -> bool:
+    """Whether the node has work to do: neither a view nor a cast nor a parameter nor a size."""
+    if node.op == "call_module":
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name not in _FREE

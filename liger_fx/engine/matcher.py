@@ -1,0 +1,295 @@
+"""Finds a pattern at a node of the graph, or says how far it came.
+
+    weight * x * rsqrt(mean(square(x)) + eps)   at   mul_1 = weight * to_1
+        ->  Match(x=..., weight=..., eps=1e-06, covered=[pow_1, mean, add, rsqrt, mul, to_1, mul_1])
+        or  Miss(wanted mean(...), found sum_1)
+
+Every alternative, order and bracketing is tried until one fits as a whole; of those that do not,
+the one that covered most of the graph is remembered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from liger_fx.engine import pattern as p
+from liger_fx.engine.slices import whole
+from liger_fx.engine.term import Term, is_transparent, loses_nothing, same
+from liger_fx.engine.terms import Terms
+from liger_fx.tracing.trace import TensorSpec
+
+
+@dataclass(frozen=True)
+class Miss:
+    """The furthest that a pattern came: what it wanted next, and what stood there."""
+
+    covered: tuple[fx.Node, ...]
+    wanted: p.Pattern
+    found: Term
+    why: str | None = None
+
+    @property
+    def node(self) -> fx.Node | None:
+        """The node that stood there, if it was one."""
+        return self.found.node
+
+    def __str__(self) -> str:
+        return self.why or f"wanted {self.wanted}, found {self.found}"
+
+
+class Match:
+    """A place where the whole pattern fits.
+
+    root: the node whose value the pattern computes. covered: the nodes that compute it from the
+    captured values, in the order in which they were matched. found: what the rule's check returned.
+    """
+
+    def __init__(
+        self, root: fx.Node, bound: dict[str, Any], covered: tuple[fx.Node, ...], view: Terms
+    ) -> None:
+        self.root, self.view = root, view
+        self.found: Any = None
+        self._bound = bound
+        inputs = {t.node for t in bound.values() if isinstance(t, Term)}
+        self.covered = tuple(n for n in dict.fromkeys(covered) if n not in inputs)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._bound
+
+    def __getitem__(self, name: str) -> Any:
+        """A captured constant or the label of a choice; a Term for a tensor."""
+        return self._bound[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The same, or ``default`` where the alternative that fits has no such name."""
+        return self._bound.get(name, default)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape, dtype and device of a captured tensor; LookupError if the trace recorded none."""
+        spec = self._bound[name].spec
+        if spec is None:
+            raise LookupError(f"the trace recorded no shape for {name}")
+        return spec
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Everything captured that is no tensor."""
+        return {n: value for n, value in self._bound.items() if not isinstance(value, Term)}
+
+    @property
+    def root_spec(self) -> TensorSpec:
+        """Shape, dtype and device of what the pattern computes."""
+        spec: TensorSpec = self.root.meta["spec"]
+        return spec
+
+    @property
+    def names(self) -> dict[fx.Node, str]:
+        """The pattern's name of each captured node, for texts."""
+        nodes = {n: t.node for n, t in self._bound.items() if isinstance(t, Term)}
+        return {node: name for name, node in nodes.items() if node is not None}
+
+
+def find(pattern: p.Pattern, root: fx.Node, view: Terms) -> Match | Miss:
+    """The first way in which ``pattern`` computes the value of ``root``, else the furthest miss."""
+    attempt = _Attempt(view, root.meta.get("call"))
+    for _ in attempt.match(pattern, view(root)):
+        return Match(root, dict(attempt.bound), tuple(attempt.covered), view)
+    assert attempt.furthest is not None
+    return attempt.furthest
+
+
+class _Attempt:
+    """One search. Each ``_match_*`` yields once for every way to fit, and undoes it after."""
+
+    def __init__(self, view: Terms, home: int | None) -> None:
+        self.view, self.home = view, home
+        self.bound: dict[str, Any] = {}
+        self.covered: list[fx.Node] = []
+        self.furthest: Miss | None = None
+
+    def match(self, pattern: p.Pattern, term: Term) -> Iterator[None]:
+        return _MATCHERS[type(pattern)](self, pattern, term)
+
+    def missed(self, wanted: p.Pattern, found: Term, why: str | None = None) -> None:
+        if self.furthest is None or len(self.covered) > len(self.furthest.covered):
+            self.furthest = Miss(tuple(self.covered), wanted, found, why)
+
+    def _look_through(self, term: Term) -> Term:
+        while is_transparent(term):
+            self.covered += term.nodes
+            term = term.operands[0]
+        return term
+
+    def _each(self, pairs: list[tuple[p.Pattern, Term]]) -> Iterator[None]:
+        if not pairs:
+            yield
+            return
+        for _ in self.match(*pairs[0]):
+            yield from self._each(pairs[1:])
+
+    def _match_op(self, pattern: p.Op, term: Term) -> Iterator[None]:
+        mark = len(self.covered)
+        term = self._look_through(term)
+        if term.op != pattern.op or term.arity != len(pattern.operands):
+            self.missed(pattern, term)
+        else:
+            self.covered += term.nodes
+            names = self._bind_attributes(pattern, term)
+            if names is not None:
+                pairs = sorted(zip(pattern.operands, term.operands, strict=True), key=_vagueness)
+                yield from self._each(pairs)
+                for name in names:
+                    del self.bound[name]
+        del self.covered[mark:]
+
+    def _bind_attributes(self, pattern: p.Op, term: Term) -> list[str] | None:
+        """The names newly bound; None if an attribute is not as wanted."""
+        new: list[str] = []
+        for key, wanted in pattern.attributes.items():
+            value = term.attributes.get(key)
+            if isinstance(wanted, p.Constant):
+                if wanted.name not in self.bound:
+                    self.bound[wanted.name] = value
+                    new.append(wanted.name)
+                    continue
+                wanted = self.bound[wanted.name]
+            if value != wanted:
+                self.missed(pattern, term, f"{key} is {value}, not {wanted}, in {term}")
+                for name in new:
+                    del self.bound[name]
+                return None
+        return new
+
+    def _match_chain(self, pattern: p.Chain, term: Term) -> Iterator[None]:
+        yield from self._match_parts(pattern, pattern.parts, term)
+
+    def _match_parts(
+        self, pattern: p.Chain, parts: tuple[p.Pattern, ...], term: Term
+    ) -> Iterator[None]:
+        if len(parts) == 1:
+            yield from self.match(parts[0], term)
+            return
+        mark = len(self.covered)
+        term = self._look_through(term)
+        if term.op != pattern.op:
+            self.missed(p.Chain(pattern.op, parts), term)
+        else:
+            self.covered += term.nodes
+            a, b = term.operands
+            for chosen, rest in _splits(parts):
+                sides = [(chosen, a), (rest, b)]
+                sides.sort(key=lambda side: min(map(_rank, side[0])))
+                yield from self._match_sides(pattern, sides)
+        del self.covered[mark:]
+
+    def _match_sides(self, pattern: p.Chain, sides: list[Any]) -> Iterator[None]:
+        for _ in self._match_parts(pattern, *sides[0]):
+            yield from self._match_parts(pattern, *sides[1])
+
+    def _match_part(self, pattern: p.Part, term: Term) -> Iterator[None]:
+        mark = len(self.covered)
+        term = self._look_through(term)
+        tensor = whole(self.view, term, pattern.which)
+        if tensor is None:
+            self.missed(pattern, term)
+        else:
+            self.covered += term.nodes
+            yield from self.match(pattern.tensor, tensor)
+        del self.covered[mark:]
+
+    def _match_either(self, pattern: p.Either, term: Term) -> Iterator[None]:
+        for alternative in pattern.alternatives:
+            yield from self.match(alternative, term)
+
+    def _match_choice(self, pattern: p.Choice, term: Term) -> Iterator[None]:
+        known = pattern.name in self.bound
+        for label, alternative in pattern.alternatives.items():
+            if known and self.bound[pattern.name] != label:
+                continue
+            for _ in self.match(alternative, term):
+                self.bound[pattern.name] = label
+                yield
+                if not known:
+                    del self.bound[pattern.name]
+
+    def _match_tensor(self, pattern: p.Tensor, term: Term) -> Iterator[None]:
+        mark = len(self.covered)
+        while self._is_own_cast(term):
+            self.covered += term.nodes
+            term = term.operands[0]
+        bound = self.bound.get(pattern.name)
+        if term.op == "constant":
+            self.missed(pattern, term)
+        elif bound is None:
+            self.bound[pattern.name] = term
+            yield
+            del self.bound[pattern.name]
+        elif same(bound, term):
+            self.bound[pattern.name] = term if bound.node is None else bound
+            yield
+            self.bound[pattern.name] = bound
+        else:
+            self.missed(pattern, term, f"wanted {pattern} ({bound}) again, found {term}")
+        del self.covered[mark:]
+
+    def _is_own_cast(self, term: Term) -> bool:
+        """An alias or harmless cast made by the same module call: what came in stays as it came."""
+        if term.op != "alias" and not (term.op == "cast" and loses_nothing(term)):
+            return False
+        return term.node is not None and term.node.meta.get("call") == self.home
+
+    def _match_constant(self, pattern: p.Constant, term: Term) -> Iterator[None]:
+        if term.op != "constant" or type(term.number) not in (int, float):
+            self.missed(pattern, term)
+        elif pattern.name not in self.bound:
+            self.bound[pattern.name] = term.number
+            yield
+            del self.bound[pattern.name]
+        elif self.bound[pattern.name] == term.number:
+            yield
+
+    def _match_number(self, pattern: p.Number, term: Term) -> Iterator[None]:
+        value = term.number if term.op == "constant" else None
+        if isinstance(value, int | float) and math.isclose(value, pattern.value, rel_tol=1e-6):
+            yield
+        else:
+            self.missed(pattern, term)
+
+    def _match_anything(self, pattern: p.Anything, term: Term) -> Iterator[None]:
+        yield
+
+
+_MATCHERS: dict[type, Callable[[_Attempt, Any, Term], Iterator[None]]] = {
+    p.Op: _Attempt._match_op,
+    p.Chain: _Attempt._match_chain,
+    p.Part: _Attempt._match_part,
+    p.Either: _Attempt._match_either,
+    p.Choice: _Attempt._match_choice,
+    p.Tensor: _Attempt._match_tensor,
+    p.Constant: _Attempt._match_constant,
+    p.Number: _Attempt._match_number,
+    p.Anything: _Attempt._match_anything,
+}
+
+
+def _rank(pattern: p.Pattern) -> int:
+    """Telling patterns go first, so that a name is bound where it can only mean one thing."""
+    if isinstance(pattern, p.Tensor | p.Anything):
+        return 2
+    return 1 if isinstance(pattern, p.Part) else 0
+
+
+def _vagueness(pair: tuple[p.Pattern, Term]) -> int:
+    return _rank(pair[0])
+
+
+def _splits(parts: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """Every way to deal the parts to the two operands, both getting at least one."""
+    for mask in range(1, 2 ** len(parts) - 1):
+        chosen = tuple(part for i, part in enumerate(parts) if mask >> i & 1)
+        yield chosen, tuple(part for i, part in enumerate(parts) if not mask >> i & 1)

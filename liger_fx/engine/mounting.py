@@ -1,0 +1,211 @@
+"""Where a named module goes: in the place of the module it replaces, or beside, as a new child.
+
+    model.layers.0.input_layernorm   LlamaRMSNorm    ->  LigerRMSNorm           (takes the place)
+    model.layers.0.self_attn         LlamaAttention  ->  ... + rotary_embedding (mounted beside)
+
+A module takes another's place when the match covers everything that the other computes, in each of
+its calls, and the keys of the state_dict stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from liger_fx.engine.facts import Facts, computes
+from liger_fx.engine.legality import check_effects, check_readers
+from liger_fx.engine.matcher import Match, Miss, find
+from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
+from liger_fx.engine.term import describe
+from liger_fx.engine.terms import Terms
+from liger_fx.tracing.effects import is_effectful
+from liger_fx.tracing.trace import ModuleCall
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # a new child would change what they do
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to put where a match stands.
+
+    path: of the module that the site is reported under. owner: the one whose place is taken, if so.
+    """
+
+    replacement: Replacement
+    path: str
+    owner: Owner | None
+
+
+class Mounting:
+    """Decides for one rule, and carries out on the tree of modules."""
+
+    def __init__(self, rule: Rule, facts: Facts, view: Terms) -> None:
+        self.rule, self.facts, self.view = rule, facts, view
+        self._taken: dict[str, nn.Module | None] = {}
+        self._homes: dict[int, list[tuple[nn.Module, str]]] | None = None
+
+    def plan(self, match: Match) -> Plan:
+        """Raises Reject when the rule has no module for this match."""
+        try:
+            owner, replacement = self._in_place_of(match)
+            return Plan(replacement, owner.path, owner)
+        except Reject as why:
+            beside = self.rule.build(match, None)
+            if beside is None:
+                raise why from None
+        return Plan(beside, self.holder(match), None)
+
+    def holder(self, *matches: Match) -> str:
+        """The innermost module that can hold a new child and whose calls made all the nodes."""
+        nodes = [n for m in matches for n in (*m.covered, m.root) if computes(n)]
+        call = self.facts.innermost_holding(nodes or [matches[0].root])
+        while call.parent is not None and isinstance(self.facts.module(call.path), _CONTAINERS):
+            call = self.facts.trace.calls[call.parent]
+        return call.path
+
+    # -- taking a place ----------------------------------------------------------------------------
+
+    def _in_place_of(self, match: Match) -> tuple[Owner, Replacement]:
+        owner, args = self._owner(match)
+        replacement = self._fitting(match, owner, args)
+        if owner.path not in self._taken:
+            self._taken[owner.path] = replacement.module
+            if not self._every_call_is_alike(owner, match):
+                self._taken[owner.path] = None
+        module = self._taken[owner.path]
+        if module is None:
+            raise Reject(f"other calls of {owner.path} do something else", match.root)
+        return owner, replace(replacement, module=module)
+
+    def _owner(self, match: Match) -> tuple[Owner, tuple[Any, ...]]:
+        """The module that computes the match and nothing else, and what it was called with."""
+        root = match.root
+        if root.op == "call_module" and set(match.covered) <= {root}:
+            return Owner(str(root.target), self.facts.module(str(root.target))), _arguments(root)
+        call = self.facts.call(root)
+        for node in match.covered:
+            inner = self.facts.call(node)
+            if computes(node) and not self.facts.is_inside(inner, call):
+                raise Reject(
+                    f"its parts sit in different modules, {inner.path} and {call.path}", node
+                )
+        name = call.cls.__name__
+        if call.output is not root:
+            raise Reject(f"{name} does not end with it", root)
+        covered = {*match.covered, root}
+        for node in self.facts.nodes_below(call):
+            if node not in covered and _counts(node):
+                raise Reject(f"{name} computes more than that: {describe(node)}", node)
+        if call.parent is None:
+            raise Reject("it is the whole model", root)
+        if _depends_on_mode(self.facts, call):
+            raise Reject(f"{name} asks whether it is training", root)
+        return Owner(call.path, self.facts.module(call.path)), _arguments(call)
+
+    def _fitting(self, match: Match, owner: Owner, args: tuple[Any, ...]) -> Replacement:
+        replacement = self.rule.build(match, owner)
+        if replacement is None:
+            raise Reject("there is no named module for it", match.root)
+        if tuple(term.node for term in replacement.inputs) != args:
+            raise Reject(f"{type(owner.module).__name__} is called with something else", match.root)
+        old, new = (
+            owner.module.state_dict(keep_vars=True),
+            replacement.module.state_dict(keep_vars=True),
+        )
+        if old.keys() != new.keys():
+            extra = ", ".join(sorted(old.keys() ^ new.keys()))
+            raise Reject(
+                f"{type(owner.module).__name__} holds other parameters: {extra}", match.root
+            )
+        return replacement
+
+    def _every_call_is_alike(self, owner: Owner, match: Match) -> bool:
+        roots: list[Any] = [call.output for call in self.facts.calls_of.get(owner.path, ())]
+        roots += self.facts.leaf_calls.get(owner.path, ())
+        return all(root is match.root or self._is_alike(root, owner) for root in roots)
+
+    def _is_alike(self, root: Any, owner: Owner) -> bool:
+        """Whether another call of the owner, ending in ``root``, would give the same module."""
+        if not isinstance(root, fx.Node):
+            return False
+        found = find(self.rule.pattern, root, self.view)
+        if isinstance(found, Miss):
+            return False
+        try:
+            found.found = self.rule.check(found)
+            check_readers(found)
+            check_effects(found, self.facts)
+            other, args = self._owner(found)
+            replacement = self._fitting(found, other, args)
+        except Reject:
+            return False
+        return other.path == owner.path and _equal(replacement.module, self._taken[owner.path])
+
+    # -- on the tree -------------------------------------------------------------------------------
+
+    def put(self, plan: Plan) -> str:
+        """Put the plan's module into the tree and return its path."""
+        module = plan.replacement.module
+        if plan.owner is None:
+            return self._mount(plan.path, plan.replacement.name, module)
+        module.train(plan.owner.module.training)
+        for parent, name in self._places(plan.owner.module):
+            parent.add_module(name, module)
+        return plan.path
+
+    def _places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Every place of the tree where the module hangs: tied modules hang in several."""
+        if self._homes is None:
+            self._homes = defaultdict(list)
+            for parent in self.facts.root.modules():
+                for name, child in parent._modules.items():
+                    self._homes[id(child)].append((parent, name))
+        return self._homes.get(id(module), [])
+
+    def _mount(self, holder_path: str, base: str, module: nn.Module) -> str:
+        """As ``swiglu``, ``swiglu_2`` ...; an equal module that is there already serves."""
+        holder = self.facts.module(holder_path)
+        number = 1
+        while True:
+            name = base if number == 1 else f"{base}_{number}"
+            there = getattr(holder, name, None)
+            if there is None and not hasattr(holder, name):
+                module.train(holder.training)
+                holder.add_module(name, module)
+            elif not (isinstance(there, nn.Module) and _equal(there, module)):
+                number += 1
+                continue
+            return f"{holder_path}.{name}" if holder_path else name
+
+
+def _equal(a: nn.Module, b: nn.Module | None) -> bool:
+    return type(a) is type(b) and b is not None and a.extra_repr() == b.extra_repr()
+
+
+def _arguments(call: ModuleCall | fx.Node) -> tuple[Any, ...]:
+    if call.kwargs:
+        raise Reject(
+            "it is called with arguments by name", call if isinstance(call, fx.Node) else None
+        )
+    return tuple(call.args)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node belongs to what its module computes: sizes and parameters do not."""
+    if node.op in ("get_attr", "placeholder"):
+        return False
+    return "spec" in node.meta or is_effectful(node) or computes(node)
+
+
+def _depends_on_mode(facts: Facts, call: ModuleCall) -> bool:
+    """Whether the code of the call's modules mentions ``training``: the trace saw one mode only."""
+    return any(_mentions_training(cls) for cls in facts.classes_below(call))
+
+
+def _mentions_training(cls: type) -> bool:
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
+    return code is not None and "training" in code.co_names

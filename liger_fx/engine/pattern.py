@@ -1,0 +1,242 @@
+"""The language of rules: a pattern is the formula it finds.
+
+    x, weight, eps = Tensor("x"), Tensor("weight"), Constant("eps")
+    weight * x * rsqrt(mean(square(x)) + eps)
+
+finds that product in any order and with any brackets, whatever eps is, with casts between floating
+types anywhere below the root: operators are canonical (spellings.py, slices.py), products and sums
+commute and associate, a name that stands twice must be the same value twice, and constants are
+captured, so that a rule's check can look at them. ``either(...)`` lists alternatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Pattern:
+    """A formula with names in it. Build one with the functions of this file and with + - * **."""
+
+    def __mul__(self, other: Pattern | float) -> Pattern:
+        return Chain.of("mul", self, other)
+
+    def __rmul__(self, other: float) -> Pattern:
+        return Chain.of("mul", other, self)
+
+    def __add__(self, other: Pattern | float) -> Pattern:
+        return Chain.of("add", self, other)
+
+    def __radd__(self, other: float) -> Pattern:
+        return Chain.of("add", other, self)
+
+    def __sub__(self, other: Pattern) -> Pattern:
+        return Either((Op("sub", (self, other)), Chain.of("add", self, -other)))
+
+    def __neg__(self) -> Pattern:
+        return Op("neg", (self,))
+
+    def __pow__(self, exponent: float) -> Pattern:
+        return Op("pow", (self, Number(exponent)))
+
+    def below(self) -> tuple[Pattern, ...]:
+        """The patterns this one is made of."""
+        return ()
+
+    def walk(self) -> Iterator[Pattern]:
+        """This pattern and all below it."""
+        yield self
+        for part in self.below():
+            yield from part.walk()
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor(Pattern):
+    """Any tensor, under a name; casts that lose nothing are looked through."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Constant(Pattern):
+    """A Python number, or an attribute of an operator, under a name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"the number {self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Number(Pattern):
+    """One number, up to the digits that people write constants with."""
+
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class Anything(Pattern):
+    """Any value, without a name."""
+
+    def __str__(self) -> str:
+        return "anything"
+
+
+@dataclass(frozen=True, eq=False)
+class Op(Pattern):
+    """A canonical operator; an attribute is the value it must have, or a Constant to capture."""
+
+    op: str
+    operands: tuple[Pattern, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def below(self) -> tuple[Pattern, ...]:
+        return self.operands
+
+    def __str__(self) -> str:
+        return f"{self.op}({', '.join(map(str, self.operands))})"
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Pattern):
+    """A sum or product of two or more, in any order and with any brackets."""
+
+    op: str
+    parts: tuple[Pattern, ...]
+
+    @staticmethod
+    def of(op: str, *parts: Pattern | float) -> Chain:
+        """The chain of these parts; parts that are chains of the same operator are taken apart."""
+        patterns = (p if isinstance(p, Pattern) else Number(p) for p in parts)
+        flat = (
+            q for p in patterns for q in (p.parts if isinstance(p, Chain) and p.op == op else (p,))
+        )
+        return Chain(op, tuple(flat))
+
+    def below(self) -> tuple[Pattern, ...]:
+        return self.parts
+
+    def __str__(self) -> str:
+        symbol = {"mul": " * ", "add": " + "}[self.op]
+        return symbol.join(f"({p})" if isinstance(p, Chain) else str(p) for p in self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Pattern):
+    """One half of a tensor along its last dimension; it finds the tensor from the half."""
+
+    which: str
+    tensor: Pattern
+
+    def below(self) -> tuple[Pattern, ...]:
+        return (self.tensor,)
+
+    def __str__(self) -> str:
+        return f"{self.which}({self.tensor})"
+
+
+@dataclass(frozen=True, eq=False)
+class Either(Pattern):
+    """The first alternative that fits."""
+
+    alternatives: tuple[Pattern, ...]
+
+    def below(self) -> tuple[Pattern, ...]:
+        return self.alternatives
+
+    def __str__(self) -> str:
+        return str(self.alternatives[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Choice(Pattern):
+    """The first alternative that fits, whose label is captured under a name."""
+
+    name: str
+    alternatives: dict[Any, Pattern]
+
+    def below(self) -> tuple[Pattern, ...]:
+        return tuple(self.alternatives.values())
+
+    def __str__(self) -> str:
+        return f"an {self.name}"
+
+
+anything = Anything()
+
+
+def either(*alternatives: Pattern) -> Pattern:
+    """The first of the alternatives that fits."""
+    return Either(alternatives)
+
+
+def choice(name: str, alternatives: dict[Any, Pattern]) -> Pattern:
+    """The first of the alternatives that fits; ``match[name]`` is its label."""
+    return Choice(name, alternatives)
+
+
+def square(x: Pattern) -> Pattern:
+    """x * x"""
+    return Op("square", (x,))
+
+
+def rsqrt(x: Pattern) -> Pattern:
+    """1 / sqrt(x)"""
+    return Op("rsqrt", (x,))
+
+
+def sqrt(x: Pattern) -> Pattern:
+    """The square root, where nothing divides by it."""
+    return Op("sqrt", (x,))
+
+
+def mean(x: Pattern) -> Pattern:
+    """The mean over the last dimension, which is kept with size 1."""
+    return Op("mean", (x,), {"dims": (-1,), "keepdim": True})
+
+
+def linear(x: Pattern, module: Pattern | None = None) -> Pattern:
+    """A linear layer; ``module`` captures the path of the leaf, None for F.linear on a weight."""
+    return Op("linear", (x,), {} if module is None else {"module": module})
+
+
+def unsqueeze(x: Pattern, dim: Pattern) -> Pattern:
+    """A new dimension of size 1, at ``dim`` counted from the end."""
+    return Op("unsqueeze", (x,), {"dim": dim})
+
+
+def cat(a: Pattern, b: Pattern) -> Pattern:
+    """a beside b, along the last dimension."""
+    return Op("cat", (a, b), {"dim": -1})
+
+
+def interleave(a: Pattern, b: Pattern) -> Pattern:
+    """a0 b0 a1 b1 ... along the last dimension."""
+    return Op("interleave", (a, b))
+
+
+def lower(x: Pattern) -> Pattern:
+    """The first half of the last dimension."""
+    return Part("lower", x)
+
+
+def upper(x: Pattern) -> Pattern:
+    """The second half of the last dimension."""
+    return Part("upper", x)
+
+
+def even(x: Pattern) -> Pattern:
+    """Places 0, 2, 4, ... of the last dimension."""
+    return Part("even", x)
+
+
+def odd(x: Pattern) -> Pattern:
+    """Places 1, 3, 5, ... of the last dimension."""
+    return Part("odd", x)

@@ -1,0 +1,274 @@
+"""The spellings of parts of a tensor, along its last dimension.
+
+    x[..., :8], x.chunk(2, -1)[0], x.split([8, 8], -1)[0], x.narrow(-1, 0, 8)  ->  slice(x, 0, 8, 1)
+    x[..., 0::2], x.view(.., n, 2)[..., 0], x.unflatten(-1, (n, 2)).unbind(-1)[0]
+                                                                           ->  slice(x, 0, 15, 2)
+    torch.stack((a, b), -1).flatten(-2)                                    ->  interleave(a, b)
+    x.view(.., n, 2).transpose(-1, -2).reshape(x.shape)                    ->  deinterleave(x)
+    c[:, None], c.unsqueeze(1)                                             ->  unsqueeze(c, -3)
+
+Slices of slices become one slice of the innermost tensor, and unsqueeze moves outwards: a slice of
+an unsqueezed cos is the unsqueezed slice of it. The terms in between then have no node.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from liger_fx.engine.spellings import Lowering, argument
+from liger_fx.engine.term import Term
+
+if TYPE_CHECKING:
+    from liger_fx.engine.terms import Terms
+
+Nodes = tuple[fx.Node, ...]
+
+
+def take(
+    view: Terms, x: Term, index: slice, node: fx.Node | None = None, hidden: Nodes = ()
+) -> Term | None:
+    """``x[..., index]``; None where the width of ``x`` is not known, or nothing is taken."""
+    if x.width is None:
+        return None
+    places = range(x.width)[index]
+    if not places or places.step < 1:
+        return None
+    if len(places) == x.width:
+        return x if node is None else view.make("alias", (x,), node, hidden)
+    if x.op == "alias":
+        return take(view, x.operands[0], index, node, (*hidden, *x.nodes))
+    if x.op == "slice":
+        outer = range(x.attributes["start"], x.attributes["stop"], x.attributes["step"])
+        combined, hidden = outer[index], (*hidden, *x.nodes)
+        places, x = combined, x.operands[0]
+    if x.op == "unsqueeze" and x.attributes["dim"] != -1:
+        inner = take(view, x.operands[0], index)
+        return inner and view.make("unsqueeze", (inner,), node, (*hidden, *x.nodes), **x.attributes)
+    return _slice(view, x, places, node, hidden)
+
+
+def _slice(
+    view: Terms, x: Term, places: range, node: fx.Node | None = None, hidden: Nodes = ()
+) -> Term:
+    spec = x.spec and x.spec._replace(shape=(*x.spec.shape[:-1], len(places)))
+    extent = {"start": places.start, "stop": places[-1] + 1, "step": places.step}
+    return view.make("slice", (x,), node, hidden, spec=spec, **extent)
+
+
+def whole(view: Terms, part: Term, which: str) -> Term | None:
+    """The tensor whose lower, upper, even or odd half the slice is; None where there is none."""
+    if part.op != "slice":
+        return None
+    base = part.operands[0]
+    start, step = part.attributes["start"], part.attributes["step"]
+    count = len(range(start, part.attributes["stop"], step))
+    if which in ("even", "odd"):
+        if step % 2:
+            return None
+        step //= 2
+    start -= {"lower": 0, "upper": count * step, "even": 0, "odd": step}[which]
+    stop = start + (2 * count - 1) * step + 1
+    if base.width is None or start < 0 or stop > base.width:
+        return None
+    if (start, stop, step) == (0, base.width, 1):
+        return base
+    for node in part.hidden:  # the model has sliced this out before it took the half
+        sliced = view(node)
+        if sliced.op == "slice" and sliced.attributes == {
+            "start": start,
+            "stop": stop,
+            "step": step,
+        }:
+            return sliced
+    return _slice(view, base, range(start, stop, step))
+
+
+def _getitem(view: Terms, node: fx.Node) -> Term | None:
+    source, index = node.args
+    if not isinstance(source, fx.Node):
+        return None
+    if view.spec(source) is None:
+        return _item_of_parts(view, node, source, index)
+    rank = view.rank(source)
+    items = list(index) if isinstance(index, tuple) else [index]
+    if rank is None or sum(item is Ellipsis for item in items) > 1:
+        return None
+    if any(item is Ellipsis for item in items):
+        at = next(i for i, item in enumerate(items) if item is Ellipsis)
+        missing = rank - sum(item is not None for item in items) + 1
+        items[at : at + 1] = [slice(None)] * missing
+    else:
+        items += [slice(None)] * (rank - sum(item is not None for item in items))
+    telling = [(i - len(items), item) for i, item in enumerate(items) if item != slice(None)]
+    if len(telling) != 1:
+        return None
+    (dim, item), x = telling[0], view(source)
+    if item is None:
+        return view.make("unsqueeze", (x,), node, dim=dim)
+    if type(item) is int:
+        return _select(view, node, x, dim, item)
+    if isinstance(item, slice) and dim == -1 and _is_static(item):
+        return take(view, x, item, node)
+    return None
+
+
+def _is_static(index: slice) -> bool:
+    return all(p is None or type(p) is int for p in (index.start, index.stop, index.step))
+
+
+def _item_of_parts(view: Terms, node: fx.Node, source: fx.Node, index: Any) -> Term | None:
+    """One result of chunk, split or unbind."""
+    name = source.target if isinstance(source.target, str) else source.target.__name__
+    if (
+        source.op == "placeholder"
+        or name not in ("chunk", "split", "unbind")
+        or type(index) is not int
+    ):
+        return None
+    x_node = argument(source, 0, "input", "tensor", "self")
+    rank = view.rank(x_node)
+    default_dim, place = (0, 1) if name == "unbind" else (0, 2)
+    dim = argument(source, place, "dim", default=default_dim)
+    if rank is None or type(dim) is not int:
+        return None
+    dim, x = dim - rank if dim >= 0 else dim, view(x_node)
+    if name == "unbind":
+        return _select(view, node, x, dim, index, (source,))
+    size = argument(source, 1, "chunks", "split_size_or_sections", "split_size")
+    if dim != -1 or x.width is None:
+        return None
+    bounds = _bounds(name, x.width, size)
+    if bounds is None or not 0 <= index < len(bounds) - 1:
+        return None
+    return take(view, x, slice(bounds[index], bounds[index + 1]), node, (source,))
+
+
+def _bounds(name: str, width: int, size: Any) -> list[int] | None:
+    if isinstance(size, list | tuple):
+        if not all(type(s) is int for s in size):
+            return None
+        return [sum(size[:i]) for i in range(len(size) + 1)]
+    if type(size) is not int or size < 1:
+        return None
+    step = -(-width // size) if name == "chunk" else size
+    return [*range(0, width, step), width]
+
+
+def _select(
+    view: Terms, node: fx.Node, x: Term, dim: int, index: int, hidden: Nodes = ()
+) -> Term | None:
+    """One place of a last dimension that was viewed as two."""
+    if x.op != "unflatten" or index < 0:
+        return None
+    _, inner = x.attributes["sizes"]
+    if dim == -1:
+        places = slice(index, None, inner)
+    elif dim == -2:
+        places = slice(index * inner, (index + 1) * inner)
+    else:
+        return None
+    return take(view, x.operands[0], places, node, (*hidden, *x.nodes))
+
+
+def _narrow(view: Terms, node: fx.Node) -> Term | None:
+    x, dim, start, length = (
+        argument(node, i, name) for i, name in enumerate(("input", "dim", "start", "length"))
+    )
+    if not isinstance(x, fx.Node) or type(start) is not int or type(length) is not int:
+        return None
+    last = dim in (-1, (view.rank(x) or 0) - 1)
+    return take(view, view(x), slice(start, start + length), node) if last else None
+
+
+def _reshape(view: Terms, node: fx.Node) -> Term | None:
+    """A view that splits the last dimension in two, or joins the last two, or does nothing."""
+    x_node = argument(node, 0, "input", "self")
+    before, after = view.spec(x_node), view.spec(node)
+    if before is None or after is None or before.dtype != after.dtype:
+        return None
+    if before.shape == after.shape:
+        return view.make("alias", (x_node,), node)
+    if before.shape[:-1] == after.shape[:-2]:
+        return view.make("unflatten", (x_node,), node, sizes=after.shape[-2:])
+    if before.shape[:-2] != after.shape[:-1]:
+        return None
+    x = view(x_node)
+    if x.op == "stack":
+        if x.attributes["dim"] == -1:
+            return view.make("interleave", x.operands, node, x.nodes)
+        if x.attributes["dim"] == -2:
+            return view.make("cat", x.operands, node, x.nodes, dim=-1)
+    if x.op == "transpose" and x.attributes["dims"] == (-2, -1):
+        inner = x.operands[0]
+        if inner.op == "unflatten" and inner.attributes["sizes"][1] == 2:
+            return view.make("deinterleave", inner.operands, node, (*x.nodes, *inner.nodes))
+    return None
+
+
+def _joined(op: str) -> Lowering:
+    def lower(view: Terms, node: fx.Node) -> Term | None:
+        parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", "axis", default=0)
+        rank = view.rank(node)
+        if rank is None or type(dim) is not int or not isinstance(parts, list | tuple):
+            return None
+        return view.make(op, tuple(parts), node, dim=dim - rank if dim >= 0 else dim)
+
+    return lower
+
+
+def _transpose(view: Terms, node: fx.Node) -> Term | None:
+    rank, dims = view.rank(node), (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
+    if rank is None or not all(type(d) is int for d in dims):
+        return None
+    from_end = tuple(sorted(d - rank if d >= 0 else d for d in dims))
+    return view.make("transpose", (argument(node, 0, "input"),), node, dims=from_end)
+
+
+def _unsqueeze(view: Terms, node: fx.Node) -> Term | None:
+    rank, dim = view.rank(node), argument(node, 1, "dim")
+    if rank is None or type(dim) is not int:
+        return None
+    dim, x = dim - rank if dim >= 0 else dim, view(argument(node, 0, "input"))
+    if x.op in ("mean", "sum") and dim == -1 and x.attributes == {"dims": (-1,), "keepdim": False}:
+        return view.make(x.op, x.operands, node, x.nodes, dims=(-1,), keepdim=True)
+    return view.make("unsqueeze", (x,), node, dim=dim)
+
+
+def _repeat_interleave(view: Terms, node: fx.Node) -> Term | None:
+    x_node, repeats = argument(node, 0, "input", "self"), argument(node, 1, "repeats")
+    dim, rank = argument(node, 2, "dim"), view.rank(node)
+    if type(repeats) is not int or type(dim) is not int or rank is None:
+        return None
+    if (dim - rank if dim >= 0 else dim) != -1:
+        return None
+    x = view(x_node)
+    if x.op == "unsqueeze" and x.attributes["dim"] != -1:
+        inner = view.make("repeat_interleave", x.operands, repeats=repeats)
+        return view.make("unsqueeze", (inner,), node, x.nodes, **x.attributes)
+    return view.make("repeat_interleave", (x,), node, repeats=repeats)
+
+
+_TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
+    (_getitem, ("slice", "alias", "unsqueeze"), (operator.getitem,)),
+    (_narrow, ("slice",), (torch.narrow, "narrow")),
+    (
+        _reshape,
+        ("alias", "unflatten", "interleave", "cat", "deinterleave"),
+        ("view", "reshape", torch.reshape, "flatten", torch.flatten, "unflatten", "view_as"),
+    ),
+    (_joined("cat"), ("cat",), (torch.cat, torch.concat, torch.concatenate)),
+    (_joined("stack"), ("stack",), (torch.stack,)),
+    (_transpose, ("transpose",), ("transpose", torch.transpose, "swapaxes", "swapdims")),
+    (_unsqueeze, ("unsqueeze", "mean", "sum"), ("unsqueeze", torch.unsqueeze)),
+    (
+        _repeat_interleave,
+        ("repeat_interleave", "unsqueeze"),
+        ("repeat_interleave", torch.repeat_interleave),
+    ),
+]
+
+VIEWS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}

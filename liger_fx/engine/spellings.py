@@ -1,0 +1,252 @@
+"""The spellings of arithmetic, reductions, activations and casts: one canonical operator for each.
+
+    torch.square(x), x.pow(2), x * x                      ->  square(x)
+    rsqrt(v), 1 / sqrt(v), sqrt(v).reciprocal(), v**-0.5  ->  rsqrt(v)
+    x / sqrt(v)                                           ->  mul(x, rsqrt(v))
+    x.sum(-1, keepdim=True) / width                       ->  mean(x, dims=(-1,), keepdim=True)
+    x.to(dtype), x.float(), x.type_as(y)                  ->  cast(x)
+    F.silu(x), nn.SiLU()(x)                               ->  silu(x)
+
+What takes several operators to say (x * sigmoid(x), GELU's tanh form) is a pattern: activations.py.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from liger_fx.engine.term import Term, is_transparent
+from liger_fx.tracing.leaf_modules import is_linear
+
+if TYPE_CHECKING:
+    from liger_fx.engine.terms import Terms
+
+Lowering = Callable[["Terms", fx.Node], Term | None]
+
+
+def argument(node: fx.Node, place: int, *names: str, default: Any = None) -> Any:
+    """An argument by its place, or by one of its names."""
+    if place < len(node.args):
+        return node.args[place]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
+def is_number(value: Any) -> bool:
+    """A plain int or float; no bool, no symbolic size."""
+    return type(value) in (int, float)
+
+
+def plain(op: str, count: int = 1) -> Lowering:
+    """An operator of ``count`` operands that has no options, or none set."""
+    names = (("input", "self"), ("other",))
+
+    def lower(view: Terms, node: fx.Node) -> Term | None:
+        operands = tuple(argument(node, i, *names[i]) for i in range(count))
+        if len(node.args) + len(node.kwargs) > count or None in operands:
+            return None
+        return view.make(op, operands, node)
+
+    return lower
+
+
+def _add(op: str) -> Lowering:
+    def lower(view: Terms, node: fx.Node) -> Term | None:
+        if argument(node, 2, "alpha", default=1) != 1 or "out" in node.kwargs:
+            return None
+        a, b = argument(node, 0, "input", "self"), argument(node, 1, "other")
+        return view.make(op, (a, b), node)
+
+    return lower
+
+
+def _mul(view: Terms, node: fx.Node) -> Term | None:
+    a, b = argument(node, 0, "input", "self"), argument(node, 1, "other")
+    if a is b and isinstance(a, fx.Node):
+        return view.make("square", (a,), node)
+    if is_number(b) and b == -1:
+        return view.make("neg", (a,), node)
+    return view.make("mul", (a, b), node)
+
+
+def _div(view: Terms, node: fx.Node) -> Term | None:
+    a, b = argument(node, 0, "input", "self"), argument(node, 1, "other")
+    if argument(node, 2, "rounding_mode") is not None:
+        return None
+    if is_number(b):
+        return _mean_of_sum(view, node, a, b) or view.make("div", (a, b), node)
+    root, casts = _below_casts(view, b)
+    if root.op != "sqrt":
+        return view.make(
+            "reciprocal" if _is_one(a) else "div", (b,) if _is_one(a) else (a, b), node
+        )
+    if _is_one(a):
+        return view.make("rsqrt", root.operands, node, hidden=(*casts, *root.nodes))
+    inverse = view.make("rsqrt", root.operands, root.node, hidden=(*casts, *root.hidden))
+    return view.make("mul", (a, inverse), node)
+
+
+def _mean_of_sum(view: Terms, node: fx.Node, total: Any, count: float) -> Term | None:
+    if not isinstance(total, fx.Node):
+        return None
+    term = view(total)
+    if term.op != "sum" or term.attributes["dims"] != (-1,) or term.operands[0].width != count:
+        return None
+    return view.make("mean", term.operands, node, hidden=term.nodes, **term.attributes)
+
+
+def _reciprocal(view: Terms, node: fx.Node) -> Term:
+    root, casts = _below_casts(view, argument(node, 0, "input"))
+    if root.op == "sqrt":
+        return view.make("rsqrt", root.operands, node, hidden=(*casts, *root.nodes))
+    return view.make("reciprocal", (argument(node, 0, "input"),), node)
+
+
+def _pow(view: Terms, node: fx.Node) -> Term | None:
+    base, exponent = argument(node, 0, "input", "self"), argument(node, 1, "exponent")
+    if not is_number(exponent) or not isinstance(base, fx.Node):
+        return None
+    named = {2: "square", 0.5: "sqrt", -0.5: "rsqrt"}.get(exponent)
+    if named:
+        return view.make(named, (base,), node)
+    return view.make("pow", (base, float(exponent)), node)
+
+
+def _reduction(op: str) -> Lowering:
+    def lower(view: Terms, node: fx.Node) -> Term | None:
+        x, dims = argument(node, 0, "input"), argument(node, 1, "dim", "axis")
+        if argument(node, 3, "dtype") is not None or not isinstance(x, fx.Node) or dims is None:
+            return None
+        keepdim = bool(argument(node, 2, "keepdim", default=False))
+        rank = view.rank(x)
+        dims = tuple(dims) if isinstance(dims, list | tuple) else (dims,)
+        if rank is None or not all(isinstance(d, int) for d in dims):
+            return None
+        from_end = tuple(sorted(d - rank if d >= 0 else d for d in dims))
+        return view.make(op, (x,), node, dims=from_end, keepdim=keepdim)
+
+    return lower
+
+
+def _cast(view: Terms, node: fx.Node) -> Term | None:
+    x = argument(node, 0, "input", "self")
+    before, after = view.spec(x), view.spec(node)
+    if before is None or after is None or before.device != after.device:
+        return None
+    return view.make("cast", (x,), node)
+
+
+def _alias(view: Terms, node: fx.Node) -> Term | None:
+    """The same value again: contiguous, clone, an expand or view to the shape it has."""
+    x = argument(node, 0, "input", "self")
+    return view.make("alias", (x,), node) if view.spec(x) == view.spec(node) else None
+
+
+def _dropout(view: Terms, node: fx.Node) -> Term:
+    """Of probability 0 it is an alias. In eval mode it is not: the module may train later."""
+    p = argument(node, 1, "p", default=0.5)
+    return view.make("alias" if p == 0 else "dropout", (node.args[0],), node)
+
+
+def _activation(op: str) -> Lowering:
+    def lower(view: Terms, node: fx.Node) -> Term | None:
+        if argument(node, 1, "inplace", default=False):
+            return None
+        return view.make(op, (argument(node, 0, "input"),), node)
+
+    return lower
+
+
+def _gelu(view: Terms, node: fx.Node) -> Term | None:
+    approximate = argument(node, 1, "approximate", default="none")
+    op = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    return view.make(op, (argument(node, 0, "input"),), node) if op else None
+
+
+def _linear(view: Terms, node: fx.Node) -> Term | None:
+    """F.linear: the weight is no child module's, which ``module=None`` says."""
+    return view.make("linear", (argument(node, 0, "input"),), node, module=None)
+
+
+def _rms_norm(view: Terms, node: fx.Node) -> Term | None:
+    shape = argument(node, 1, "normalized_shape")
+    x, weight = argument(node, 0, "input"), argument(node, 2, "weight")
+    if len(shape) != 1:
+        return None
+    operands = (x,) if weight is None else (x, weight)
+    return view.make("rms_norm", operands, node, eps=argument(node, 3, "eps"))
+
+
+def _below_casts(view: Terms, value: Any) -> tuple[Term, tuple[fx.Node, ...]]:
+    term, passed = view.operand(value), tuple[fx.Node, ...]()
+    while is_transparent(term):
+        passed, term = (*passed, *term.nodes), term.operands[0]
+    return term, passed
+
+
+def _is_one(value: Any) -> bool:
+    return is_number(value) and value == 1
+
+
+# (the lowering, what it may name a node, the targets it reads)
+_TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
+    (_add("add"), ("add",), (operator.add, torch.add, "add")),
+    (_add("sub"), ("sub",), (operator.sub, torch.sub, torch.subtract, "sub", "subtract")),
+    (_mul, ("mul", "square", "neg"), (operator.mul, torch.mul, torch.multiply, "mul", "multiply")),
+    (
+        _div,
+        ("div", "mul", "mean", "rsqrt", "reciprocal"),
+        (operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "divide"),
+    ),
+    (_reciprocal, ("reciprocal", "rsqrt"), (torch.reciprocal, "reciprocal")),
+    (_pow, ("pow", "square", "sqrt", "rsqrt"), (operator.pow, torch.pow, "pow")),
+    (plain("square"), ("square",), (torch.square, "square")),
+    (plain("sqrt"), ("sqrt",), (torch.sqrt, "sqrt")),
+    (plain("rsqrt"), ("rsqrt",), (torch.rsqrt, "rsqrt")),
+    (plain("neg"), ("neg",), (operator.neg, torch.neg, torch.negative, "neg", "negative")),
+    (plain("tanh"), ("tanh",), (torch.tanh, F.tanh, "tanh")),
+    (plain("erf"), ("erf",), (torch.erf, torch.special.erf, "erf")),
+    (plain("sigmoid"), ("sigmoid",), (torch.sigmoid, torch.special.expit, F.sigmoid, "sigmoid")),
+    (plain("view_as_real"), ("view_as_real",), (torch.view_as_real,)),
+    (_reduction("mean"), ("mean",), (torch.mean, "mean")),
+    (_reduction("sum"), ("sum",), (torch.sum, "sum")),
+    (_cast, ("cast",), ("to", "float", "half", "bfloat16", "double", "type", "type_as")),
+    (_alias, ("alias",), ("contiguous", "clone", torch.clone, "expand")),
+    (_dropout, ("alias", "dropout"), (F.dropout, torch.dropout)),
+    (_activation("silu"), ("silu",), (F.silu,)),
+    (_activation("relu"), ("relu",), (F.relu, torch.relu, "relu")),
+    (_gelu, ("gelu", "gelu_tanh"), (F.gelu,)),
+    (_linear, ("linear",), (F.linear,)),
+    (_rms_norm, ("rms_norm",), (F.rms_norm, torch.rms_norm)),
+]
+
+FUNCTIONS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}
+
+
+def lower_module(view: Terms, node: fx.Node, module: nn.Module) -> Term | None:
+    """A leaf module as the operator it computes; None where it is none of those above."""
+    x = argument(node, 0, "input", "x", "hidden_states")
+    if not isinstance(x, fx.Node):
+        return None
+    if is_linear(module):
+        return view.make("linear", (x,), node, module=node.target)
+    if not type(module).__module__.startswith("torch.nn"):
+        return None
+    match module:
+        case nn.RMSNorm() if len(module.normalized_shape) == 1:
+            return view.make("rms_norm", (x,), node, eps=module.eps)
+        case nn.Dropout():
+            return view.make("alias" if module.p == 0 else "dropout", (x,), node)
+        case nn.Identity():
+            return view.make("alias", (x,), node)
+        case nn.SiLU() | nn.ReLU() if not module.inplace:
+            return view.make(type(module).__name__.lower(), (x,), node)
+        case nn.GELU():
+            return view.make("gelu" if module.approximate == "none" else "gelu_tanh", (x,), node)
+        case nn.Sigmoid() | nn.Tanh():
+            return view.make(type(module).__name__.lower(), (x,), node)
+    return None

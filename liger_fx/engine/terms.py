@@ -1,0 +1,96 @@
+"""The view of a graph as terms: nothing is changed, each node is read when something asks for it.
+
+terms = Terms(root)
+terms(node)                      ->  Term("rsqrt", (Term("add", ...),))
+terms.named(graph, {"rsqrt"})    ->  the nodes that compute an rsqrt, however it was spelled
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import fx, nn
+
+from liger_fx.engine.slices import VIEWS
+from liger_fx.engine.spellings import FUNCTIONS, lower_module
+from liger_fx.engine.term import Term, constant
+from liger_fx.tracing.trace import TensorSpec
+
+_LOWERINGS = {**FUNCTIONS, **VIEWS}
+_MODULE_OPS = {"linear", "rms_norm", "alias", "dropout", "silu", "relu", "gelu", "gelu_tanh"}
+
+
+class Terms:
+    """Reads the nodes of one graph whose call_module targets are paths below ``root``.
+
+    A view is of the graph as it was when the nodes were read: after a change, make a new one.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._terms: dict[fx.Node, Term] = {}
+
+    def __call__(self, node: fx.Node) -> Term:
+        """The term of a node; "opaque" for what has no canonical name."""
+        term = self._terms.get(node)
+        if term is None:
+            term = self._terms[node] = self._lower(node)
+        return term
+
+    def _lower(self, node: fx.Node) -> Term:
+        lowered: Term | None = None
+        if node.op == "call_module":
+            lowered = lower_module(self, node, self._modules[str(node.target)])
+        elif node.op == "get_attr":
+            lowered = self.make("get_attr", (), node, path=node.target)
+        elif node.target in _LOWERINGS and node.op in ("call_function", "call_method"):
+            lowered = _LOWERINGS[node.target][0](self, node)
+        return lowered or self.make("opaque", (), node)
+
+    def operand(self, value: Any) -> Term:
+        """The term of an argument: a node, a number, or a term already."""
+        if isinstance(value, fx.Node):
+            return self(value)
+        return value if isinstance(value, Term) else constant(value)
+
+    def make(
+        self,
+        op: str,
+        arguments: tuple[Any, ...],
+        node: fx.Node | None = None,
+        hidden: tuple[fx.Node, ...] = (),
+        spec: TensorSpec | None = None,
+        **attributes: Any,
+    ) -> Term:
+        """A term of this view; its spec is the node's unless one is given."""
+        if node is not None:
+            spec = node.meta.get("spec")
+        return Term(
+            op, arguments, node=node, hidden=hidden, attributes=attributes, spec=spec,
+            resolve=self.operand,
+        )  # fmt: skip
+
+    def named(self, nodes: Iterable[fx.Node], ops: Iterable[str]) -> Iterator[fx.Node]:
+        """The nodes whose term has one of these operators, in the graph's order."""
+        wanted = set(ops)
+        targets = {t for t, (_, gives) in _LOWERINGS.items() if wanted.intersection(gives)}
+        modules = bool(wanted & _MODULE_OPS)
+        for node in nodes:
+            if node.op == "call_module":
+                readable = modules
+            else:
+                readable = node.op in ("call_function", "call_method") and node.target in targets
+            if readable and self(node).op in wanted:
+                yield node
+
+    @staticmethod
+    def spec(value: Any) -> TensorSpec | None:
+        """What the trace recorded of a node's tensor."""
+        return value.meta.get("spec") if isinstance(value, fx.Node) else None
+
+    @staticmethod
+    def rank(value: Any) -> int | None:
+        """The number of dimensions of a node's tensor."""
+        spec = Terms.spec(value)
+        return None if spec is None else len(spec.shape)

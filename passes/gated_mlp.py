@@ -1,0 +1,102 @@
+"""The gated MLP: whole where it is a module of its own, else its activation and product.
+
+    gate_proj = self.mlp.gate_proj(h); silu = F.silu(gate_proj); up_proj = self.mlp.up_proj(h)
+    mul = silu * up_proj; down_proj = self.mlp.down_proj(mul)
+ ->
+    mlp = LigerSwiGLUMLP(64 -> 96, activation=silu)(h)
+
+    chunk = h.chunk(2, -1); mul = F.gelu(chunk[0]) * chunk[1]
+ ->
+    geglu = LigerGEGLU(96, activation=gelu)(h)
+
+Shazeer, "GLU Variants Improve Transformer", 2020: down(act(gate(x)) * up(x)). One linear layer may
+compute gate and up as the two halves of its result.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from liger_fx.engine.activations import activated
+from liger_fx.engine.layers import MLP_NAMES, check_no_casts, own_layers
+from liger_fx.engine.matcher import Match
+from liger_fx.engine.pattern import (
+    Constant,
+    Pattern,
+    Tensor,
+    anything,
+    choice,
+    either,
+    linear,
+    lower,
+    upper,
+)
+from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
+from liger_fx.modules import (
+    LigerGEGLU,
+    LigerGEGLUMLP,
+    LigerReGLU,
+    LigerReGLUMLP,
+    LigerSwiGLU,
+    LigerSwiGLUMLP,
+)
+
+MLPS: dict[str, type[nn.Module]] = {
+    "silu": LigerSwiGLUMLP,
+    "gelu": LigerGEGLUMLP,
+    "gelu_tanh": LigerGEGLUMLP,
+    "relu": LigerReGLUMLP,
+}
+PRODUCTS: dict[str, type[nn.Module]] = {
+    "silu": LigerSwiGLU,
+    "gelu": LigerGEGLU,
+    "gelu_tanh": LigerGEGLU,
+    "relu": LigerReGLU,
+}
+
+x, packed, gate, up = Tensor("x"), Tensor("packed"), Tensor("gate"), Tensor("up")
+
+
+def product(gate: Pattern, up: Pattern) -> Pattern:
+    """act(gate) * up"""
+    return activated(gate) * up
+
+
+def halves(both: Pattern) -> Pattern:
+    """gate and up in one tensor, either of them first"""
+    first, second = lower(both), upper(both)
+    return choice("gate_first", {True: product(first, second), False: product(second, first)})
+
+
+separate = product(linear(x, Constant("gate layer")), linear(x, Constant("up layer")))
+together = halves(linear(x, Constant("gate_up layer")))
+whole = linear(either(separate, together), Constant("down layer"))
+
+
+class GatedMLP(Rule):
+    name = "gated_mlp"
+    pattern = either(whole, halves(packed), product(gate, up))
+    looks_like = product(gate, anything)
+    class_names = MLP_NAMES
+
+    def check(self, match: Match) -> None:
+        """Inside, everything has one dtype; gate and up have one shape."""
+        check_no_casts(match)
+        if "gate" in match and match.spec("gate") != match.spec("up"):
+            shapes = f"{match.spec('gate')} and {match.spec('up')}"
+            raise Reject(f"gate and up are not alike: {shapes}", match.root)
+
+    def build(self, match: Match, owner: Owner | None) -> Replacement | None:
+        activation, gate_first = match["activation"], match.get("gate_first", True)
+        if "down layer" not in match:
+            inputs = (match["packed"],) if "packed" in match else (match["gate"], match["up"])
+            width = match.root_spec.shape[-1]
+            module = PRODUCTS[activation](activation, gate_first=gate_first, width=width)
+            return Replacement(module, inputs, type(module).__name__.removeprefix("Liger").lower())
+        if owner is None:
+            return None
+        children, roles = own_layers(match, owner)
+        if "gate_up" in roles:
+            roles["gate_first"] = gate_first
+        module = MLPS[activation](children, activation=activation, **roles)
+        return Replacement(module, (match["x"],), self.name)
