@@ -124,6 +124,7 @@ class InTheMiddle(nn.Module):
 # class -> the rule that takes it, and the module that stands there afterwards
 SPELLINGS: dict[type[nn.Module], tuple[str, str]] = {
     Separate: ("gated_mlp", "LigerSwiGLUMLP"),
+    SigmoidByHand: ("gated_mlp", "LigerSwiGLUMLP"),
     UpFirst: ("gated_mlp", "LigerReGLUMLP"),
     Gelu: ("gated_mlp", "LigerGEGLUMLP"),
     GeluTanh: ("gated_mlp", "LigerGEGLUMLP"),

@@ -15,10 +15,10 @@ from torch import fx, nn
 
 import liger_fx
 from tests.models import mlps, norms, rotaries
+from tests.models.hosts import HEAD, WIDTH, Around, Attention
 from tests.support.accuracy import furthest
 from tests.support.modules import Inputs, judge, run
 
-WIDTH = 24
 SHAPES = ((2, 5), (1, 1), (3, 8))
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = 2e-6
@@ -26,18 +26,23 @@ ROUNDING = 2e-6
 
 def rows(dtype: torch.dtype, batch: int, length: int) -> Inputs:
     torch.manual_seed(batch)
-    return (torch.randn(batch, length, WIDTH).to(dtype),)
+    return (torch.randn(batch, length, 10).to(dtype),)
 
 
-def heads(kind: type[rotaries.HeadsFirst], dtype: torch.dtype, batch: int, length: int) -> Inputs:
-    torch.manual_seed(batch)
-    head_dim = 16
-    q, k = torch.randn(batch, 4, length, head_dim), torch.randn(batch, 2, length, head_dim)
-    if kind.layout == 2:
-        q, k = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
-    turned = int(head_dim * kind.share)
-    cos, sin = rotaries.angles(length, turned, dtype, kind.interleaved)
-    return q.to(dtype), k.to(dtype), cos, sin
+def around(kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return Around(kind(WIDTH)).to(dtype)
+
+
+def attention(kind: type[rotaries.HeadsFirst], dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return Attention(kind(), heads_first=kind.layout == 1).to(dtype)
+
+
+def turns(kind: type[rotaries.HeadsFirst], dtype: torch.dtype, batch: int, length: int) -> Inputs:
+    """Rows and the angles of their positions."""
+    cos, sin = rotaries.angles(length, int(HEAD * kind.share), dtype, kind.interleaved)
+    return (*rows(dtype, batch, length), cos, sin)
 
 
 def optimized(module: nn.Module, inputs: Inputs) -> Any:
@@ -57,8 +62,7 @@ def same(module: nn.Module, opt: nn.Module, calls: list[Inputs]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", norms.SPELLINGS, ids=lambda kind: kind.__name__)
 def test_norms(kind: type[nn.Module], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    module = kind(WIDTH).to(dtype)
+    module = around(kind, dtype)
     calls = [rows(dtype, *shape) for shape in SHAPES]
     opt = optimized(module, calls[0])
     assert Counter(s.rule for s in opt.report.rewritten) == {"rms_norm": norms.SPELLINGS[kind]}
@@ -70,8 +74,7 @@ def test_norms(kind: type[nn.Module], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", mlps.SPELLINGS, ids=lambda kind: kind.__name__)
 def test_mlps(kind: type[nn.Module], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    module = kind(WIDTH).to(dtype)
+    module = around(kind, dtype)
     calls = [rows(dtype, *shape) for shape in SHAPES]
     opt = optimized(module, calls[0])
     rule, class_name = mlps.SPELLINGS[kind]
@@ -83,28 +86,31 @@ def test_mlps(kind: type[nn.Module], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", rotaries.SPELLINGS, ids=lambda kind: kind.__name__)
 def test_rotaries(kind: type[rotaries.HeadsFirst], dtype: torch.dtype) -> None:
-    module = kind()
-    calls = [heads(kind, dtype, *shape) for shape in SHAPES]
+    module = attention(kind, dtype)
+    calls = [turns(kind, dtype, *shape) for shape in SHAPES]
     opt = optimized(module, calls[0])
-    assert [s.rule for s in opt.report.rewritten] == ["rotary"]
+    assert [s.rule for s in opt.report.rewritten] == ["rotary_embedding"]
     same(module, opt, calls)
 
 
 @pytest.mark.parametrize("kind", norms.NEAR_MISSES, ids=lambda kind: kind.__name__)
 def test_near_misses_of_the_norm(kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
-    near_miss(kind(WIDTH), [rows(torch.float32, *shape) for shape in SHAPES], "rms_norm")
+    near_miss(
+        around(kind, torch.float32), [rows(torch.float32, *shape) for shape in SHAPES], "rms_norm"
+    )
 
 
 @pytest.mark.parametrize("kind", rotaries.NEAR_MISSES, ids=lambda kind: kind.__name__)
 def test_near_misses_of_the_rotary_embedding(kind: type[rotaries.HeadsFirst]) -> None:
-    near_miss(kind(), [heads(kind, torch.float32, *shape) for shape in SHAPES], "rotary")
+    calls = [turns(kind, torch.float32, *shape) for shape in SHAPES]
+    near_miss(attention(kind, torch.float32), calls, "rotary_embedding")
 
 
 @pytest.mark.parametrize("kind", mlps.NEAR_MISSES, ids=lambda kind: kind.__name__)
 def test_near_misses_of_the_mlp(kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
-    near_miss(kind(WIDTH), [rows(torch.float32, *shape) for shape in SHAPES], "gated_mlp")
+    near_miss(
+        around(kind, torch.float32), [rows(torch.float32, *shape) for shape in SHAPES], "gated_mlp"
+    )
 
 
 def near_miss(module: nn.Module, calls: list[Inputs], rule: str) -> None:
@@ -143,8 +149,8 @@ def test_a_whole_block_by_hand() -> None:
     calls = []
     for batch, length in SHAPES:
         cos, sin = rotaries.angles(length, 8, torch.float32)
-        calls.append((*rows(torch.float32, batch, length), cos, sin))
+        calls.append((torch.randn(batch, length, WIDTH), cos, sin))
     opt = optimized(module, calls[0])
     found = Counter(site.rule for site in opt.report.rewritten)
-    assert found == {"rms_norm": 2, "rotary": 1, "gated_mlp": 1}
+    assert found == {"rms_norm": 2, "rotary_embedding": 1, "gated_mlp": 1}
     same(module, opt, calls)
