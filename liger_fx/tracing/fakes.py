@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -111,9 +112,26 @@ class FakeWorld:
             return tensor
         return self.of_real(tensor)
 
+    def settle(self, graph: fx.Graph) -> None:
+        """Write sizes that the code fixed or tied late into the nodes made before that, too."""
+        sizes = [size.node for size in self.symbols.values()]
+        settled = {size._expr: size.expr for size in sizes if size.expr != size._expr}
+        if not settled:
+            return
+        for node in graph.nodes:
+            spec = node.meta.get("spec")
+            if spec is not None:
+                shape = tuple(_settled(size, settled) for size in spec.shape)
+                node.meta["spec"] = spec._replace(shape=shape)
+
     def hint(self, size: int | torch.SymInt) -> int:
         """A concrete number for a size: the trace's example of it."""
         return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _settled(size: int | sympy.Expr, settled: dict[sympy.Expr, Any]) -> int | sympy.Expr:
+    expr = sympy.sympify(size).xreplace(settled)
+    return int(expr) if expr.is_number else expr
 
 
 def set_node(value: Any, node: Any) -> None:

@@ -145,6 +145,7 @@ class HFTracer(fx.Tracer, Recording):
         node.meta.update(call=0, module="", source=None)
         self.leaves.materialise_masks()
         erase_unread_nodes(self.graph, self.root)
+        self.world.settle(self.graph)
 
     # -- module calls
     # ------------------------------------------------------------------------------------
