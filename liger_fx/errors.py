@@ -47,3 +47,9 @@ class NothingRewrittenWarning(LigerFxWarning):
 
 class FallbackWarning(LigerFxWarning):
     """A call that no graph serves ran the model's original forward; given once per reason."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of any library says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from liger_fx.errors import UsageError
+from liger_fx.errors import UsageError, one_line
 
 LAYERS = 4  # enough for most patterns of unlike layers to come round
 _LARGEST = 50_000_000  # parameters; a model that stays larger has sizes that are spelled otherwise
@@ -89,7 +89,7 @@ def tiny_model(model_type: str, layers: int = LAYERS, seed: int = 0) -> PreTrain
         model = type(sketch)(config)
     except Exception as error:  # an architecture may refuse a config in any way it likes
         raise UsageError(
-            f"No tiny {model_type} can be made ({_first_line(error)}): "
+            f"No tiny {model_type} can be made ({one_line(error)}): "
             "give a directory with a config.json instead."
         ) from error
     with torch.no_grad():
@@ -125,8 +125,3 @@ def _shrunk(config_class: Any, layers: int) -> Any:
         # latent attention has one key head for each query head
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     return config_class(**sizes)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -1,6 +1,6 @@
 """The graph of an optimised model under verification: does it serve the calls, do its sites hold?
 
-    GraphModel, calls   ->   a check of each named module, and what cannot be said, as notes
+GraphModel, calls   ->   a check of each named module, and what cannot be said, as notes
 """
 
 from __future__ import annotations

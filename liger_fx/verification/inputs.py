@@ -1,6 +1,6 @@
 """Inputs to verify a language model with, made from what the model says of itself.
 
-    LlamaForCausalLM   ->   input_ids, attention_mask (one row padded on the right), labels
+LlamaForCausalLM   ->   input_ids, attention_mask (one row padded on the right), labels
 """
 
 from __future__ import annotations

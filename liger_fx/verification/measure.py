@@ -1,6 +1,6 @@
 """What one call of a model gives: its outputs, and the gradient of every parameter.
 
-    run(model, parameters, call)   ->   Run(outputs: loss, logits; gradients: lm_head.weight, ...)
+run(model, parameters, call)   ->   Run(outputs: loss, logits; gradients: lm_head.weight, ...)
 """
 
 from __future__ import annotations

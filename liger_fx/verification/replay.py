@@ -1,13 +1,13 @@
-"""One site run by itself: the nodes that were replaced, or the module that stands there now.
+"""One site run by itself: the nodes that were replaced, or those that stand there now.
 
-    values that arrived   ->   replaced nodes on the traced tree   ->   Run
-                          ->   the named module                    ->   Run
+values that arrived   ->   replaced nodes, with the model's weights   ->   Run
+                      ->   the named module                           ->   Run
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,23 +21,22 @@ from liger_fx.verification.measure import Run, Tensors, floating
 from liger_fx.verification.pairing import Pair, between
 
 Values = dict[str, Any]
-Compute = Callable[[Values], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rewritten node, and in `inner` the traced nodes that compute its results."""
+    """A rewritten site, and in `inner` the traced nodes that compute its results."""
 
     pair: Pair
     inner: list[fx.Node]
 
     @classmethod
-    def of(cls, pair: Pair, traced: fx.Graph) -> Place:
+    def of(cls, pair: Pair) -> Place:
         """The place of a pair in the traced graph."""
-        return cls(pair, between(pair.inputs.values(), pair.results, traced))
+        return cls(pair, between(pair.inputs.values(), pair.results.values()))
 
     def read(self) -> set[fx.Node]:
-        """What replaced nodes and module read from outside, the tree's own attributes aside."""
+        """The traced nodes whose values the site needs from outside, the tree's own aside."""
         outside = {node for n in self.inner for node in n.all_input_nodes} - set(self.inner)
         return {n for n in outside if n.op != "get_attr"} | set(self.pair.inputs.values())
 
@@ -54,43 +53,49 @@ class Place:
         found = {path: attribute(tree, path) for path in paths}
         return {path: p for path, p in found.items() if isinstance(p, nn.Parameter)}
 
-    def run(self, compute: Compute, parameters: Tensors, values: Mapping[str, Any]) -> Run:
-        """Outputs, and gradients with respect to the inputs that ask for one and the parameters."""
-        names = [node.name for node in self.pair.inputs.values()]
+    def run_replaced(self, tree: nn.Module, parameters: Tensors, values: Values) -> Run:
+        """The replaced nodes on `values` of traced nodes by name, with the weights of `tree`."""
+        leaves, given = self._leaves(values)
+        env = _evaluate(self.inner, lambda path: attribute(tree, path), {**values, **given})
+        results = [env[node.name] for node in self.pair.results.values()]
+        return self._run(results, parameters, leaves)
+
+    def run_module(self, module: nn.Module, parameters: Tensors, values: Values) -> Run:
+        """The new nodes on the same values, with `module` for the named one."""
+        leaves, given = self._leaves(values)
+        env = {name: given.get(n.name, values[n.name]) for name, n in self.pair.inputs.items()}
+        env = _evaluate(self.pair.new, lambda path: module, env)
+        results = [env[name] for name in self.pair.results]
+        return self._run(results, parameters, leaves)
+
+    def _leaves(self, values: Values) -> tuple[Values, Values]:
+        """Fresh copies of the inputs to take gradients of, and what the nodes are given."""
+        names = dict.fromkeys(node.name for node in self.pair.inputs.values())
         leaves = {name: _leaf(values[name]) for name in names if torch.is_tensor(values[name])}
         # a module may work in place on what it is given, which a leaf would not allow
-        given = {**values, **{name: leaf.clone() for name, leaf in leaves.items()}}
-        inputs = {f"input {i}": leaf for i, leaf in enumerate(leaves.values())}
-        return Run.of(floating(compute(given)), {**inputs, **parameters})
+        return leaves, {name: leaf.clone() for name, leaf in leaves.items()}
 
-    def replaced(self, tree: nn.Module, values: Values) -> tuple[torch.Tensor, ...]:
-        """The results as the traced nodes compute them from `values`, with weights of `tree`."""
-        env = dict(values)
-
-        def value(node: fx.Node) -> Any:
-            return env[node.name] if node.name in env else attribute(tree, str(node.target))
-
-        for node in self.inner:
-            args, kwargs = map_arg((node.args, node.kwargs), value)
-            env[node.name] = _call(node, tree, args, kwargs)
-        return tuple(env[node.name] for node in self.pair.results)
-
-    def rewritten(self, module: nn.Module, values: Values) -> tuple[torch.Tensor, ...]:
-        """The results as the named module computes them from `values`."""
-        new, places = self.pair.new, self.pair.places
-        args, kwargs = map_arg(
-            (new.args, new.kwargs), lambda node: values[self.pair.inputs[node.name].name]
-        )
-        result = module(*args, **kwargs)
-        return tuple(result[place] for place in places) if places else (result,)
+    def _run(self, results: Any, parameters: Tensors, leaves: Values) -> Run:
+        inputs = {f"input {name}": leaf for name, leaf in leaves.items()}
+        return Run.of(floating(results), {**inputs, **parameters})
 
 
-def _call(node: fx.Node, tree: nn.Module, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_module":
-        return tree.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _evaluate(nodes: Iterable[fx.Node], attribute_at: Any, values: Mapping[str, Any]) -> Values:
+    """The values of `nodes` added to those given; attributes and modules come from their path."""
+    env = dict(values)
+
+    def value(node: fx.Node) -> Any:
+        return env[node.name] if node.name in env else attribute_at(str(node.target))
+
+    for node in nodes:
+        args, kwargs = map_arg((node.args, node.kwargs), value)
+        if node.op == "call_module":
+            env[node.name] = attribute_at(str(node.target))(*args, **kwargs)
+        elif node.op == "call_method":
+            env[node.name] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            env[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return env
 
 
 def attribute(tree: nn.Module, path: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from liger_fx.errors import one_line
 from liger_fx.tracing.trace import Trace
 from liger_fx.verification.accuracy import ROUNDING, Comparison
 from liger_fx.verification.measure import Run
@@ -53,7 +54,7 @@ def check_sites(
     inputs: keyword arguments of a call that `traced`, the same model's graph before, serves.
     Raises LookupError where the two graphs do not fit together.
     """
-    places = [Place.of(pair, traced.graph) for pair in pairs(traced.graph, rewritten)]
+    places = [Place.of(pair) for pair in pairs(traced.graph, rewritten)]
     wanted = {node for place in places for node in place.read()}
     values = Capture(traced, wanted).values_for(inputs)
     exactly = in_float64(traced.root)
@@ -63,7 +64,7 @@ def check_sites(
 def _check(
     place: Place, traced: nn.Module, exactly: nn.Module, opt: nn.Module, values: Values
 ) -> SiteCheck:
-    path, rule = str(place.pair.new.target), place.pair.new.meta["rewrite"].rule
+    path, rule = str(place.pair.call.target), place.pair.call.meta["rewrite"].rule
     module = opt.get_submodule(path)
     check = functools.partial(SiteCheck, path, rule, type(module).__name__)
     parameters = place.parameters(traced)
@@ -75,7 +76,7 @@ def _check(
     try:
         runs = _four_runs(place, own, traced, exactly, module, values)
     except Exception as error:  # a faulty module may fail in any way it likes
-        return check(f"it raises {type(error).__name__}: {error}")
+        return check(f"it raises {type(error).__name__}: {one_line(error)}")
     return check(*_judge(*runs))
 
 
@@ -94,11 +95,11 @@ def _four_runs(
 
     def original(tree: nn.Module, given: Values) -> Run:
         parameters = {path: attribute(tree, path) for path in own}
-        return place.run(functools.partial(place.replaced, tree), parameters, given)
+        return place.run_replaced(tree, parameters, given)
 
     def optimised(module: nn.Module, given: Values) -> Run:
         parameters = {path: attribute(module, name) for path, name in own.items()}
-        return place.run(functools.partial(place.rewritten, module), parameters, given)
+        return place.run_module(module, parameters, given)
 
     short = original(traced, values), optimised(module, values)
     with exact():

@@ -1,6 +1,6 @@
 """verify(model, opt): run both and a float64 reference, as a whole and site by site, and judge.
 
-    model, opt   ->   Verification: ok, the faults in words, a table of errors and their ratios
+model, opt   ->   Verification: ok, the faults in words, a table of errors and their ratios
 """
 
 from __future__ import annotations

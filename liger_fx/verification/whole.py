@@ -1,6 +1,6 @@
 """Promise 6 for a whole model: outputs, and the gradient of every parameter.
 
-    model, opt, a few batches   ->   outputs 0.97 x, all gradients 0.99 x, one parameter 1.12 x
+model, opt, a few batches   ->   outputs 0.97 x, all gradients 0.99 x, one parameter 1.12 x
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from liger_fx.errors import one_line
 from liger_fx.verification.accuracy import ROUNDING, Comparison, Squares
 from liger_fx.verification.measure import Run, Tensors, run
 from liger_fx.verification.reference import exact, in_float64, to_float64
@@ -39,7 +40,7 @@ class Totals:
         for name, dtype in original.dtypes.items():
             ours = optimised.dtypes.get(name, dtype)
             if ours != dtype:
-                self._fault(f"the output {name} is {_short(ours)}, not {_short(dtype)}")
+                self.fault(f"the output {name} is {_short(ours)}, not {_short(dtype)}")
 
     def _add(
         self,
@@ -51,15 +52,16 @@ class Totals:
     ) -> None:
         for name in original.keys() ^ ours.keys():
             side = "original" if name in original else "optimised model"
-            self._fault(f"only the {side} gives the {what} {name}")
+            self.fault(f"only the {side} gives the {what} {name}")
         for name in exactly.keys() & original.keys() & ours.keys():
             shapes = original[name].shape, ours[name].shape
             if shapes[0] != shapes[1]:
-                self._fault(f"the {what} {name} is {_sizes(shapes[1])}, not {_sizes(shapes[0])}")
+                self.fault(f"the {what} {name} is {_sizes(shapes[1])}, not {_sizes(shapes[0])}")
             else:
                 sums[name].add(exactly[name], original[name], ours[name])
 
-    def _fault(self, text: str) -> None:
+    def fault(self, text: str) -> None:
+        """Note what is wrong apart from accuracy, once."""
         if text not in self.faults:
             self.faults.append(text)
 
@@ -104,7 +106,13 @@ def measure(model: nn.Module, opt: nn.Module, calls: Sequence[Any]) -> Totals:
     for call in calls:
         with exact():
             exactly = run(reference, dict(reference.named_parameters()), to_float64(call))
-        totals.add(exactly, run(model, parameters, call), run(opt, ours, call))
+        original = run(model, parameters, call)
+        try:
+            optimised = run(opt, ours, call)
+        except Exception as error:  # a faulty module may fail in any way it likes
+            totals.fault(f"the optimised model raises {type(error).__name__}: {one_line(error)}")
+        else:
+            totals.add(exactly, original, optimised)
     return totals
 
 

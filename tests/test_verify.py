@@ -1,0 +1,210 @@
+"""verify: it passes what is right, and it finds and names each planted fault.
+
+A fault is planted in one module of an optimised model, the way a kernel or a rule could get it
+wrong; verify must say that module's path, and say no other's.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import liger_fx
+from liger_fx.errors import UsageError
+from liger_fx.tiny import tiny_model
+
+Plant = Callable[[nn.Module], None]
+
+NORM = "model.layers.1.input_layernorm"
+ROTARY = "model.layers.1.self_attn.rotary_embedding"
+MLP = "model.layers.1.mlp"
+
+
+def forward(change: Callable[..., Any]) -> Plant:
+    """Replaces a module's forward by `change(its forward, *args)`, also in copies of the module."""
+
+    def plant(module: nn.Module) -> None:
+        right = type(module)
+
+        def wrong(self: nn.Module, *args: Any) -> Any:
+            return change(functools.partial(right.forward, self), *args)
+
+        module.__class__ = type(right.__name__, (right,), {"forward": wrong})
+
+    return plant
+
+
+def setting(name: str, value: object) -> Plant:
+    return lambda module: setattr(module, name, value)
+
+
+def scaled(parameter: str) -> Plant:
+    """The module has a stale copy of its weight, not the model's."""
+
+    def plant(module: nn.Module) -> None:
+        owner, _, name = parameter.rpartition(".")
+        holder = module.get_submodule(owner)
+        setattr(holder, name, nn.Parameter(getattr(holder, name).detach() * 1.01))
+
+    return plant
+
+
+def copied(parameter: str) -> Plant:
+    """The same values in a parameter of its own: right today, and never trained."""
+    return lambda module: setattr(module, parameter, copy.deepcopy(getattr(module, parameter)))
+
+
+def swap_roles(module: nn.Module) -> None:
+    roles = module.roles
+    roles["gate"], roles["up"] = roles["up"], roles["gate"]
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return torch.zeros_like(grad), grad
+
+
+FAULTS: dict[str, tuple[str, Plant]] = {
+    "eps ten times too large": (NORM, setting("eps", 1e-5)),
+    "eps too small by half": (NORM, setting("eps", 5e-7)),
+    "eps is zero": (NORM, setting("eps", 0.0)),
+    "1 + weight": (NORM, setting("offset", 1.0)),
+    "stale norm weight": (NORM, scaled("weight")),
+    "copied norm weight": (NORM, copied("weight")),
+    "norm over the wrong dimension": (NORM, forward(lambda f, x: f(x.flip(1)))),
+    "norm is the identity": (NORM, forward(lambda f, x: x)),
+    "norm without weight": (NORM, forward(lambda f, x: f(x, torch.ones_like(x[0, 0])))),
+    "norm result in float32": (NORM, forward(lambda f, x: f(x).float())),
+    "norm rounds through bfloat16": (NORM, forward(lambda f, x: f(x).bfloat16().to(x.dtype))),
+    "norm detached": (NORM, forward(lambda f, x: f(x.detach()))),
+    "sign of sin": (ROTARY, forward(lambda f, q, k, cos, sin: f(q, k, cos, -sin))),
+    "cos and sin swapped": (ROTARY, forward(lambda f, q, k, cos, sin: f(q, k, sin, cos))),
+    "interleaved": (ROTARY, setting("interleaved_in", True)),
+    "only q turned": (ROTARY, forward(lambda f, q, k, cos, sin: (f(q, k, cos, sin)[0], k))),
+    "positions off by one": (
+        ROTARY,
+        forward(lambda f, q, k, cos, sin: f(q, k, cos.roll(1, 1), sin.roll(1, 1))),
+    ),
+    "no gradient for k": (
+        ROTARY,
+        forward(lambda f, q, k, cos, sin: (f(q, k, cos, sin)[0], f(q, k.detach(), cos, sin)[1])),
+    ),
+    "gate and up swapped": (MLP, swap_roles),
+    "another activation": (MLP, setting("activation", "gelu")),
+    "stale down_proj": (MLP, scaled("down_proj.weight")),
+    "MLP doubled": (MLP, forward(lambda f, x: 2 * f(x))),
+    "MLP backward is zero": (MLP, forward(lambda f, x: _NoGradient.apply(x, f(x.detach())))),
+    "MLP raises": (MLP, forward(lambda f, x: f(x.unsqueeze(0).expand(2, -1, -1, -1).flatten()))),
+}
+
+
+# Planted in bfloat16, whose rounding hides most; here the fault would be none in that dtype.
+DTYPES = {"norm rounds through bfloat16": torch.float32}
+
+
+def pair(arch: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    model = tiny_model(arch, layers=2).to(dtype)
+    return model, liger_fx.optimize(model)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_named(fault: str) -> None:
+    path, plant = FAULTS[fault]
+    model, opt = pair("llama", DTYPES.get(fault, torch.bfloat16))
+    plant(opt.get_submodule(path))
+    found = liger_fx.verify(model, opt)
+    assert not found.ok
+    assert {site.path for site in found.sites if site.fault} == {path}
+    assert found.faults[0].startswith(path + " (")
+    assert "NOT as promised" in str(found) and "FAILS" in str(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "arch", ["llama", "qwen3", "gemma2", "phi3", "glm4", "olmo2", "cohere2", "deepseek_v3"]
+)
+def test_what_is_right_passes_at_every_site(arch: str, dtype: torch.dtype) -> None:
+    model, opt = pair(arch, dtype)
+    found = liger_fx.verify(model, opt)
+    assert found.ok, str(found)
+    assert len(found.sites) == len(opt.report.rewritten) > 0
+    assert all(site.gap is not None and site.gap < 1e-12 for site in found.sites)
+    assert {c.name for c in found.single} == {name for name, _ in model.named_parameters()}
+
+
+def test_a_fault_that_no_site_holds_is_found_in_the_whole() -> None:
+    model, opt = pair("llama")
+    with torch.no_grad():
+        opt.lm_head.weight = nn.Parameter(opt.lm_head.weight * 1.001)
+    found = liger_fx.verify(model, opt)
+    assert not any(site.fault for site in found.sites)
+    assert any(fault.startswith("outputs: ") for fault in found.faults)
+
+
+def test_a_call_that_runs_the_original_proves_nothing() -> None:
+    model, opt = pair("llama")
+    inputs = {"input_ids": torch.randint(3, 200, (2, 7)), "output_attentions": object()}
+    with pytest.warns(liger_fx.FallbackWarning):
+        found = liger_fx.verify(model, opt, inputs)
+    assert not found.ok
+    assert any("no graph serves" in fault for fault in found.faults)
+
+
+def test_nothing_of_the_models_is_changed() -> None:
+    model, opt = pair("qwen3")
+    model.model.layers[1].train()
+    kept = torch.ones_like(model.lm_head.weight)
+    model.lm_head.weight.grad = kept
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    modes = [m.training for m in (*model.modules(), *opt.modules())]
+    liger_fx.verify(model, opt)
+    assert [m.training for m in (*model.modules(), *opt.modules())] == modes
+    assert model.lm_head.weight.grad is kept and model.model.norm.weight.grad is None
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32 and torch.equal(p, before[name])
+
+
+class Hand(nn.Module):
+    """No transformers model: its inputs are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(7, 24)
+        self.weight = nn.Parameter(torch.randn(24))
+        self.outer = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-4)
+        return self.outer(scaled * self.weight)
+
+
+@pytest.mark.parametrize("inputs", [(torch.randn(256, 7),), {"x": torch.randn(256, 7)}])
+def test_any_module_with_inputs_given(inputs: Any) -> None:
+    torch.manual_seed(0)
+    model = Hand()
+    opt = liger_fx.optimize(model, inputs)
+    found = liger_fx.verify(model, opt, inputs)
+    assert found.ok, str(found)
+    assert len(found.sites) == 1
+    (site,) = found.sites
+    opt.get_submodule(site.path).eps = 1e-3
+    assert liger_fx.verify(model, opt, inputs).faults[0].startswith(site.path)
+
+
+def test_inputs_that_cannot_be_made_are_asked_for() -> None:
+    with pytest.raises(UsageError, match="No inputs can be made for a Hand: pass inputs="):
+        liger_fx.verify(Hand(), Hand())
+    with pytest.raises(UsageError, match="inputs are a list"):
+        liger_fx.verify(Hand(), Hand(), [torch.randn(4, 7)])
