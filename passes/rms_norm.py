@@ -40,8 +40,7 @@ root = rsqrt(either(mean(square(x)) + eps, mean(square(x))))
 class RMSNorm(Rule):
     name = "rms_norm"
     pattern = either(
-        x * root * (offset + weight),
-        x * root * weight,
+        x * root * either(offset + weight, weight),
         x * root,
         Op("rms_norm", (x, weight), {"eps": eps}),
         Op("rms_norm", (x,), {"eps": eps, "module": Constant("leaf")}),

@@ -21,28 +21,45 @@ _FREE = {
 
 
 class Facts:
-    """Order, effects and module calls of one trace, as it is now."""
+    """Order, effects and module calls of one trace, kept true while the engine changes the graph.
+
+    position: the place of each node in the graph's order; new nodes lie between the numbers.
+    """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.position: dict[fx.Node, float] = {node: i for i, node in enumerate(trace.graph.nodes)}
+        self.position: dict[fx.Node, float] = {}
+        self.leaf_calls: dict[str, list[fx.Node]] = defaultdict(list)
+        self.calls_of: dict[str, list[ModuleCall]] = defaultdict(list)
         self._nodes_of: dict[int, list[fx.Node]] = defaultdict(list)
         self._children: dict[int, list[int]] = defaultdict(list)
-        self._effects: list[fx.Node] = []
-        for node in self.position:
-            self._nodes_of[node.meta.get("call") or 0].append(node)
-            if node.op in ("call_function", "call_method") and is_effectful(node):
-                self._effects.append(node)
+        self._replaced: dict[fx.Node, fx.Node] = {}
+        for i, node in enumerate(trace.graph.nodes):
+            self.add(node, i)
+        self._effects = [n for n in self.position if n.op != "call_module" and is_effectful(n)]
         self._effect_positions = [self.position[node] for node in self._effects]
-        self.calls_of: dict[str, list[ModuleCall]] = defaultdict(list)
         for call in trace.calls:
             self.calls_of[call.path].append(call)
             if call.parent is not None:
                 self._children[call.parent].append(call.index)
-        self.leaf_calls: dict[str, list[fx.Node]] = defaultdict(list)
-        for node in self.position:
-            if node.op == "call_module":
-                self.leaf_calls[str(node.target)].append(node)
+
+    def add(self, node: fx.Node, position: float) -> None:
+        """Take a node into account."""
+        self.position[node] = position
+        self._nodes_of[node.meta.get("call") or 0].append(node)
+        if node.op == "call_module":
+            self.leaf_calls[str(node.target)].append(node)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let everything that reads ``old`` read ``new``."""
+        old.replace_all_uses_with(new)
+        self._replaced[old] = new
+
+    def now(self, node: fx.Node) -> fx.Node:
+        """The node that stands where ``node`` stood when the graph was traced."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
 
     @property
     def root(self) -> nn.Module:
@@ -57,6 +74,14 @@ class Facts:
         """The innermost module call that made the node."""
         return self.trace.calls[node.meta.get("call") or 0]
 
+    def caller(self, node: fx.Node) -> ModuleCall:
+        """The module call around that one."""
+        return self.trace.calls[self.call(node).parent or 0]
+
+    def output(self, call: ModuleCall) -> fx.Node | None:
+        """The node that a module call returns, as it is now; None for anything but one tensor."""
+        return self.now(call.output) if isinstance(call.output, fx.Node) else None
+
     def effect_between(self, first: fx.Node, last: fx.Node) -> fx.Node | None:
         """The first node between the two that changes a tensor, a cache or a mode."""
         i = bisect_right(self._effect_positions, self.position[first])
@@ -66,18 +91,17 @@ class Facts:
 
     def nodes_below(self, call: ModuleCall) -> Iterator[fx.Node]:
         """All nodes made during a module call, those of the calls inside it included."""
-        pending = [call.index]
-        while pending:
-            index = pending.pop()
-            yield from self._nodes_of.get(index, ())
-            pending += self._children.get(index, ())
+        for inner in self.calls_below(call):
+            for node in self._nodes_of.get(inner.index, ()):
+                if node in self.position:
+                    yield node
 
-    def classes_below(self, call: ModuleCall) -> Iterator[type]:
-        """The classes of a module call and of the calls inside it."""
+    def calls_below(self, call: ModuleCall) -> Iterator[ModuleCall]:
+        """A module call and all calls inside it."""
         pending = [call.index]
         while pending:
             index = pending.pop()
-            yield self.trace.calls[index].cls
+            yield self.trace.calls[index]
             pending += self._children.get(index, ())
 
     def is_inside(self, call: ModuleCall | None, outer: ModuleCall) -> bool:

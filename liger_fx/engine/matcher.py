@@ -11,7 +11,7 @@ the one that covered most of the graph is remembered.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,14 @@ class _Attempt:
         self.covered: list[fx.Node] = []
         self.furthest: Miss | None = None
 
-    def match(self, pattern: p.Pattern, term: Term) -> Iterator[None]:
+    def match(self, pattern: p.Pattern, term: Term) -> Iterable[None]:
+        if pattern.heads is not None:
+            bare = term
+            while is_transparent(bare):
+                bare = bare.operands[0]
+            if bare.op not in pattern.heads:
+                self.missed(pattern, bare)
+                return ()
         return _MATCHERS[type(pattern)](self, pattern, term)
 
     def missed(self, wanted: p.Pattern, found: Term, why: str | None = None) -> None:
@@ -135,14 +142,15 @@ class _Attempt:
     def _match_op(self, pattern: p.Op, term: Term) -> Iterator[None]:
         mark = len(self.covered)
         term = self._look_through(term)
-        if term.op != pattern.op or term.arity != len(pattern.operands):
+        if term.arity != len(pattern.operands):
             self.missed(pattern, term)
         else:
             self.covered += term.nodes
             names = self._bind_attributes(pattern, term)
             if names is not None:
-                pairs = sorted(zip(pattern.operands, term.operands, strict=True), key=_vagueness)
-                yield from self._each(pairs)
+                yield from self._each(
+                    [(pattern.operands[i], term.operands[i]) for i in pattern.order]
+                )
                 for name in names:
                     del self.bound[name]
         del self.covered[mark:]
@@ -166,30 +174,13 @@ class _Attempt:
         return new
 
     def _match_chain(self, pattern: p.Chain, term: Term) -> Iterator[None]:
-        yield from self._match_parts(pattern, pattern.parts, term)
-
-    def _match_parts(
-        self, pattern: p.Chain, parts: tuple[p.Pattern, ...], term: Term
-    ) -> Iterator[None]:
-        if len(parts) == 1:
-            yield from self.match(parts[0], term)
-            return
         mark = len(self.covered)
         term = self._look_through(term)
-        if term.op != pattern.op:
-            self.missed(p.Chain(pattern.op, parts), term)
-        else:
-            self.covered += term.nodes
-            a, b = term.operands
-            for chosen, rest in _splits(parts):
-                sides = [(chosen, a), (rest, b)]
-                sides.sort(key=lambda side: min(map(_rank, side[0])))
-                yield from self._match_sides(pattern, sides)
+        self.covered += term.nodes
+        for first, place, second in pattern.splits:
+            for _ in self.match(first, term.operands[place]):
+                yield from self.match(second, term.operands[1 - place])
         del self.covered[mark:]
-
-    def _match_sides(self, pattern: p.Chain, sides: list[Any]) -> Iterator[None]:
-        for _ in self._match_parts(pattern, *sides[0]):
-            yield from self._match_parts(pattern, *sides[1])
 
     def _match_part(self, pattern: p.Part, term: Term) -> Iterator[None]:
         mark = len(self.covered)
@@ -264,7 +255,7 @@ class _Attempt:
         yield
 
 
-_MATCHERS: dict[type, Callable[[_Attempt, Any, Term], Iterator[None]]] = {
+_MATCHERS: dict[type, Callable[[_Attempt, Any, Term], Iterable[None]]] = {
     p.Op: _Attempt._match_op,
     p.Chain: _Attempt._match_chain,
     p.Part: _Attempt._match_part,
@@ -275,21 +266,3 @@ _MATCHERS: dict[type, Callable[[_Attempt, Any, Term], Iterator[None]]] = {
     p.Number: _Attempt._match_number,
     p.Anything: _Attempt._match_anything,
 }
-
-
-def _rank(pattern: p.Pattern) -> int:
-    """Telling patterns go first, so that a name is bound where it can only mean one thing."""
-    if isinstance(pattern, p.Tensor | p.Anything):
-        return 2
-    return 1 if isinstance(pattern, p.Part) else 0
-
-
-def _vagueness(pair: tuple[p.Pattern, Term]) -> int:
-    return _rank(pair[0])
-
-
-def _splits(parts: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """Every way to deal the parts to the two operands, both getting at least one."""
-    for mask in range(1, 2 ** len(parts) - 1):
-        chosen = tuple(part for i, part in enumerate(parts) if mask >> i & 1)
-        yield chosen, tuple(part for i, part in enumerate(parts) if not mask >> i & 1)

@@ -85,7 +85,9 @@ class Mounting:
         """The module that computes the match and nothing else, and what it was called with."""
         root = match.root
         if root.op == "call_module" and set(match.covered) <= {root}:
-            return Owner(str(root.target), self.facts.module(str(root.target))), _arguments(root)
+            return Owner(str(root.target), self.facts.module(str(root.target))), self._arguments(
+                root
+            )
         call = self.facts.call(root)
         for node in match.covered:
             inner = self.facts.call(node)
@@ -94,7 +96,7 @@ class Mounting:
                     f"its parts sit in different modules, {inner.path} and {call.path}", node
                 )
         name = call.cls.__name__
-        if call.output is not root:
+        if self.facts.output(call) is not root:
             raise Reject(f"{name} does not end with it", root)
         covered = {*match.covered, root}
         for node in self.facts.nodes_below(call):
@@ -104,13 +106,19 @@ class Mounting:
             raise Reject("it is the whole model", root)
         if _depends_on_mode(self.facts, call):
             raise Reject(f"{name} asks whether it is training", root)
-        return Owner(call.path, self.facts.module(call.path)), _arguments(call)
+        return Owner(call.path, self.facts.module(call.path)), self._arguments(call)
+
+    def _arguments(self, call: ModuleCall | fx.Node) -> tuple[Any, ...]:
+        if call.kwargs:
+            node = call if isinstance(call, fx.Node) else None
+            raise Reject("it is called with arguments by name", node)
+        return tuple(self.facts.now(a) if isinstance(a, fx.Node) else a for a in call.args)
 
     def _fitting(self, match: Match, owner: Owner, args: tuple[Any, ...]) -> Replacement:
         replacement = self.rule.build(match, owner)
         if replacement is None:
             raise Reject("there is no named module for it", match.root)
-        if tuple(term.node for term in replacement.inputs) != args:
+        if tuple(term.node and self.facts.now(term.node) for term in replacement.inputs) != args:
             raise Reject(f"{type(owner.module).__name__} is called with something else", match.root)
         old, new = (
             owner.module.state_dict(keep_vars=True),
@@ -124,13 +132,13 @@ class Mounting:
         return replacement
 
     def _every_call_is_alike(self, owner: Owner, match: Match) -> bool:
-        roots: list[Any] = [call.output for call in self.facts.calls_of.get(owner.path, ())]
-        roots += self.facts.leaf_calls.get(owner.path, ())
+        roots = [self.facts.output(call) for call in self.facts.calls_of.get(owner.path, ())]
+        roots += [n for n in self.facts.leaf_calls.get(owner.path, ()) if n in self.facts.position]
         return all(root is match.root or self._is_alike(root, owner) for root in roots)
 
-    def _is_alike(self, root: Any, owner: Owner) -> bool:
+    def _is_alike(self, root: fx.Node | None, owner: Owner) -> bool:
         """Whether another call of the owner, ending in ``root``, would give the same module."""
-        if not isinstance(root, fx.Node):
+        if root is None:
             return False
         found = find(self.rule.pattern, root, self.view)
         if isinstance(found, Miss):
@@ -186,14 +194,6 @@ def _equal(a: nn.Module, b: nn.Module | None) -> bool:
     return type(a) is type(b) and b is not None and a.extra_repr() == b.extra_repr()
 
 
-def _arguments(call: ModuleCall | fx.Node) -> tuple[Any, ...]:
-    if call.kwargs:
-        raise Reject(
-            "it is called with arguments by name", call if isinstance(call, fx.Node) else None
-        )
-    return tuple(call.args)
-
-
 def _counts(node: fx.Node) -> bool:
     """Whether a node belongs to what its module computes: sizes and parameters do not."""
     if node.op in ("get_attr", "placeholder"):
@@ -203,7 +203,7 @@ def _counts(node: fx.Node) -> bool:
 
 def _depends_on_mode(facts: Facts, call: ModuleCall) -> bool:
     """Whether the code of the call's modules mentions ``training``: the trace saw one mode only."""
-    return any(_mentions_training(cls) for cls in facts.classes_below(call))
+    return any(_mentions_training(inner.cls) for inner in facts.calls_below(call))
 
 
 def _mentions_training(cls: type) -> bool:

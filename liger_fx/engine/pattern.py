@@ -11,8 +11,8 @@ captured, so that a rule's check can look at them. ``either(...)`` lists alterna
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 
@@ -44,11 +44,16 @@ class Pattern:
         """The patterns this one is made of."""
         return ()
 
-    def walk(self) -> Iterator[Pattern]:
-        """This pattern and all below it."""
-        yield self
-        for part in self.below():
-            yield from part.walk()
+    @cached_property
+    def heads(self) -> frozenset[str] | None:
+        """The operators that a term it fits can have; None for any."""
+        heads = [part.heads for part in self.below()]
+        return None if None in heads else frozenset().union(*(h for h in heads if h))
+
+    @cached_property
+    def vagueness(self) -> int:
+        """Telling patterns are matched first, so that a name is bound where it means one thing."""
+        return 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,8 @@ class Tensor(Pattern):
     """Any tensor, under a name; casts that lose nothing are looked through."""
 
     name: str
+    heads = None
+    vagueness = 2
 
     def __str__(self) -> str:
         return self.name
@@ -66,6 +73,7 @@ class Constant(Pattern):
     """A Python number, or an attribute of an operator, under a name."""
 
     name: str
+    heads = frozenset({"constant"})
 
     def __str__(self) -> str:
         return f"the number {self.name}"
@@ -76,6 +84,7 @@ class Number(Pattern):
     """One number, up to the digits that people write constants with."""
 
     value: float
+    heads = frozenset({"constant"})
 
     def __str__(self) -> str:
         return f"{self.value:g}"
@@ -84,6 +93,9 @@ class Number(Pattern):
 @dataclass(frozen=True, eq=False)
 class Anything(Pattern):
     """Any value, without a name."""
+
+    heads = None
+    vagueness = 2
 
     def __str__(self) -> str:
         return "anything"
@@ -99,6 +111,15 @@ class Op(Pattern):
 
     def below(self) -> tuple[Pattern, ...]:
         return self.operands
+
+    @cached_property
+    def heads(self) -> frozenset[str]:
+        return frozenset({self.op})
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The places of the operands, telling ones first."""
+        return sorted(range(len(self.operands)), key=lambda i: self.operands[i].vagueness)
 
     def __str__(self) -> str:
         return f"{self.op}({', '.join(map(str, self.operands))})"
@@ -123,6 +144,26 @@ class Chain(Pattern):
     def below(self) -> tuple[Pattern, ...]:
         return self.parts
 
+    @cached_property
+    def heads(self) -> frozenset[str]:
+        return frozenset({self.op})
+
+    @cached_property
+    def splits(self) -> list[tuple[Pattern, int, Pattern]]:
+        """Every way to deal the parts to two operands: (first to match, its place, the other)."""
+        ways = []
+        for mask in range(1, 2 ** len(self.parts) - 1):
+            left, right = (
+                [q for i, q in enumerate(self.parts) if (mask >> i & 1) == s] for s in (1, 0)
+            )
+            sides = [self._part(left), self._part(right)]
+            place = 0 if sides[0].vagueness <= sides[1].vagueness else 1
+            ways.append((sides[place], place, sides[1 - place]))
+        return ways
+
+    def _part(self, parts: list[Pattern]) -> Pattern:
+        return parts[0] if len(parts) == 1 else Chain(self.op, tuple(parts))
+
     def __str__(self) -> str:
         symbol = {"mul": " * ", "add": " + "}[self.op]
         return symbol.join(f"({p})" if isinstance(p, Chain) else str(p) for p in self.parts)
@@ -134,6 +175,8 @@ class Part(Pattern):
 
     which: str
     tensor: Pattern
+    heads = frozenset({"slice"})
+    vagueness = 1
 
     def below(self) -> tuple[Pattern, ...]:
         return (self.tensor,)
@@ -150,6 +193,10 @@ class Either(Pattern):
 
     def below(self) -> tuple[Pattern, ...]:
         return self.alternatives
+
+    @cached_property
+    def vagueness(self) -> int:
+        return max(pattern.vagueness for pattern in self.alternatives)
 
     def __str__(self) -> str:
         return str(self.alternatives[0])

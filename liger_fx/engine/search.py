@@ -80,18 +80,12 @@ def _above(pattern: Pattern, starts: frozenset[str]) -> tuple[set[str], int]:
     return ops, steps
 
 
-def root_ops(pattern: Pattern) -> frozenset[str]:
-    """The operators that the outermost node of the pattern can have."""
-    if isinstance(pattern, Op | Chain):
-        return frozenset({pattern.op})
-    return frozenset().union(*map(root_ops, pattern.below()))
-
-
 def search(
     rule: Rule, facts: Facts, view: Terms, allow: Callable[[Match], Any]
 ) -> tuple[list[Match], list[Refusal]]:
     """The rule's matches and refused candidates, in the graph's order; ``allow`` raises Reject."""
-    starts = root_ops(rule.looks_like)
+    starts = rule.looks_like.heads
+    assert starts is not None, "what a site looks like begins with an operator"
     climb = Climb.of(rule.pattern, starts)
     matches: list[Match] = []
     refusals: dict[fx.Node, Refusal] = {}

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from liger_fx.engine.term import Term, is_transparent
+from liger_fx.engine.term import FLOATS, Term, is_transparent
 from liger_fx.tracing.leaf_modules import is_linear
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def _cast(view: Terms, node: fx.Node) -> Term | None:
     before, after = view.spec(x), view.spec(node)
     if before is None or after is None or before.device != after.device:
         return None
-    return view.make("cast", (x,), node)
+    is_rounding = before.dtype in FLOATS and after.dtype in FLOATS
+    return view.make("cast" if is_rounding else "convert", (x,), node)
 
 
 def _alias(view: Terms, node: fx.Node) -> Term | None:
@@ -214,7 +215,7 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (plain("view_as_real"), ("view_as_real",), (torch.view_as_real,)),
     (_reduction("mean"), ("mean",), (torch.mean, "mean")),
     (_reduction("sum"), ("sum",), (torch.sum, "sum")),
-    (_cast, ("cast",), ("to", "float", "half", "bfloat16", "double", "type", "type_as")),
+    (_cast, ("cast", "convert"), ("to", "float", "half", "bfloat16", "double", "type", "type_as")),
     (_alias, ("alias",), ("contiguous", "clone", torch.clone, "expand")),
     (_dropout, ("alias", "dropout"), (F.dropout, torch.dropout)),
     (_activation("silu"), ("silu",), (F.silu,)),

@@ -2,6 +2,7 @@
 
     x.pow(2)   torch.pow(x, 2)   x * x   x.square()   ->   square(x)
     a / torch.sqrt(v)   a * v.rsqrt()                 ->   mul(a, rsqrt(v))
+    v.to(torch.float32)   v.float()   v.type_as(w)    ->   cast(v), between floating types
     q.chunk(2, -1)[1]   q[..., 8:]                    ->   slice(q, start=8, stop=16, step=1)
 
 Dimensions are counted from the end: the last one is -1 whatever the rank.
@@ -18,7 +19,7 @@ from torch import fx
 
 from liger_fx.tracing.trace import TensorSpec
 
-_FLOATS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
+FLOATS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
 
 
 class Term:
@@ -102,25 +103,17 @@ def constant(value: Any) -> Term:
     return Term("constant", attributes={"value": value})
 
 
-def is_rounding_cast(term: Term) -> bool:
-    """A change of floating type: the same value to a reader of the maths."""
-    if term.op != "cast" or term.spec is None:
-        return False
-    source = term.operands[0].spec
-    return source is not None and term.spec.dtype in _FLOATS and source.dtype in _FLOATS
-
-
-def loses_nothing(term: Term) -> bool:
-    """A cast between floating types that every value survives: float16 to bfloat16 is none."""
-    source, target = term.operands[0].spec, term.spec
-    if not is_rounding_cast(term) or source is None or target is None:
-        return False
-    return source.dtype == target.dtype or _FLOATS[source.dtype] < _FLOATS[target.dtype]
-
-
 def is_transparent(term: Term) -> bool:
     """Whether a pattern looks through the term: an alias, or a cast between floating types."""
-    return term.op == "alias" or is_rounding_cast(term)
+    return term.op in ("cast", "alias")
+
+
+def loses_nothing(cast: Term) -> bool:
+    """Whether every value survives a cast between floats: float16 to bfloat16 loses some."""
+    source, target = cast.operands[0].spec, cast.spec
+    if source is None or target is None:
+        return False
+    return source.dtype == target.dtype or FLOATS[source.dtype] < FLOATS[target.dtype]
 
 
 def same(a: Term, b: Term, depth: int = 8) -> bool:

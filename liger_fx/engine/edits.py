@@ -1,0 +1,99 @@
+"""Changes of a graph, with what is known about it kept true: positions, module calls, metadata."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from liger_fx.engine.facts import Facts
+from liger_fx.engine.matcher import Match
+from liger_fx.engine.pairs import Group
+from liger_fx.engine.rule import Replacement
+from liger_fx.engine.term import Term
+from liger_fx.tracing.effects import is_effectful
+from liger_fx.tracing.trace import ModuleCall
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """In ``node.meta["rewrite"]`` of each new node: the rule, the names of the nodes it replaced,
+    and the index of its site in ``Rewriting.sites``."""
+
+    rule: str
+    replaced: tuple[str, ...]
+    site: int
+
+
+class Insertion:
+    """New nodes before one node of the graph, all with the metadata of the site they belong to."""
+
+    def __init__(self, facts: Facts, place: fx.Node, meta: dict[str, Any]) -> None:
+        self.facts, self.meta = facts, meta
+        self.graph = facts.trace.graph
+        self.place, self.position = place, facts.position[place] - 0.5
+
+    def call(self, path: str, group: Group, replacement: Replacement) -> None:
+        """Call the module at ``path`` and let its results take the place of the matches' roots."""
+        with self.graph.inserting_before(self.place):
+            inputs = tuple(map(self._input, replacement.inputs))
+            if len(group) == 1:
+                self._take_place(group[0], self._node("call_module", path, inputs))
+                return
+            results = self._node("call_module", path, inputs, spec=None)
+            for i, match in enumerate(group):
+                self._take_place(match, self._node("call_function", operator.getitem, (results, i)))
+
+    def _take_place(self, match: Match, node: fx.Node) -> None:
+        node.meta["spec"] = match.root_spec
+        self.facts.replace(match.root, node)
+
+    def _input(self, term: Term) -> fx.Node:
+        """The node of a value; a part of a tensor that no node holds gets a getitem."""
+        if term.node is not None:
+            return self.facts.now(term.node)
+        if term.op != "slice":
+            raise AssertionError(f"no node computes {term}")
+        extent = slice(*(term.attributes[key] for key in ("start", "stop", "step")))
+        source = self._input(term.operands[0])
+        return self._node(
+            "call_function", operator.getitem, (source, (..., extent)), spec=term.spec
+        )
+
+    def _node(self, op: str, target: Any, args: tuple[Any, ...], **meta: Any) -> fx.Node:
+        node = self.graph.create_node(op, target, args)
+        node.meta = {
+            key: value for key, value in {**self.meta, **meta}.items() if value is not None
+        }
+        self.facts.add(node, self.position)
+        return node
+
+
+def erase_unread(facts: Facts, nodes: Iterable[fx.Node]) -> None:
+    """Erase those of the nodes that nothing reads any more, last first, with their parameters."""
+    nodes = set(nodes)
+    inputs = {source for node in nodes for source in node.all_input_nodes} - nodes
+    parameters = [node for node in inputs if node.op == "get_attr"]
+    for node in (*sorted(nodes, key=facts.position.__getitem__, reverse=True), *parameters):
+        if not node.users and not is_effectful(node):
+            facts.trace.graph.erase_node(node)
+            del facts.position[node]
+
+
+def follow(calls: Iterable[ModuleCall], facts: Facts) -> None:
+    """Let the module calls name the nodes that stand there now."""
+
+    def now(tree: Any) -> Any:
+        if isinstance(tree, fx.Node):
+            return facts.now(tree)
+        if isinstance(tree, tuple | list):
+            return type(tree)(map(now, tree))
+        if isinstance(tree, dict):
+            return {key: now(value) for key, value in tree.items()}
+        return tree
+
+    for call in calls:
+        call.args, call.kwargs, call.output = now(call.args), now(call.kwargs), now(call.output)
