@@ -54,7 +54,8 @@ PRODUCTS: dict[str, type[nn.Module]] = {
     "relu": LigerReGLU,
 }
 
-x, packed, gate, up = Tensor("x"), Tensor("packed"), Tensor("gate"), Tensor("up")
+x, packed = Tensor("x"), Tensor("packed")
+gate, up = Tensor("gate", as_it_is=True), Tensor("up", as_it_is=True)
 
 
 def product(gate: Pattern, up: Pattern) -> Pattern:
@@ -82,9 +83,9 @@ class GatedMLP(Rule):
     def check(self, match: Match) -> None:
         """Inside, everything has one dtype; gate and up have one shape."""
         check_no_casts(match)
-        if "gate" in match and match.spec("gate") != match.spec("up"):
-            shapes = f"{match.spec('gate')} and {match.spec('up')}"
-            raise Reject(f"gate and up are not alike: {shapes}", match.root)
+        if "gate" in match and not match.spec("gate") == match.spec("up") == match.root_spec:
+            specs = f"{match.spec('gate')}, {match.spec('up')} and {match.root_spec}"
+            raise Reject(f"gate, up and result are not alike: {specs}", match.root)
 
     def build(self, match: Match, owner: Owner | None) -> Replacement | None:
         activation, gate_first = match["activation"], match.get("gate_first", True)

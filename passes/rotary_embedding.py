@@ -83,7 +83,8 @@ turned = choice(
     },
 )
 complex_turned = Op("view_as_real", (anything,))
-_two_products = anything * anything - anything * anything, anything * anything + anything * anything
+products = anything * anything
+plus, minus = products + products, products - products
 
 
 class Found(NamedTuple):
@@ -97,10 +98,10 @@ class RotaryEmbedding(Rule):
     name = "rotary_embedding"
     pattern = either(cat(turned, rest), turned, complex_turned)
     looks_like = either(
-        cat(-anything, anything),
-        interleave(-anything, anything),
-        cat(*_two_products),
-        interleave(*_two_products),
+        *(join(-anything, anything) for join in (cat, interleave)),
+        *(join(anything, -anything) for join in (cat, interleave)),
+        *(join(minus, plus) for join in (cat, interleave)),
+        *(join(plus, minus) for join in (cat, interleave)),
         complex_turned,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 
@@ -41,7 +41,7 @@ def refused(rule: Rule, refusal: Refusal, facts: Facts) -> Site:
     """The site of a candidate that stays as it is."""
     node, why = refusal.node, refusal.why
     call = facts.call(node)
-    is_leaf = node.op == "call_module"
+    is_leaf = node.op == "call_module" and set(refusal.covered) <= {node}
     path = str(node.target) if is_leaf else call.path
     text = why.reason if isinstance(why, Reject) else str(why)
     covered = sorted({node, *refusal.covered}, key=facts.position.__getitem__)
@@ -60,22 +60,30 @@ def refused(rule: Rule, refusal: Refusal, facts: Facts) -> Site:
 def unexplained(trace: Trace, rules: Sequence[Rule], sites: Iterable[Site]) -> list[Site]:
     """A refused site for each module with a candidate's class name that no site speaks of."""
     opaque = {leaf.path: leaf for leaf in trace.opaque}
-    found: list[Site] = []
-    spoken: dict[str, list[str]] = {}
+    spoken: dict[str, set[str]] = {rule.name: set() for rule in rules}
     for site in sites:
-        spoken.setdefault(site.rule, []).append(site.path)
-    for path, (name, source, is_leaf) in _called(trace).items():
-        kin = [rule for rule in rules if rule.class_names and re.search(rule.class_names, name)]
-        known = (p for rule in kin for p in spoken.get(rule.name, ()))
-        if not kin or any(p == path or p.startswith(f"{path}.") for p in known):
+        spoken[site.rule].update(_with_ancestors(site.path))
+    found: list[Site] = []
+    called = _called(trace)
+    for path in sorted(called, key=lambda path: path.count("."), reverse=True):
+        name, source, is_leaf = called[path]
+        kin = [r.name for r in rules if r.class_names and re.search(r.class_names, name)]
+        if not kin or any(path in spoken[rule] for rule in kin):
             continue
-        reason = f"no {' or '.join(rule.name for rule in kin)} was found in it"
+        reason = f"no {' or '.join(kin)} was found in it"
         if is_leaf:
             reason = "opaque leaf, not traced through"
         if path in opaque:
             reason += f": {opaque[path].reason}"
-        found.append(Site(kin[0].name, path, source, name, (), None, None, reason))
-    return found
+        found.append(Site(kin[0], path, source, name, (), None, None, reason))
+        spoken[kin[0]].update(_with_ancestors(path))
+    order = list(called)
+    return sorted(found, key=lambda site: order.index(site.path))
+
+
+def _with_ancestors(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    yield from (".".join(parts[:i]) for i in range(1, len(parts) + 1))
 
 
 def _called(trace: Trace) -> dict[str, tuple[str, Source | None, bool]]:

@@ -4,8 +4,8 @@
         ->  Match(x=..., weight=..., eps=1e-06, covered=[pow_1, mean, add, rsqrt, mul, to_1, mul_1])
         or  Miss(wanted mean(...), found sum_1)
 
-Every alternative, order and bracketing is tried until one fits as a whole; of those that do not,
-the one that covered most of the graph is remembered.
+Every alternative, order and bracketing is tried; of those that do not fit, the one that covered
+most of the graph is remembered.
 """
 
 from __future__ import annotations
@@ -94,13 +94,14 @@ class Match:
         return {node: name for name, node in nodes.items() if node is not None}
 
 
-def find(pattern: p.Pattern, root: fx.Node, view: Terms) -> Match | Miss:
-    """The first way in which ``pattern`` computes the value of ``root``, else the furthest miss."""
-    attempt = _Attempt(view, root.meta.get("call"))
+def find(pattern: p.Pattern, root: fx.Node, view: Terms) -> Iterator[Match | Miss]:
+    """Every way in which ``pattern`` computes the value of ``root``; the furthest miss if none."""
+    attempt, fits = _Attempt(view, root.meta.get("call")), False
     for _ in attempt.match(pattern, view(root)):
-        return Match(root, dict(attempt.bound), tuple(attempt.covered), view)
-    assert attempt.furthest is not None
-    return attempt.furthest
+        fits = True
+        yield Match(root, dict(attempt.bound), tuple(attempt.covered), view)
+    if not fits and attempt.furthest is not None:
+        yield attempt.furthest
 
 
 class _Attempt:
@@ -210,7 +211,7 @@ class _Attempt:
 
     def _match_tensor(self, pattern: p.Tensor, term: Term) -> Iterator[None]:
         mark = len(self.covered)
-        while self._is_own_cast(term):
+        while not pattern.as_it_is and self._is_own_cast(term):
             self.covered += term.nodes
             term = term.operands[0]
         bound = self.bound.get(pattern.name)

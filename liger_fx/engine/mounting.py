@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from liger_fx.engine.facts import Facts, computes
 from liger_fx.engine.legality import check_effects, check_readers
-from liger_fx.engine.matcher import Match, Miss, find
+from liger_fx.engine.matcher import Match, find
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import describe
 from liger_fx.engine.terms import Terms
@@ -97,7 +97,8 @@ class Mounting:
                 )
         name = call.cls.__name__
         if self.facts.output(call) is not root:
-            raise Reject(f"{name} does not end with it", root)
+            after = next((node for node in root.users if self.facts.call(node) is call), root)
+            raise Reject(f"{name} goes on after it", after)
         covered = {*match.covered, root}
         for node in self.facts.nodes_below(call):
             if node not in covered and _counts(node):
@@ -140,8 +141,8 @@ class Mounting:
         """Whether another call of the owner, ending in ``root``, would give the same module."""
         if root is None:
             return False
-        found = find(self.rule.pattern, root, self.view)
-        if isinstance(found, Miss):
+        found = next(find(self.rule.pattern, root, self.view), None)
+        if not isinstance(found, Match):
             return False
         try:
             found.found = self.rule.check(found)

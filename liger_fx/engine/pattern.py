@@ -58,9 +58,10 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class Tensor(Pattern):
-    """Any tensor, under a name; casts that lose nothing are looked through."""
+    """Any tensor, under a name; casts that lose nothing are looked through, unless ``as_it_is``."""
 
     name: str
+    as_it_is: bool = False
     heads = None
     vagueness = 2
 
@@ -175,7 +176,7 @@ class Part(Pattern):
 
     which: str
     tensor: Pattern
-    heads = frozenset({"slice"})
+    heads = frozenset({"slice", "unsqueeze"})
     vagueness = 1
 
     def below(self) -> tuple[Pattern, ...]:

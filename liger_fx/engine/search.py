@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import fx
 
+from liger_fx.engine.climb import Climb
 from liger_fx.engine.facts import Facts
 from liger_fx.engine.matcher import Match, Miss, find
-from liger_fx.engine.pattern import Chain, Op, Pattern
+from liger_fx.engine.pattern import Pattern
 from liger_fx.engine.rule import Reject, Rule
-from liger_fx.engine.term import is_transparent
 from liger_fx.engine.terms import Terms
 
 
@@ -29,69 +29,18 @@ class Refusal:
     why: Miss | Reject
 
 
-@dataclass(frozen=True)
-class Climb:
-    """How to get from what looks like a site to its root: through which operators, how many."""
-
-    ops: frozenset[str]
-    steps: int
-
-    @classmethod
-    def of(cls, pattern: Pattern, starts: frozenset[str]) -> Climb:
-        """Read off the pattern: what stands above the operators in ``starts``."""
-        ops, steps = _above(pattern, starts)
-        return cls(frozenset(ops), max(steps, 0))
-
-    def roots(self, start: fx.Node, facts: Facts, view: Terms) -> list[fx.Node]:
-        """The start and what is computed from it in that way, outermost first."""
-        seen = {start: 0}
-        pending = [start]
-        while pending:
-            node = pending.pop()
-            for user in node.users:
-                term = view(user)
-                free = is_transparent(term)
-                if user in seen or not (free or (term.op in self.ops and seen[node] < self.steps)):
-                    continue
-                if free and user.meta.get("call") != node.meta.get("call"):
-                    continue  # the cast is another module's: it is not part of this value
-                seen[user] = seen[node] + (not free)
-                pending.append(user)
-        return sorted(seen, key=facts.position.__getitem__, reverse=True)
-
-
-def _above(pattern: Pattern, starts: frozenset[str]) -> tuple[set[str], int]:
-    """The operators above ``starts`` in the pattern, and the longest way; -1 for no start."""
-    ops: set[str] = set()
-    steps = 0 if isinstance(pattern, Op | Chain) and pattern.op in starts else -1
-    for part in pattern.below():
-        inner_ops, inner_steps = _above(part, starts)
-        if inner_steps < 0:
-            continue
-        ops |= inner_ops
-        own = 0
-        if isinstance(pattern, Chain):
-            own = len(pattern.parts) - 1
-        elif isinstance(pattern, Op):
-            own = 1
-        if own:
-            ops.add(pattern.op)  # type: ignore[attr-defined]
-        steps = max(steps, inner_steps + own)
-    return ops, steps
-
-
 def search(
     rule: Rule, facts: Facts, view: Terms, allow: Callable[[Match], Any]
 ) -> tuple[list[Match], list[Refusal]]:
     """The rule's matches and refused candidates, in the graph's order; ``allow`` raises Reject."""
     starts = rule.looks_like.heads
     assert starts is not None, "what a site looks like begins with an operator"
-    climb = Climb.of(rule.pattern, starts)
+    climb = Climb.of(rule.pattern, rule.looks_like)
     matches: list[Match] = []
     refusals: dict[fx.Node, Refusal] = {}
     taken: set[fx.Node] = set()
     for start in list(view.named(facts.position, starts)):
-        if start in taken or isinstance(find(rule.looks_like, start, view), Miss):
+        if start in taken or not _fits(rule.looks_like, start, view):
             continue
         roots = climb.roots(start, facts, view)
         result = _outermost(rule, start, roots, view, allow)
@@ -111,22 +60,24 @@ def _outermost(
     miss: Miss | None = None
     reject: tuple[Match, Reject] | None = None
     for root in roots:
-        found = find(rule.pattern, root, view)
-        if isinstance(found, Miss):
-            if miss is None or len(found.covered) > len(miss.covered):
-                miss = found
-            continue
-        if start is not root and start not in found.covered:
-            continue
-        try:
-            allow(found)
-            return found
-        except Reject as reason:
-            reject = reject or (found, reason)
+        for found in find(rule.pattern, root, view):
+            if isinstance(found, Miss):
+                if miss is None or len(found.covered) > len(miss.covered):
+                    miss = found
+            elif start is root or start in found.covered:
+                try:
+                    allow(found)
+                    return found
+                except Reject as reason:
+                    reject = reject or (found, reason)
     if reject is not None:
         return Refusal(start, reject[0].covered, reject[1])
     assert miss is not None
     return Refusal(start, miss.covered or (start,), miss)
+
+
+def _fits(pattern: Pattern, root: fx.Node, view: Terms) -> bool:
+    return isinstance(next(find(pattern, root, view), None), Match)
 
 
 def _keep_nearest(refusals: dict[fx.Node, Refusal], new: Refusal, roots: list[fx.Node]) -> None:

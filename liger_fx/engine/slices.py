@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from liger_fx.engine.spellings import Lowering, argument
-from liger_fx.engine.term import Term
+from liger_fx.engine.term import Term, same
 
 if TYPE_CHECKING:
     from liger_fx.engine.terms import Terms
@@ -61,6 +61,9 @@ def _slice(
 
 def whole(view: Terms, part: Term, which: str) -> Term | None:
     """The tensor whose lower, upper, even or odd half the slice is; None where there is none."""
+    if part.op == "unsqueeze":
+        inner = whole(view, part.operands[0], which)
+        return inner and _known(view, part, view.make("unsqueeze", (inner,), **part.attributes))
     if part.op != "slice":
         return None
     base = part.operands[0]
@@ -76,15 +79,12 @@ def whole(view: Terms, part: Term, which: str) -> Term | None:
         return None
     if (start, stop, step) == (0, base.width, 1):
         return base
-    for node in part.hidden:  # the model has sliced this out before it took the half
-        sliced = view(node)
-        if sliced.op == "slice" and sliced.attributes == {
-            "start": start,
-            "stop": stop,
-            "step": step,
-        }:
-            return sliced
-    return _slice(view, base, range(start, stop, step))
+    return _known(view, part, _slice(view, base, range(start, stop, step)))
+
+
+def _known(view: Terms, part: Term, term: Term) -> Term:
+    """The same value with its node, where the model has made it on the way to the part."""
+    return next((view(node) for node in part.hidden if same(view(node), term)), term)
 
 
 def _getitem(view: Terms, node: fx.Node) -> Term | None:
