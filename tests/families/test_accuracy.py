@@ -6,6 +6,7 @@ a wrong formula at one shape; the verdict against float64 takes the calls of a t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -17,32 +18,39 @@ from tests.support.pairs import fresh, mode, pair
 
 # Traced at 3 x 11; batch 1, a length of 2 (one target) and lengths beyond the sliding window of 7.
 SHAPES = ((1, 2), (3, 11), (2, 19))
+DRAWS = 4  # with one, the verdict on a tiny model moves by a tenth from seed to seed
 # Two float32 runs that round in another order are this close, in any tensor (measured: below 1e-6).
 ROUNDING = 3e-6
 
 
 def calls(model: Any) -> list[dict[str, torch.Tensor]]:
-    """Every shape, unpadded and padded."""
+    """Every shape, unpadded and padded, of several draws."""
     return [
         make_inputs(model, batch, length, pad=pad, labels=True, seed=seed)
-        for seed, (batch, length) in enumerate(SHAPES)
+        for batch, length in SHAPES
         for pad in (False, True)
+        for seed in range(DRAWS)
     ]
 
 
 def judged(model: Any, opt: Any, autocast: torch.dtype | None = None) -> tuple[Judge, list[float]]:
     """The verdict on all calls, and how far the two models are apart in each."""
     judge, apart = Judge(), []
-    exact = float64_copy(model)
-    for inputs in calls(model):
+    for inputs, exact in zip(calls(model), exact_runs(model), strict=True):
         theirs, ours = (measure(m, inputs, autocast=autocast) for m in (model, opt))
-        judge.add(measure(exact, inputs, float64=True), theirs, ours)
+        judge.add(exact, theirs, ours)
         apart.append(furthest(ours, theirs))
     return judge, apart
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@functools.lru_cache(maxsize=1)  # eval and train mode follow each other, and are one to float64
+def exact_runs(model: Any) -> list[Run]:
+    exact = float64_copy(model)
+    return [measure(exact, inputs, float64=True) for inputs in calls(model)]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_float32(name: str, train: bool) -> None:
     model, opt = pair(name)
     with mode(train, model, opt):
@@ -51,10 +59,10 @@ def test_float32(name: str, train: bool) -> None:
     assert judge.faults() == []
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_bfloat16(name: str, train: bool) -> None:
-    model, opt = pair(name, torch.bfloat16)
+    model, opt = pair(name, torch.bfloat16, every_expert=True)
     with mode(train, model, opt):
         judge, _ = judged(model, opt)
     assert judge.faults() == []
@@ -62,7 +70,7 @@ def test_bfloat16(name: str, train: bool) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_autocast(name: str) -> None:
-    model, opt = pair(name)
+    model, opt = pair(name, every_expert=True)
     with mode(True, model, opt):
         judge, _ = judged(model, opt, autocast=torch.bfloat16)
     assert judge.faults() == []

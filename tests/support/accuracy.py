@@ -4,9 +4,9 @@
     theirs, ours = measure(model, inputs), measure(opt, inputs)
     judge = Judge(); judge.add(exact, theirs, ours); judge.faults()
 
-The error of a tensor is its relative L2 error, ||x - exact|| / ||exact||; several tensors, or
-several runs, are judged as one long vector. Small vectors round by luck, so a verdict is given on
-the runs of a test taken together.
+The error of a call is the relative L2 error ||x - exact|| / ||exact|| of its tensors taken as one
+long vector; that of several calls is the root of their mean square. Small vectors round by luck, so
+a verdict is given on all calls of a test together.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class InFloat64(TorchFunctionMode):
 
 def _raise(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in LOW else value
+
+
+Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,25 +118,33 @@ def furthest(ours: Run, theirs: Run) -> float:
 
 @dataclass
 class _Sums:
-    exact: float = 0.0
     theirs: float = 0.0
     ours: float = 0.0
+    calls: int = 0
 
-    def add(self, exact: torch.Tensor, theirs: torch.Tensor, ours: torch.Tensor) -> None:
-        self.exact += exact.square().sum().item()
-        self.theirs += (theirs - exact).square().sum().item()
-        self.ours += (ours - exact).square().sum().item()
+    def add(self, scale: float, exact: Tensors, theirs: Tensors, ours: Tensors) -> None:
+        """Adds one call's tensors, taken as one long vector of the square `scale`."""
+        self.theirs += sum(map(_square, theirs, exact)) / scale
+        self.ours += sum(map(_square, ours, exact)) / scale
+        self.calls += 1
 
     def errors(self) -> tuple[float, float]:
-        scale = self.exact or 1.0
-        return math.sqrt(self.theirs / scale), math.sqrt(self.ours / scale)
+        """Their and our relative L2 error: the root of the mean square over the calls."""
+        return math.sqrt(self.theirs / self.calls), math.sqrt(self.ours / self.calls)
+
+
+def _square(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return (x - exact).square().sum().item()
+
+
+def _scale(tensors: Tensors) -> float:
+    return sum(tensor.square().sum().item() for tensor in tensors) or 1.0
 
 
 @dataclass
 class Judge:
     """Collects runs of the original and of its rewrite against the exact one, then judges them."""
 
-    floor: float = 0.0  # a relative error below this counts as exact, in both
     outputs: _Sums = field(default_factory=_Sums)
     gradients: _Sums = field(default_factory=_Sums)
     parameters: dict[str, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
@@ -141,21 +152,22 @@ class Judge:
     def add(self, exact: Run, theirs: Run, ours: Run) -> None:
         """Adds one call; the three runs must have the same outputs and gradients."""
         assert exact.gradients.keys() == theirs.gradients.keys() == ours.gradients.keys()
-        for name, value in exact.outputs.items():
-            assert ours.outputs[name].isfinite().all(), f"{name} is not finite"
-            self.outputs.add(value, theirs.outputs[name], ours.outputs[name])
-        for name, value in exact.gradients.items():
-            grads = theirs.gradients[name], ours.gradients[name]
-            assert grads[1].isfinite().all(), f"the gradient of {name} is not finite"
-            self.gradients.add(value, *grads)
-            self.parameters[name].add(value, *grads)
+        for name, tensor in (ours.outputs | ours.gradients).items():
+            assert tensor.isfinite().all(), f"{name} is not finite"
+        outputs = [[run.outputs[n] for n in exact.outputs] for run in (exact, theirs, ours)]
+        gradients = [[run.gradients[n] for n in exact.gradients] for run in (exact, theirs, ours)]
+        self.outputs.add(_scale(outputs[0]), *outputs)
+        # A parameter's errors too are on the scale of all gradients: its own may be all zero, as
+        # those of q_proj are where each token that counts sees only itself.
+        scale = _scale(gradients[0])
+        self.gradients.add(scale, *gradients)
+        for i, name in enumerate(exact.gradients):
+            self.parameters[name].add(scale, *([group[i]] for group in gradients))
 
     def ratio(self, sums: _Sums) -> float:
-        """Our error over theirs; 1.0 where both are below the floor."""
+        """Our error over theirs; 1.0 where neither has one."""
         theirs, ours = sums.errors()
-        if ours <= self.floor:
-            return min(1.0, ours / theirs if theirs else 1.0)
-        return ours / max(theirs, self.floor) if max(theirs, self.floor) else math.inf
+        return ours / theirs if theirs else (math.inf if ours else 1.0)
 
     def worst_parameter(self) -> tuple[str, float]:
         """The parameter whose gradient lost most, and by what factor."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import liger_fx
-from tests.support.families import build, make_inputs
+from tests.support.families import EVERY_EXPERT, build, make_inputs
 
 
 def fresh(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Any, Any]:
@@ -26,9 +26,13 @@ def fresh(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> tu
 
 
 @functools.cache
-def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def pair(
+    name: str, dtype: torch.dtype = torch.float32, every_expert: bool = False
+) -> tuple[Any, Any]:
     """The shared model and its optimised twin; leave both in eval mode and without gradients."""
-    return fresh(name, dtype)
+    if every_expert and name not in EVERY_EXPERT:
+        return pair(name, dtype)
+    return fresh(name, dtype, **(EVERY_EXPERT[name] if every_expert else {}))
 
 
 @contextlib.contextmanager

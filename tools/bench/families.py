@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import sys
 import time
 import traceback
@@ -21,12 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.support.accuracy import Judge, float64_copy, measure
-from tests.support.families import FAMILIES, Scale, build, make_inputs
+from tests.support.families import EVERY_EXPERT, FAMILIES, Scale, build, make_inputs
 from tools.bench.common import RESULTS, show, write
 
 SCALE = Scale(hidden=520, intermediate=1376, heads=8, kv_heads=2, head_dim=64, layers=2)
 WIDE_HEADS = Scale(hidden=520, intermediate=1376, heads=4, kv_heads=1, head_dim=128, layers=2)
 SHAPES = ((1, 2), (2, 129), (3, 61))
+DRAWS = 3
 # name -> dtype of the weights, dtype of the autocast region, scale of the loss (float16's small
 # gradients vanish without one, in both models alike)
 MODES: dict[str, tuple[torch.dtype, torch.dtype | None, float]] = {
@@ -46,19 +48,19 @@ def judged(name: str, mode: str, scale: Scale, train: bool) -> dict[str, Any]:
     import liger_fx
 
     dtype, autocast, loss_scale = MODES[mode]
-    model = build(name, dtype=dtype, device=device(), scale=scale).train(train)
+    routing = {} if mode == "fp32" else EVERY_EXPERT.get(name, {})
+    model = build(name, dtype=dtype, device=device(), scale=scale, **routing).train(train)
     example = make_inputs(model, pad=True, labels=True)
     opt = liger_fx.optimize(model, inputs=example)
     exact = float64_copy(model)
     judge = Judge()
-    for seed, (batch, length) in enumerate(SHAPES):
-        for pad in (False, True):
-            inputs = make_inputs(model, batch, length, pad=pad, labels=True, seed=seed)
-            judge.add(
-                measure(exact, inputs, float64=True, loss_scale=loss_scale),
-                measure(model, inputs, autocast=autocast, loss_scale=loss_scale),
-                measure(opt, inputs, autocast=autocast, loss_scale=loss_scale),
-            )
+    for (batch, length), pad, seed in itertools.product(SHAPES, (False, True), range(DRAWS)):
+        inputs = make_inputs(model, batch, length, pad=pad, labels=True, seed=seed)
+        judge.add(
+            measure(exact, inputs, float64=True, loss_scale=loss_scale),
+            measure(model, inputs, autocast=autocast, loss_scale=loss_scale),
+            measure(opt, inputs, autocast=autocast, loss_scale=loss_scale),
+        )
     parameter, worst = judge.worst_parameter()
     return {
         "outputs": judge.outputs.errors(),
