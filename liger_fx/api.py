@@ -7,23 +7,19 @@ print(opt.report)       # each site, before and after, and the reasons for the r
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
 
-from liger_fx.engine.rewriter import rewrite
 from liger_fx.engine.rule import Selection, discover
 from liger_fx.errors import MissedSiteError, NothingRewrittenWarning, UsageError
 from liger_fx.graph_model import GraphModel, build
 from liger_fx.module_tree import copy_tree
-from liger_fx.plan import Plan
-from liger_fx.report import GraphDiff, Side
-from liger_fx.tracing.call import CallSpec, example_call
-from liger_fx.tracing.retry import trace_tree
-from liger_fx.tracing.trace import Trace
+from liger_fx.planning import Planner
+from liger_fx.report import GraphDiff
+from liger_fx.tracing.call import example_call
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | None
 
@@ -56,7 +52,7 @@ def optimize(
     """
     _check_model(model)
     selection = _selection(model, rules, exclude)
-    make_plan = functools.partial(_rewritten_plan, selection)
+    make_plan = Planner(selection)
     tree = copy_tree(model)
     optimized = build(tree, make_plan(tree, example_call(model, inputs)), make_plan)
     assert optimized.report is not None
@@ -69,7 +65,8 @@ def trace(model: nn.Module, inputs: Inputs = None) -> GraphModel:
     ``optimize``."""
     _check_model(model)
     tree = copy_tree(model)
-    return build(tree, _plain_plan(tree, example_call(model, inputs)), _plain_plan)
+    make_plan = Planner(None)
+    return build(tree, make_plan(tree, example_call(model, inputs)), make_plan)
 
 
 def compare(a: nn.Module, b: nn.Module, inputs: Inputs = None) -> GraphDiff:
@@ -101,31 +98,6 @@ def _selection(model: nn.Module, rules: Iterable[str] | None, exclude: Iterable[
             f"that name. The rules are {', '.join(rule.name for rule in known)}."
         )
     return selection
-
-
-def _trace(root: nn.Module, call: CallSpec) -> Trace:
-    # A GraphModel is traced by its model's forward: its own one would run the graph it has.
-    return trace_tree(root, call, getattr(root, "model_class", type(root)).forward)
-
-
-def _plain_plan(root: nn.Module, call: CallSpec) -> Plan:
-    return Plan(_trace(root, call))
-
-
-def _rewritten_plan(selection: Selection, root: nn.Module, call: CallSpec) -> Plan:
-    traced = _trace(root, call)
-    rules = discover()
-    before = Side.of(root, traced.graph)
-    rewriting = rewrite(traced, rules, selection)
-    report = GraphDiff(
-        before,
-        Side.of(root, traced.graph),
-        tuple(rewriting.sites),
-        tuple(rule.name for rule in rules),
-        tuple(traced.guards.describe()),
-        tuple(map(str, traced.opaque)),
-    )
-    return Plan(traced, report)
 
 
 def _judge(model: nn.Module, report: GraphDiff, strict: bool) -> None:
