@@ -129,6 +129,8 @@ def _rewritten(arguments: argparse.Namespace, weights: bool) -> tuple[PreTrained
         from liger_fx.loading import load_model
 
         transformers.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            transformers.logging.disable_progress_bar()
     with _progress(f"reading {arguments.model}"):
         model, notes = load_model(arguments.model, arguments.dtype, arguments.layers, weights)
     for note in notes:

@@ -135,9 +135,15 @@ def _read_weights(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the sizes
         )
     except Exception as error:  # a damaged checkpoint fails in many ways
         raise UsageError(f"The weights in {path} cannot be read: {one_line(error)}") from error
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise UsageError(
+            f"The weights in {path} do not fit its config.json: {name} is "
+            f"{tuple(stored)}, where the config asks for {tuple(wanted)}."
+        )
     return model.eval(), sorted(info["missing_keys"])
 
 

@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from liger_fx.errors import UsageError
 
-SHAPES = ((2, 7), (3, 16), (1, 33))  # batch, length
+SHAPES = ((2, 7), (3, 16), (1, 33), (4, 24))  # batch, length
 _WITH_LABELS = {
     name
     for names in (

@@ -12,14 +12,18 @@ from liger_fx.verification.sites import SiteCheck
 from liger_fx.verification.verdict import Verification
 
 _WORST = 3  # parameters shown; all of them are in Verification.single
+_FAULTS = 8
 
 
 def render(found: Verification) -> str:
-    """Every section; faults are listed in full."""
+    """Every section."""
     verdict = "at least as accurate as the original" if found.ok else "NOT as promised"
     head = f"{found.class_name} in {found.dtype} on {found.device}: {verdict}"
+    faults = [f"  - {fault}" for fault in found.faults[:_FAULTS]]
+    if len(found.faults) > _FAULTS:
+        faults.append(f"  - and {len(found.faults) - _FAULTS} more, all in .faults")
     sections = [
-        "\n".join([head, *(f"  - {fault}" for fault in found.faults)]),
+        "\n".join([head, *faults]),
         "Relative L2 error against float64\n" + _whole(found),
         "Sites, each on the tensors that arrive there\n" + _sites(found) if found.sites else "",
         "Inputs\n" + textwrap.fill(found.inputs, 100),

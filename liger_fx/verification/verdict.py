@@ -69,7 +69,7 @@ def verify(model: nn.Module, opt: nn.Module, inputs: Any = None) -> Verification
     """Compare outputs and all gradients of `model` and `opt` with float64, per site and as a whole.
 
     inputs: one call's keyword arguments as a mapping, or its positional ones as a tuple; made for a
-        transformers language model when None: three batches of several lengths, one padded, with
+        transformers language model when None: four batches of several lengths, one padded, with
         labels where the model takes them, judged together.
 
     Both run in eval mode and in the caller's autocast; the float64 reference is a copy of `model`
