@@ -49,8 +49,8 @@ def exact_runs(model: Any) -> list[Run]:
     return [measure(exact, inputs, float64=True) for inputs in calls(model)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_float32(name: str, train: bool) -> None:
     model, opt = pair(name)
     with mode(train, model, opt):
@@ -59,8 +59,8 @@ def test_float32(name: str, train: bool) -> None:
     assert judge.faults() == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16(name: str, train: bool) -> None:
     model, opt = pair(name, torch.bfloat16, every_expert=True)
     with mode(train, model, opt):
