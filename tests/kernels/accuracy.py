@@ -8,8 +8,21 @@ import torch
 
 from liger_fx.kernels.launch import INTERPRETED
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOAT32_SLACK = 2.4e-7  # two units in the last place: sums in another order, a GPU's exp
+# Two units in the last place, for sums in another order and a GPU's exp. The interpreter has numpy
+# add the numbers of a row one after the other, where a GPU adds them in a tree.
+FLOAT32_SLACK = 1e-6 if INTERPRETED else 2.4e-7
+
+
+Draw = Callable[..., torch.Tensor]
+
+
+def drawing(dtype: torch.dtype) -> Draw:
+    """draw(*shape): a contiguous random tensor on DEVICE. Strided views are taken of it afterwards,
+    since a cast or a move would make them dense.
+    """
+    return lambda *shape: torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:

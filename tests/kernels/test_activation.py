@@ -17,8 +17,10 @@ from liger_fx.kernels.gated_activation import (
 from liger_fx.kernels.launch import INTERPRETED
 from tests.kernels.accuracy import (
     DTYPES,
+    Draw,
     assert_as_accurate,
     doubled,
+    drawing,
     far_apart,
     relative_error,
     with_gradients,
@@ -33,19 +35,25 @@ TEXTBOOK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": lambda x: torch.maximum(x, torch.zeros_like(x)),
 }
 
-LAYOUTS = {
-    "odd": lambda: torch.randn(3, 5, 34),
-    "more than one program": lambda: torch.randn(3, 1700),
-    "transposed": lambda: torch.randn(2, 3, 4, 8).transpose(1, 2),
-    "three strides": lambda: torch.randn(4, 6, 8, 12)[::2, ::2, ::2, :6],
-    "last dimension strided": lambda: torch.randn(5, 66)[:, ::3],
-    "last dimension first": lambda: torch.randn(32, 6).t(),
-    "one dimension": lambda: torch.randn(70),
+LAYOUTS: dict[str, Callable[[Draw], torch.Tensor]] = {
+    "odd": lambda draw: draw(3, 5, 34),
+    "more than one program": lambda draw: draw(3, 1700),
+    "transposed": lambda draw: draw(2, 3, 4, 8).transpose(1, 2),
+    "three strides": lambda draw: draw(4, 6, 8, 12)[::2, ::2, ::2, :6],
+    "last dimension strided": lambda draw: draw(5, 66)[:, ::3],
+    "last dimension first": lambda draw: draw(32, 6).t(),
+    "one dimension": lambda draw: draw(70),
 }
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 names = pytest.mark.parametrize("name", ACTIVATIONS)
+
+
+def twice(dtype: torch.dtype) -> Draw:
+    """Numbers twice as large, to reach the bends of the activations."""
+    draw = drawing(dtype)
+    return lambda *shape: 2 * draw(*shape)
 
 
 def product(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -64,7 +72,7 @@ def unpacked(name: str, gate_first: bool) -> Callable[[torch.Tensor], torch.Tens
 @dtypes
 @layouts
 def test_activation(name: str, dtype: torch.dtype, layout: str, device: str) -> None:
-    x = (2 * LAYOUTS[layout]()).to(device, dtype)
+    x = LAYOUTS[layout](twice(dtype))
     grad = torch.randn(x.shape, device=device).to(dtype)
     ours = with_gradients(lambda x: activation(x, name), (x,), grad)
     eager = with_gradients(TEXTBOOK[name], (x,), grad)
@@ -78,7 +86,7 @@ def test_activation(name: str, dtype: torch.dtype, layout: str, device: str) -> 
 @dtypes
 @layouts
 def test_gated(name: str, dtype: torch.dtype, layout: str, device: str) -> None:
-    gate, up = ((2 * LAYOUTS[layout]()).to(device, dtype) for _ in range(2))
+    gate, up = (LAYOUTS[layout](twice(dtype)) for _ in range(2))
     grad = torch.randn(gate.shape, device=device).to(dtype)
     ours = with_gradients(lambda g, u: gated_activation(g, u, name), (gate, up), grad)
     eager = with_gradients(product(name), (gate, up), grad)
@@ -93,7 +101,7 @@ def test_gated(name: str, dtype: torch.dtype, layout: str, device: str) -> None:
 def test_packed(
     name: str, dtype: torch.dtype, layout: str, gate_first: bool, device: str
 ) -> None:
-    gate_up = (2 * LAYOUTS[layout]()).to(device, dtype)
+    gate_up = LAYOUTS[layout](twice(dtype))
     grad = torch.randn(*gate_up.shape[:-1], gate_up.shape[-1] // 2, device=device).to(dtype)
     ours = with_gradients(lambda x: packed_gated_activation(x, name, gate_first), (gate_up,), grad)
     eager = with_gradients(unpacked(name, gate_first), (gate_up,), grad)

@@ -1,5 +1,6 @@
 """The rotary embedding against a turn of complex numbers, and against the models' own spellings."""
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from liger_fx.kernels.launch import INTERPRETED
 from liger_fx.kernels.rope import Form, rope, rope_pair, rope_reference
 from tests.kernels.accuracy import (
     DTYPES,
+    Draw,
     assert_as_accurate,
     doubled,
+    drawing,
     far_apart,
     relative_error,
     with_gradients,
@@ -72,14 +75,14 @@ def tables(
     return cos, sin
 
 
-HEADS = {
-    "heads first": lambda heads, dim: torch.randn(2, heads, 5, dim),
-    "tokens first": lambda heads, dim: torch.randn(2, 5, heads, dim).transpose(1, 2),
-    "part of a packed projection": lambda heads, dim: (
-        torch.randn(2, 5, heads + 4, dim)[:, :, 2:-2].transpose(1, 2)
+HEADS: dict[str, Callable[[Draw, int, int], torch.Tensor]] = {
+    "heads first": lambda draw, heads, dim: draw(2, heads, 5, dim),
+    "tokens first": lambda draw, heads, dim: draw(2, 5, heads, dim).transpose(1, 2),
+    "part of a packed projection": lambda draw, heads, dim: (
+        draw(2, 5, heads + 4, dim)[:, :, 2:-2].transpose(1, 2)
     ),
-    "part of a head": lambda heads, dim: torch.randn(2, heads, 5, 2 * dim)[..., dim:],
-    "last dimension strided": lambda heads, dim: torch.randn(2, heads, 5, 2 * dim)[..., ::2],
+    "part of a head": lambda draw, heads, dim: draw(2, heads, 5, 2 * dim)[..., dim:],
+    "last dimension strided": lambda draw, heads, dim: draw(2, heads, 5, 2 * dim)[..., ::2],
 }
 
 
@@ -113,10 +116,12 @@ def test_every_form(
 
 @pytest.mark.parametrize("layout", HEADS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_layouts(layout: str, batch: int, device: str) -> None:
-    q, k = HEADS[layout](7, 12).to(device), HEADS[layout](2, 12).to(device)
-    cos, sin = tables(batch, 5, 12, device)
-    grads = (torch.randn(2, 5, 7, 12, device=device).transpose(1, 2), torch.randn_like(k))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(layout: str, batch: int, dtype: torch.dtype, device: str) -> None:
+    draw = drawing(dtype)
+    q, k = HEADS[layout](draw, 7, 12), HEADS[layout](draw, 2, 12)
+    cos, sin = tables(batch, 5, 12, device, dtype)
+    grads = (draw(2, 5, 7, 12).transpose(1, 2), torch.randn_like(k))
     exact = with_gradients(
         lambda q, k: (llama(q, cos.double(), sin.double()), llama(k, cos.double(), sin.double())),
         doubled((q, k)),
