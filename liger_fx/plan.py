@@ -18,6 +18,7 @@ from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Check, Guards
 from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Trace
+from liger_fx.tracing.tree_state import Modules, TreeFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,7 @@ class Plan:
         self.opaque: list[OpaqueLeaf] = trace.opaque
         self.paths = sorted({call.path for call in trace.calls})
         self.report = report
+        self.facts = TreeFacts.of(trace.root, self._followed_modules(trace.root))
         self._prepare()
 
     def _prepare(self) -> None:
@@ -46,12 +48,12 @@ class Plan:
     def holds(self, root: nn.Module, arguments: Mapping[str, Any]) -> bool:
         """Whether the guards hold for a call of ``root`` with these named arguments."""
         if self._holds is None:
-            self._holds = self.guards.bind(root, self._followed_modules(root))
+            self._holds = self.guards.bind(root, self._followed_modules(root), self.facts)
         return self._holds(arguments)
 
-    def _followed_modules(self, root: nn.Module) -> list[nn.Module]:
+    def _followed_modules(self, root: nn.Module) -> Modules:
         tree = dict(root.named_modules())
-        return [tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])]
+        return {path: tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])}
 
     def run(self, root: nn.Module, arguments: Mapping[str, Any]) -> Any:
         """The graph's result for a call that ``holds``."""

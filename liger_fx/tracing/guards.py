@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._sympy.printers import PythonPrinter
 
 from liger_fx.tracing.call import CallSpec, InputSpec
-from liger_fx.tracing.tree_state import TreeState
+from liger_fx.tracing.tree_state import Modules, TreeFacts, TreeState
 
 if TYPE_CHECKING:
     from liger_fx.tracing.tracer import HFTracer
@@ -73,13 +73,13 @@ class Guards:
         lines.append("no forward hook stands on a module that the graph goes through")
         return lines
 
-    def bind(self, root: nn.Module, modules: list[nn.Module]) -> Check:
-        """A fast check of a call's named arguments against a tree.
+    def bind(self, root: nn.Module, modules: Modules, facts: TreeFacts) -> Check:
+        """A fast check of a call's named arguments against a tree that shall be as in ``facts``.
 
         ``modules`` are those whose code the graph replaces: their hooks and modes are assumptions
         too.
         """
-        state = TreeState(root, modules, self.training, self.attention_fixed)
+        state = TreeState(root, modules, facts, self.training, self.attention_fixed)
         inputs_hold = _compile_inputs(self)
         grad_enabled, autocast = self.grad_enabled, self.autocast
         is_grad_enabled = torch.is_grad_enabled

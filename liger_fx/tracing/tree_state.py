@@ -11,6 +11,7 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,25 +23,67 @@ from transformers.configuration_utils import PreTrainedConfig
 _ATTENTION = ("_attn_implementation_internal", "_attn_implementation")
 
 
+Modules = dict[str, nn.Module]
+Kind = tuple[torch.dtype, torch.device]
+Place = tuple[str | int, ...]  # a module's path, then attributes and items down to a config
+
+
+@dataclass(frozen=True)
+class TreeFacts:
+    """What a module tree was like when its graph was made.
+
+    kinds: dtypes and devices of the parameters that tell what the graph's frozen casts mean.
+    configs: the values of each config. A config in another has a place of its own.
+    """
+
+    kinds: dict[str, Kind]
+    configs: dict[Place, dict[str, Any]]
+
+    @classmethod
+    def of(cls, root: nn.Module, modules: Modules) -> TreeFacts:
+        """The facts of ``root`` now; ``modules`` are those whose code the graph replaces."""
+        kinds = {path: (t.dtype, t.device) for path, t in telling_parameters(root).items()}
+        configs = {
+            place: copy.deepcopy({k: v for k, v in vars(config).items() if not _holds_config(v)})
+            for place, config in _configs(modules).items()
+        }
+        return cls(kinds, configs)
+
+
 class TreeState:
-    """Modes, hooks, dtypes, devices and configs of a module tree, compared in a few
-    microseconds."""
+    """Modes, hooks, dtypes, devices and configs of a module tree, compared in a few microseconds.
+
+    ``modules`` are those whose code the graph replaces: their modes and hooks are looked at.
+    """
 
     def __init__(
-        self, root: nn.Module, modules: list[nn.Module], training: bool, attention_fixed: bool
+        self,
+        root: nn.Module,
+        modules: Modules,
+        facts: TreeFacts,
+        training: bool,
+        attention_fixed: bool,
     ) -> None:
         self.training = training
+        followed = modules.values()
         self.modes = [
-            m.__dict__ for m in modules if m is root or _code_mentions(type(m), "training")
+            m.__dict__ for m in followed if m is root or _code_mentions(type(m), "training")
         ]
-        self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks = [h for m in followed for h in (m._forward_hooks, m._forward_pre_hooks)]
         # PyTorch numbers all hooks of the process: while the number stands, no new one does.
         self.hooks_seen = -1
-        self.checkpointing = [m.__dict__ for m in modules if hasattr(m, "gradient_checkpointing")]
-        self.tensors = _telling_tensors(root)
-        self.kinds = self._kinds()
+        self.checkpointing = [m.__dict__ for m in followed if hasattr(m, "gradient_checkpointing")]
+        # Looked up by name at each check: a parameter may be replaced.
+        self.tensors = [_group_of(root, path) for path in facts.kinds]
+        self.kinds = list(facts.kinds.values())
         unguarded = () if attention_fixed else _ATTENTION
-        self.configs = [_ConfigState(config, unguarded) for config in _configs(modules)]
+        now = _configs(modules)
+        self.is_another_tree = not now.keys() >= facts.configs.keys()
+        self.configs = [
+            _ConfigState(now[place], then, unguarded)
+            for place, then in facts.configs.items()
+            if place in now
+        ]
 
     def holds(self) -> bool:
         training = self.training
@@ -52,13 +95,19 @@ class TreeState:
             for attributes in self.checkpointing:
                 if attributes.get("gradient_checkpointing"):
                     return False
-        if self._kinds() != self.kinds:
+        return self.is_as_traced()
+
+    def is_as_traced(self) -> bool:
+        """Whether dtypes, devices and configs are what they were, whatever the modes."""
+        if self.is_another_tree or self._kinds() != self.kinds:
             return False
         return all(config.holds() for config in self.configs)
 
-    def _kinds(self) -> list[tuple[torch.dtype, torch.device]]:
-        # Looked up by name: a parameter may have been replaced since.
-        return [((t := group[name]).dtype, t.device) for group, name in self.tensors]
+    def _kinds(self) -> list[Kind | None]:
+        return [
+            None if (t := group.get(name)) is None else (t.dtype, t.device)
+            for group, name in self.tensors
+        ]
 
     def _no_hooks(self) -> bool:
         number = RemovableHandle.next_id
@@ -71,35 +120,42 @@ class TreeState:
 _mode = operator.itemgetter("training")
 
 
-def _telling_tensors(root: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Parameters whose dtype decides what the graph's frozen casts mean, as (group, name).
+def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters whose dtype decides what the graph's frozen casts mean, by path.
 
     All but those of linear layers, which raise by themselves at an input of another dtype; up to a
     handful of each class: a model changes dtype as a whole or by kind of module, and a deep one
     must not pay for every layer.
     """
     counts: Counter[tuple[type, str]] = Counter()
-    found: list[tuple[dict[str, Any], str]] = []
-    for module in root.modules():
+    found: dict[str, nn.Parameter] = {}
+    for path, module in root.named_modules():
         for name, tensor in module._parameters.items():
             kind = (type(module), name)
             counts[kind] += 1
             most = 1 if isinstance(module, nn.Linear) else 8
             if tensor is not None and counts[kind] <= most:
-                found.append((module._parameters, name))
+                found[f"{path}.{name}" if path else name] = tensor
     return found
+
+
+def _group_of(root: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    """The dictionary that holds the parameter at ``path``, empty if there is no such module."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return root.get_submodule(owner)._parameters, name
+    except AttributeError:
+        return {}, name
 
 
 class _ConfigState:
     """A config's values as they were, but for those named in ``unguarded``."""
 
-    def __init__(self, config: Any, unguarded: tuple[str, ...]) -> None:
+    def __init__(self, config: Any, then: dict[str, Any], unguarded: tuple[str, ...]) -> None:
         self.now, self.unguarded = vars(config), unguarded
         # Nested configs are guarded on their own, and are compared here by identity.
-        self.then = {
-            name: value if list(_configs_in(value)) else copy.deepcopy(value)
-            for name, value in self.now.items()
-        }
+        nested = {name: value for name, value in self.now.items() if _holds_config(value)}
+        self.then = {**then, **nested}
 
     def holds(self) -> bool:
         if self.now == self.then:
@@ -112,24 +168,32 @@ class _ConfigState:
         )
 
 
-def _configs(modules: list[nn.Module]) -> list[Any]:
+def _configs(modules: Modules) -> dict[Place, Any]:
     """The configs of these modules and all configs nested in them, once each."""
-    found: dict[int, Any] = {}
-    pending = [getattr(m, "config", None) for m in modules]
-    while pending:
-        config = pending.pop()
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            pending += [c for value in vars(config).values() for c in _configs_in(value)]
-    return list(found.values())
+    found: dict[Place, Any] = {}
+    seen: set[int] = set()
+    pending = [((path,), getattr(module, "config", None)) for path, module in modules.items()]
+    for place, config in pending:  # grows while it is walked
+        if isinstance(config, PreTrainedConfig) and id(config) not in seen:
+            seen.add(id(config))
+            found[place] = config
+            pending += _configs_in(vars(config), place)
+    return found
 
 
-def _configs_in(value: Any) -> Iterator[Any]:
+def _configs_in(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     if isinstance(value, PreTrainedConfig):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _configs_in(item)
+        yield place, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _configs_in(item, (*place, key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _configs_in(item, (*place, i))
+
+
+def _holds_config(value: Any) -> bool:
+    return any(True for _ in _configs_in(value, ()))
 
 
 def is_capturing(hook: Any) -> bool:

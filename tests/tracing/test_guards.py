@@ -89,6 +89,17 @@ def test_modes_dtypes_hooks_and_config_break_the_guards() -> None:
     assert not plan.holds(traced, CALL)
 
 
+def test_what_changes_between_the_trace_and_the_first_call_breaks_the_guards() -> None:
+    traced = liger_fx.trace(llama())
+    traced.to(torch.bfloat16)
+    assert not traced.plans[0].holds(traced, CALL)
+    assert traced(**CALL).logits.dtype == torch.bfloat16
+    traced = liger_fx.trace(llama())
+    traced.config.use_cache = False
+    assert not traced.plans[0].holds(traced, CALL)
+    assert traced(**CALL).past_key_values is None
+
+
 def test_the_attention_implementation_may_change_without_a_new_graph() -> None:
     model = llama()
     traced = liger_fx.trace(model)
