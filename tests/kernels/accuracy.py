@@ -77,8 +77,11 @@ def doubled(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def far_apart(folder: Path, rows: int, width: int) -> torch.Tensor:
-    """A float32 (rows, width) whose rows lie more than 2^31 elements apart, in a sparse file."""
-    stride = 2**31 + 64
+    """A float32 (rows, width) whose third row lies beyond 2^31 elements, in a sparse file.
+
+    The stride itself fits in 32 bits: Triton would take a larger one as 64-bit by itself.
+    """
+    stride = 2**30 + 64
     memory = torch.from_file(
         str(folder / "sparse"), shared=True, size=(rows - 1) * stride + width, dtype=torch.float32
     )

@@ -194,7 +194,7 @@ def test_what_is_refused() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about a Triton kernel on the CPU")
-def test_rows_further_apart_than_32_bits(tmp_path: Path) -> None:
+def test_rows_beyond_32_bits(tmp_path: Path) -> None:
     gate_up, grad = far_apart(tmp_path, 3, 32), torch.randn(3, 16)
     ours = with_gradients(lambda x: packed_gated_activation(x, "silu"), (gate_up,), grad)
     exact = with_gradients(unpacked("silu", True), doubled((gate_up,)), grad)

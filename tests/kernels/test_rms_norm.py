@@ -173,7 +173,7 @@ def test_weight_of_another_width_is_refused() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about a Triton kernel on the CPU")
-def test_rows_further_apart_than_32_bits(tmp_path: Path) -> None:
+def test_rows_beyond_32_bits(tmp_path: Path) -> None:
     x, weight, grad = far_apart(tmp_path, 3, 16), torch.randn(16), torch.randn(3, 16)
     ours = with_gradients(lambda x, w: rms_norm(x, w, EPS), (x, weight), grad)
     exact = with_gradients(textbook, doubled((x, weight)), grad)

@@ -249,7 +249,7 @@ def test_what_is_refused(
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about a Triton kernel on the CPU")
-def test_heads_further_apart_than_32_bits(tmp_path: Path) -> None:
+def test_batches_tokens_and_heads_beyond_32_bits(tmp_path: Path) -> None:
     x, (cos, sin) = far_apart(tmp_path, 3, 8), tables(1, 3, 8, "cpu")
     for view in (x[:, None, None], x[None, :, None], x[None, None]):
         place = (cos[:, : view.shape[2]], sin[:, : view.shape[2]])
