@@ -54,8 +54,7 @@ PRODUCTS: dict[str, type[nn.Module]] = {
     "relu": LigerReGLU,
 }
 
-x, packed = Tensor("x"), Tensor("packed")
-gate, up = Tensor("gate", as_it_is=True), Tensor("up", as_it_is=True)
+x, packed, gate, up = Tensor("x"), Tensor("packed"), Tensor("gate"), Tensor("up")
 
 
 def product(gate: Pattern, up: Pattern) -> Pattern:

@@ -43,7 +43,7 @@ def refused(rule: Rule, refusal: Refusal, facts: Facts) -> Site:
     call = facts.call(node)
     is_leaf = node.op == "call_module" and set(refusal.covered) <= {node}
     path = str(node.target) if is_leaf else call.path
-    text = why.reason if isinstance(why, Reject) else str(why)
+    text = f"{why.reason}{_at(why.node)}" if isinstance(why, Reject) else f"{why}{_line(why.node)}"
     covered = sorted({node, *refusal.covered}, key=facts.position.__getitem__)
     return Site(
         rule=rule.name,
@@ -53,7 +53,7 @@ def refused(rule: Rule, refusal: Refusal, facts: Facts) -> Site:
         before=tuple(describe(n) for n in covered),
         after=None,
         after_class=None,
-        reason=text + _where(why.node),
+        reason=text,
     )
 
 
@@ -116,12 +116,10 @@ def _names(group: Sequence[Match]) -> dict[fx.Node, str]:
     return names
 
 
-def _where(node: fx.Node | None) -> str:
-    if node is None:
-        return ""
-    source = node.meta.get("source")
-    return (
-        f" ({describe(node)} at {os.path.basename(source[0])}:{source[1]})"
-        if source
-        else f" ({describe(node)})"
-    )
+def _at(node: fx.Node | None) -> str:
+    return "" if node is None else f" ({describe(node)}{_line(node)})"
+
+
+def _line(node: fx.Node | None) -> str:
+    source = node.meta.get("source") if node is not None else None
+    return f" at {os.path.basename(source[0])}:{source[1]}" if source else ""

@@ -210,24 +210,31 @@ class _Attempt:
                     del self.bound[pattern.name]
 
     def _match_tensor(self, pattern: p.Tensor, term: Term) -> Iterator[None]:
-        mark = len(self.covered)
-        while not pattern.as_it_is and self._is_own_cast(term):
-            self.covered += term.nodes
-            term = term.operands[0]
-        bound = self.bound.get(pattern.name)
-        if term.op == "constant":
-            self.missed(pattern, term)
-        elif bound is None:
-            self.bound[pattern.name] = term
+        name, known = pattern.name, self.bound.get(pattern.name)
+        mark, fits = len(self.covered), False
+        for value, passed in self._meanings(term):
+            if value.op == "constant" or not (known is None or same(known, value)):
+                continue
+            fits = True
+            self.covered += passed
+            self.bound[name] = value if known is None or known.node is None else known
             yield
-            del self.bound[pattern.name]
-        elif same(bound, term):
-            self.bound[pattern.name] = term if bound.node is None else bound
-            yield
-            self.bound[pattern.name] = bound
-        else:
-            self.missed(pattern, term, f"wanted {pattern} ({bound}) again, found {term}")
-        del self.covered[mark:]
+            self.bound[name] = known
+            del self.covered[mark:]
+        if known is None:
+            self.bound.pop(name, None)
+        if not fits:
+            why = f"wanted {name} ({known}) again, found {term}" if known is not None else None
+            self.missed(pattern, term, why)
+
+    def _meanings(self, term: Term) -> list[tuple[Term, tuple[fx.Node, ...]]]:
+        """What a tensor can be taken for: what a harmless cast was made from, else its result."""
+        passed = tuple[fx.Node, ...]()
+        meanings = [(term, passed)]
+        while self._is_own_cast(term):
+            passed, term = (*passed, *term.nodes), term.operands[0]
+            meanings.append((term, passed))
+        return meanings[::-1]
 
     def _is_own_cast(self, term: Term) -> bool:
         """An alias or harmless cast made by the same module call: what came in stays as it came."""

@@ -58,10 +58,9 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class Tensor(Pattern):
-    """Any tensor, under a name; casts that lose nothing are looked through, unless ``as_it_is``."""
+    """Any tensor, under a name; casts that lose nothing are looked through where they can be."""
 
     name: str
-    as_it_is: bool = False
     heads = None
     vagueness = 2
 

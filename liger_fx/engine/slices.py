@@ -108,7 +108,7 @@ def _getitem(view: Terms, node: fx.Node) -> Term | None:
         return None
     (dim, item), x = telling[0], view(source)
     if item is None:
-        return view.make("unsqueeze", (x,), node, dim=dim)
+        return _new_dim(view, node, x, dim)
     if type(item) is int:
         return _select(view, node, x, dim, item)
     if isinstance(item, slice) and dim == -1 and _is_static(item):
@@ -232,7 +232,11 @@ def _unsqueeze(view: Terms, node: fx.Node) -> Term | None:
     rank, dim = view.rank(node), argument(node, 1, "dim")
     if rank is None or type(dim) is not int:
         return None
-    dim, x = dim - rank if dim >= 0 else dim, view(argument(node, 0, "input"))
+    return _new_dim(view, node, view(argument(node, 0, "input")), dim - rank if dim >= 0 else dim)
+
+
+def _new_dim(view: Terms, node: fx.Node, x: Term, dim: int) -> Term:
+    """A dimension of size 1; where it is one that a reduction dropped, the reduction keeps it."""
     if x.op in ("mean", "sum") and dim == -1 and x.attributes == {"dims": (-1,), "keepdim": False}:
         return view.make(x.op, x.operands, node, x.nodes, dims=(-1,), keepdim=True)
     return view.make("unsqueeze", (x,), node, dim=dim)
@@ -253,7 +257,7 @@ def _repeat_interleave(view: Terms, node: fx.Node) -> Term | None:
 
 
 _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
-    (_getitem, ("slice", "alias", "unsqueeze"), (operator.getitem,)),
+    (_getitem, ("slice", "alias", "unsqueeze", "mean", "sum"), (operator.getitem,)),
     (_narrow, ("slice",), (torch.narrow, "narrow")),
     (
         _reshape,

@@ -137,6 +137,10 @@ def describe(node: fx.Node, names: Mapping[fx.Node, str] = MappingProxyType({}))
         return _brief(node, names)
     if node.op == "call_module":
         target = _last_part(target)
+    if target == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        places = ", ".join(_brief(item, names) for item in index)
+        return f"{_brief(node.args[0], names)}[{places}]"
     arguments = ", ".join(_brief(a, names) for a in (*node.args, *node.kwargs.values()))
     return f"{target}({arguments})"
 
