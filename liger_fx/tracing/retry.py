@@ -24,10 +24,15 @@ def trace_tree(root: nn.Module, call: CallSpec, forward: Any = None) -> Trace:
     """
     opaque: dict[type, tuple[str, Source | None]] = {}
     fixed: frozenset[str] = frozenset()
+    first: Untraceable | None = None
     while True:
         try:
             return HFTracer(opaque, fixed).trace(root, call, forward)
         except Untraceable as failure:
+            # A module that fails when it is called whole takes its parents along: what the user
+            # needs to know is where that began.
+            if first is None or type(failure.stack[-1][1]) not in opaque:
+                first = failure
             culprit = _innermost(failure, opaque)
             if culprit is not None and len(opaque) < _MAX_OPAQUE_CLASSES:
                 opaque = {**opaque, culprit: (str(failure), failure.source)}
@@ -35,7 +40,7 @@ def trace_tree(root: nn.Module, call: CallSpec, forward: Any = None) -> Trace:
                 fixed = frozenset(("batch", "sequence"))
                 opaque = {}
             else:
-                raise _explain(failure) from failure
+                raise _explain(first) from first
 
 
 def _innermost(failure: Untraceable, opaque: dict[type, Any]) -> type | None:
