@@ -18,7 +18,7 @@ from tests.support.pairs import fresh, mode, pair
 
 # Traced at 3 x 11; batch 1, a length of 2 (one target) and lengths beyond the sliding window of 7.
 SHAPES = ((1, 2), (3, 11), (2, 19))
-DRAWS = 4  # with one, the verdict on a tiny model moves by a tenth from seed to seed
+DRAWS = 3  # with one, the verdict on a tiny model moves by a tenth from seed to seed
 # Two float32 runs that round in another order are this close, in any tensor (measured: below 1e-6).
 ROUNDING = 3e-6
 

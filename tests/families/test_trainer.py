@@ -32,7 +32,8 @@ def losses(model: Any, folder: Path, **options: Any) -> list[float]:
         output_dir=str(folder),
         per_device_train_batch_size=4,
         max_steps=3,
-        learning_rate=1e-2,
+        learning_rate=0.5,
+        optim="sgd",  # Adam makes a whole step of a gradient that is nothing but rounding
         logging_steps=1,
         save_steps=3,
         use_cpu=True,
@@ -51,7 +52,7 @@ def test_three_steps(name: str, options: dict[str, Any], tmp_path: Path) -> None
     theirs = losses(build(name), tmp_path / "theirs", **options)
     ours = losses(liger_fx.optimize(build(name)), tmp_path / "ours", **options)
     assert len(theirs) == 3 and theirs[0] != theirs[2]
-    assert ours == pytest.approx(theirs, rel=2e-3 if options else 1e-6)
+    assert ours == pytest.approx(theirs, rel=2e-3 if options else 2e-6)
     saved = [
         AutoModelForCausalLM.from_pretrained(tmp_path / kind / "checkpoint-3").state_dict()
         for kind in ("ours", "theirs")
@@ -59,5 +60,5 @@ def test_three_steps(name: str, options: dict[str, Any], tmp_path: Path) -> None
     assert saved[0].keys() == saved[1].keys()
     for key, tensor in saved[1].items():
         torch.testing.assert_close(
-            saved[0][key], tensor, rtol=0, atol=5e-3 if options else 1e-4, msg=key
+            saved[0][key], tensor, rtol=0, atol=5e-3 if options else 1e-5, msg=key
         )
