@@ -8,6 +8,7 @@ With f the activation, dgate = dy * up * f'(gate) and dup = dy * f(gate): the ba
 again from gate, so that nothing but gate and up is kept.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ def _backward_kernel(
     tl.store(dup_ptr + row * dup_stride + col, (dy * y).to(dup_ptr.dtype.element_ty), mask)
 
 
+@lru_cache
 def gated_launch(cols: int) -> Launch:
     """Tiles of 2048 elements, 16 to a thread."""
     cols = min(power_of_two(cols), 2048)

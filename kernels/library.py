@@ -43,10 +43,10 @@ def differentiate(op: Any, function: type[torch.autograd.Function]) -> None:
     """
 
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
-        ):
-            return function.apply(*args)
+        if torch.is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    return function.apply(*args)
         return below_autograd(op, *args)
 
     _LIBRARY.impl(op, autograd, "Autograd")

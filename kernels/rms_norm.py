@@ -11,6 +11,7 @@ g = dy * (offset + weight) and n the row's width, the derivatives are
 Both sums of a row are taken in the same pass, so the backward needs x and the weight, nothing else.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -159,6 +160,7 @@ def _sum_kernel(x_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLS: tl.constexp
     tl.store(y_ptr + col, tl.sum(total, axis=0).to(y_ptr.dtype.element_ty), col < width)
 
 
+@lru_cache
 def forward_launch(width: int) -> Launch:
     """Tiles of at least 4096 elements, 16 to a thread."""
     cols = power_of_two(width)
@@ -166,6 +168,7 @@ def forward_launch(width: int) -> Launch:
     return Launch(rows, cols, warps=min(rows * cols // 512, 32))
 
 
+@lru_cache
 def backward_launch(width: int, column_bytes: int) -> Launch:
     """The same tiles, each program looping over some of them, 512 threads a multiprocessor: they
     fill its registers. Loads run ahead by as many tiles as fit in 96 KiB of shared memory, at most
@@ -176,6 +179,7 @@ def backward_launch(width: int, column_bytes: int) -> Launch:
     return Launch(rows, cols, warps, per_sm=max(16 // warps, 1), stages=1 + ahead)
 
 
+@lru_cache
 def sum_launch(rows: int) -> Launch:
     """Columns in groups of 32 (128 bytes), up to 256 rows at once."""
     return Launch(min(power_of_two(rows), 256), 32, warps=8)

@@ -11,6 +11,7 @@ Su et al., "RoFormer", 2021. A pair (a, b) turns by cos and sin, which may diffe
 The derivative is the same turn with other sines: one operator serves as its own backward.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -231,6 +232,7 @@ def _kernel(
         )  # fmt: skip
 
 
+@lru_cache
 def rope_launch(pairs: int) -> Launch:
     """Up to 4096 elements of one token's heads at once; `pairs` is a power of two."""
     return Launch(rows=max(1, 2048 // pairs), cols=pairs, warps=4)
