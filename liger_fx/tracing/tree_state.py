@@ -172,7 +172,9 @@ def _configs(modules: Modules) -> dict[Place, Any]:
     """The configs of these modules and all configs nested in them, once each."""
     found: dict[Place, Any] = {}
     seen: set[int] = set()
-    pending = [((path,), getattr(module, "config", None)) for path, module in modules.items()]
+    pending: list[tuple[Place, Any]] = [
+        ((path,), getattr(module, "config", None)) for path, module in modules.items()
+    ]
     for place, config in pending:  # grows while it is walked
         if isinstance(config, PreTrainedConfig) and id(config) not in seen:
             seen.add(id(config))
