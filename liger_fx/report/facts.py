@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import fx
 
 from liger_fx import __version__
 from liger_fx.engine.site import Site
+from liger_fx.report.verified import Verified
 
 _NOT_OPERATORS = {"placeholder", "output", "get_attr"}
 
@@ -63,17 +64,21 @@ class GraphDiff:
     """Two graphs of one model and the sites at which they differ.
 
     rules: the names of all rules that looked, also of those that found nothing.
+    inputs: what the model was traced with, by name: "int64[batch, sequence] on cpu", "False".
     guards: what the trace took for granted, one readable line each.
     opaque: the modules that the trace could not enter, one readable line each.
+    verified: what verify() found, None when it was not asked.
     """
 
     before: Side
     after: Side
     sites: tuple[Site, ...] = ()
     rules: tuple[str, ...] = ()
+    inputs: dict[str, str] = field(default_factory=dict)
     guards: tuple[str, ...] = ()
     opaque: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    verified: Verified | None = None
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -102,13 +107,27 @@ class GraphDiff:
             return cls(before, after)
         shared = set(known.sites) if known is not None else set()
         sites = tuple(site for site in told.sites if site not in shared)
-        return cls(before, after, sites, told.rules, told.guards, told.opaque, told.versions)
+        return replace(told, before=before, after=after, sites=sites)
 
     def text(self, full: bool = False) -> str:
         """The report as plain text; `full` lists every layer instead of folding alike ones."""
         from liger_fx.report.text import render
 
         return render(self, full)
+
+    def json(self) -> str:
+        """The report as JSON text, which ``GraphDiff.from_json`` reads again."""
+        from liger_fx.report.json_face import to_json
+
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, name: str = "the report") -> GraphDiff:
+        """The report that ``json()`` wrote; UsageError, naming ``name`` and the field, if it is
+        none."""
+        from liger_fx.report.json_face import from_json
+
+        return from_json(text, name)
 
     def __str__(self) -> str:
         return self.text()

@@ -9,10 +9,10 @@ from tabulate import tabulate
 
 from liger_fx.engine.site import Site
 from liger_fx.report.facts import GraphDiff
-from liger_fx.report.folding import alike, fold, fold_paths, shape
+from liger_fx.report.folding import alike, fold, fold_paths
 from liger_fx.report.tree import aligned, lines
 
-_CELL = 60
+_CELL = 52
 
 
 def render(diff: GraphDiff, full: bool = False) -> str:
@@ -54,6 +54,10 @@ def _wrap(text: str) -> str:
     return "\n".join(textwrap.wrap(text, _CELL, break_long_words=False, break_on_hyphens=False))
 
 
+def _lines(paths: str) -> str:
+    return paths.replace(", ", ",\n")
+
+
 def _rules(diff: GraphDiff) -> str:
     names = dict.fromkeys([*diff.rules, *(site.rule for site in diff.sites)])
     rows: list[tuple[object, ...]] = []
@@ -74,13 +78,13 @@ def _groups(sites: Sequence[Site], full: bool) -> Iterator[tuple[Site, str, int]
 
 
 def _kind(site: Site) -> tuple[str, ...]:
-    parts = (*site.before, site.after or "", site.reason or "")
-    return (site.rule, shape(site.path), site.after_class or "", *(alike(part) for part in parts))
+    parts = (*site.before, site.reason or "")
+    return (site.rule, site.before_class, site.after_class or "", *(alike(part) for part in parts))
 
 
 def _refused(diff: GraphDiff, full: bool) -> str:
     rows: list[tuple[object, ...]] = [
-        (site.rule, _wrap(paths), count, _wrap(site.reason or ""), _source(site))
+        (site.rule, _lines(paths), count, _wrap(site.reason or ""), _source(site))
         for site, paths, count in _groups(diff.refused, full)
     ]
     return _table(("rule", "where", "sites", "why", "model code"), rows)
@@ -88,7 +92,7 @@ def _refused(diff: GraphDiff, full: bool) -> str:
 
 def _rewritten(diff: GraphDiff, full: bool) -> str:
     rows: list[tuple[object, ...]] = [
-        (_wrap(paths), count, site.before_class, _wrap("; ".join(site.before)), site.after_class)
+        (_lines(paths), count, site.before_class, _wrap("; ".join(site.before)), site.after_class)
         for site, paths, count in _groups(diff.rewritten, full)
     ]
     return _table(("where", "sites", "in", "nodes before", "node after"), rows)

@@ -1,0 +1,80 @@
+"""A GraphDiff as JSON and back; docs/report-schema.md describes the form.
+
+GraphDiff(sites=(Site("rms_norm", ...), ...), ...)
+ <->
+{"format": "liger_fx.report", "schema": 1, "sites": [{"rule": "rms_norm", ...}, ...], ...}
+
+Reading builds plain data of known types and nothing else: every field is checked, and the first
+that is not as the schema says is named in one error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from liger_fx.engine.drawing import Drawing
+from liger_fx.errors import UsageError
+from liger_fx.report.facts import GraphDiff
+from liger_fx.report.plain import Malformed, decode, encode
+
+FORMAT = "liger_fx.report"
+SCHEMA = 1
+
+
+def to_json(diff: GraphDiff) -> str:
+    """The report as JSON text: equal reports give equal texts, byte for byte."""
+    drawings = {drawing: i for i, drawing in enumerate(dict.fromkeys(_drawings(diff)))}
+    head = {"format": FORMAT, "schema": SCHEMA, "summary": summary(diff)}
+    fields = encode(diff, {Drawing: drawings})
+    whole = {**head, **fields, "drawings": encode(tuple(drawings))}
+    return json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(text: str | bytes, name: str = "the report") -> GraphDiff:
+    """The report that ``to_json`` wrote; ``name`` is what an error calls it (its file, say).
+
+    Raises UsageError for text that is no report, or one of a later schema.
+    """
+    try:
+        whole = json.loads(text, parse_constant=_no_number)
+        return _diff(whole)
+    except Malformed as error:
+        raise UsageError(f"{name} is no report that this version reads: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is no JSON: {error or 'it is nested too deeply'}.") from None
+
+
+def summary(diff: GraphDiff) -> dict[str, Any]:
+    """The main numbers, for whoever reads the file with other tools; not read back."""
+    done, left = (Counter(site.rule for site in s) for s in (diff.rewritten, diff.refused))
+    names = dict.fromkeys([*diff.rules, *done, *left])
+    return {
+        "rewritten": len(diff.rewritten),
+        "refused": len(diff.refused),
+        "rules": {name: {"rewritten": done[name], "refused": left[name]} for name in names},
+        "operators_before": sum(diff.before.operators.values()),
+        "operators_after": sum(diff.after.operators.values()),
+    }
+
+
+def _drawings(diff: GraphDiff) -> list[Drawing]:
+    return [site.drawing for site in diff.sites if site.drawing is not None]
+
+
+def _diff(whole: Any) -> GraphDiff:
+    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+        raise Malformed(f"it has no field format: {FORMAT!r}")
+    schema = whole.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise Malformed(f"schema is {schema!r}, which is no version")
+    if schema > SCHEMA:
+        raise Malformed(f"its schema is version {schema}, and versions up to {SCHEMA} are known")
+    drawings = decode(tuple[Drawing, ...], whole.get("drawings"), "drawings")
+    fields = {k: v for k, v in whole.items() if k not in ("format", "schema", "summary", "drawings")}
+    return decode(GraphDiff, fields, "", {Drawing: drawings})
+
+
+def _no_number(text: str) -> None:
+    raise Malformed(f"{text} is no number")

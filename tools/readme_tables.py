@@ -1,0 +1,146 @@
+"""Fills the tables of README.md and docs/performance.md, and the outputs of the README's example.
+
+    <!-- table: training_step llama1b -->     the table of tools/bench/results/training_step.json
+    <!-- output: print(opt) -->               what that line of the example prints
+
+    python tools/readme_tables.py             writes both
+    python tools/readme_tables.py --check     fails if a table is not what its result file says
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tools" / "bench" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+MARKED = re.compile(r"(<!-- table: (\S+)((?: \S+)*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PRINTED = re.compile(r"(<!-- output: (.*?) -->\n```\n).*?(```\n<!-- end output -->)", re.DOTALL)
+EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+LEFT_OUT = ("Operators", "Modules", "The graph holds while", "Versions", "Inputs")  # sections
+
+Rows = list[tuple[Any, ...]]
+
+
+def training_step(results: Any, model: str) -> tuple[tuple[str, ...], Rows]:
+    """One row a variant of one model: time, tokens/s, memory."""
+    rows = [row for row in results if row["model"] == model]
+    speeds = {row["variant"]: row.get("tokens_per_s") for row in rows}
+    headers = ("variant", "step", "tokens/s", "x eager", "peak memory")
+    table: Rows = []
+    for row in rows:
+        if "error" in row:
+            table.append((row["variant"], "failed", "", "", ""))
+            continue
+        speed = row["tokens_per_s"]
+        times_eager = f"{speed / speeds['eager']:.2f}" if speeds.get("eager") else ""
+        memory = f"{row['peak_gib']:.2f} GiB"
+        step = f"{row['step_ms']:.1f} ms"
+        table.append((row["variant"], step, f"{speed:,.0f}", times_eager, memory))
+    return headers, table
+
+
+def operators(results: Any, direction: str) -> tuple[tuple[str, ...], Rows]:
+    """One row a case: percent of the copy bandwidth for each variant, and microseconds."""
+    timed = results["times"]
+    copy = max(result["copy"] for result in timed.values() if "copy" in result)
+    names = dict.fromkeys(name for r in timed.values() for name in r.get("cases", {}))
+
+    def cell(result: Any, name: str) -> str:
+        case = result.get("cases", {}).get(name)
+        if case is None or "error" in case:
+            return "" if case is None else "failed"
+        seconds = case["seconds"][direction]
+        return f"{case['bytes'][direction] / seconds / copy:.0%}, {1e6 * seconds:.0f} µs"
+
+    rows = [(name, *(cell(result, name) for result in timed.values())) for name in names]
+    return ("operator, shape", *timed), rows
+
+
+def trace_time(results: Any) -> tuple[tuple[str, ...], Rows]:
+    """One row a depth: seconds to trace and rewrite, beside DynamoExporter's."""
+    rows = [
+        (
+            row["layers"],
+            f"{row['liger_fx_s']:.2f} s",
+            f"{row['dynamo_exporter_s']:.2f} s",
+            f"{row['ratio']:.2f}",
+        )
+        for row in results["table"]
+    ]
+    return ("layers", "liger_fx.optimize", "DynamoExporter.export", "ratio"), rows
+
+
+TABLES: dict[str, Callable[..., tuple[tuple[str, ...], Rows]]] = {
+    "training_step": training_step,
+    "operators": operators,
+    "trace_time": trace_time,
+}
+
+
+def filled(text: str) -> str:
+    """The page with every marked table made anew."""
+    return MARKED.sub(lambda m: f"{m[1]}{made(m[2], *m[3].split())}\n{m[4]}", text)
+
+
+def made(name: str, *arguments: str) -> str:
+    """One table in Markdown, with what it was measured on below it."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return f"Not measured yet: `python tools/bench/{name}.py` writes `{file.name}`."
+    found = json.loads(file.read_text())
+    headers, rows = TABLES[name](found["results"], *arguments)
+    align = ["left"] + ["right"] * (len(headers) - 1)
+    table = tabulate(rows, headers, "github", disable_numparse=True, colalign=align)
+    machine = found["environment"]
+    packages = (f"{package} {v}" for package, v in machine["versions"].items() if v)
+    measured = f"{machine['gpu'] or machine['cpu']}, {', '.join(packages)}, {machine['date'][:10]}"
+    return f"{table}\n\n{measured}; `{file.relative_to(ROOT).as_posix()}`"
+
+
+def printed(text: str) -> str:
+    """The page with the outputs of its example made anew, less the sections that are left out."""
+    if not PRINTED.search(text):
+        return text
+    code = EXAMPLE.search(text)
+    assert code is not None
+    scope: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code[1], "README.md", "exec"), scope)
+
+    def output(line: str) -> str:
+        value = str(eval(line.removeprefix("print(").removesuffix(")"), scope))
+        sections = value.split("\n\n")
+        return "\n\n".join(s for s in sections if not s.startswith(LEFT_OUT)) + "\n"
+
+    return PRINTED.sub(lambda m: f"{m[1]}{output(m[2])}{m[3]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text if check else printed(text))
+        if new != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    said = ("stale" if check else "updated") if stale else "up to date"
+    print(f"{said}: {', '.join(stale or [page.name for page in PAGES])}")
+    return int(bool(stale) and check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
