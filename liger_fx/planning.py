@@ -42,8 +42,9 @@ class Planner:
             before,
             Side.of(root, traced.graph),
             tuple(rewriting.sites),
-            tuple(rule.name for rule in rules),
-            tuple(traced.guards.describe()),
-            tuple(map(str, traced.opaque)),
+            rules=tuple(rule.name for rule in rules),
+            inputs=traced.guards.call.describe(),
+            guards=tuple(traced.guards.describe()),
+            opaque=tuple(map(str, traced.opaque)),
         )
         return Plan(traced, report)

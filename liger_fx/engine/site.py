@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from liger_fx.engine.drawing import Drawing
+
 
 @dataclass(frozen=True)
 class Site:
@@ -15,6 +17,7 @@ class Site:
     after: "call_module model.layers.0.input_layernorm"; None when refused.
     after_class: type name of the module that stands there now; None when refused.
     reason: why the site was refused; None when rewritten.
+    drawing: its nodes before and after, None for a module that holds no candidate.
     """
 
     rule: str
@@ -25,3 +28,4 @@ class Site:
     after: str | None
     after_class: str | None
     reason: str | None
+    drawing: Drawing | None = None

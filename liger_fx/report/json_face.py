@@ -72,7 +72,9 @@ def _diff(whole: Any) -> GraphDiff:
     if schema > SCHEMA:
         raise Malformed(f"its schema is version {schema}, and versions up to {SCHEMA} are known")
     drawings = decode(tuple[Drawing, ...], whole.get("drawings"), "drawings")
-    fields = {k: v for k, v in whole.items() if k not in ("format", "schema", "summary", "drawings")}
+    fields = {
+        k: v for k, v in whole.items() if k not in ("format", "schema", "summary", "drawings")
+    }
     return decode(GraphDiff, fields, "", {Drawing: drawings})
 
 

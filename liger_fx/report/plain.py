@@ -64,7 +64,7 @@ def _decode_union(kind: Any, value: Any, where: str, tables: Any) -> Any:
     members = get_args(kind)
     if value is None and type(None) in members:
         return None
-    members = [member for member in members if member is not type(None)]
+    members = tuple(member for member in members if member is not type(None))
     for member in members[:-1]:
         if type(value) is member:
             return value
@@ -90,9 +90,7 @@ def _decode_fields(kind: Any, value: Any, where: str, tables: Any) -> Any:
     missing = [name for name, (field, _) in known.items() if name not in given and _needed(field)]
     if missing:
         raise Malformed(f"{_below(where, missing[0])} is missing")
-    return kind(
-        **{n: decode(known[n][1], v, _below(where, n), tables) for n, v in given.items()}
-    )
+    return kind(**{n: decode(known[n][1], v, _below(where, n), tables) for n, v in given.items()})
 
 
 @functools.cache

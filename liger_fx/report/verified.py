@@ -74,18 +74,22 @@ class Verified:
             found.inputs,
             found.faults,
             tuple(map(Measured.of, found.together)),
-            single and Measured.of(single),
+            _measured(single),
             tuple(
                 VerifiedSite(
                     site.path,
                     site.rule,
                     site.fault,
-                    site.outputs and Measured.of(site.outputs),
-                    site.gradients and Measured.of(site.gradients),
+                    _measured(site.outputs),
+                    _measured(site.gradients),
                 )
                 for site in found.sites
             ),
         )
+
+
+def _measured(comparison: Comparison | None) -> Measured | None:
+    return None if comparison is None else Measured.of(comparison)
 
 
 def _finite(value: float) -> float | None:

@@ -52,6 +52,11 @@ class CallSpec:
     constants: dict[str, Any] = field(default_factory=dict)
     hints: dict[str, int] = field(default_factory=dict)
 
+    def describe(self) -> dict[str, str]:
+        """Each input by name, in words."""
+        tensors = {name: str(spec) for name, spec in self.tensors.items()}
+        return {**tensors, **{name: repr(value) for name, value in self.constants.items()}}
+
 
 class UnsupportedCall(Exception):
     """An argument that a graph cannot take; its text says which."""
