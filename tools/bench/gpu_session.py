@@ -34,7 +34,7 @@ class Job:
 
 
 JOBS = (
-    Job("operators", ("--out", "{out}/operators.json"), 150),
+    Job("operators", ("--out", "{out}/operators.json"), 240),
     Job("families", ("--out", "{out}/families.json"), 120),
     Job("training_step", ("--breakdown", "--out", "{out}/training_step.json"), 220),
     Job(
