@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "liger_fx.tracing": ("liger_fx.errors",),
     "liger_fx.engine": ("liger_fx.modules", "liger_fx.tracing", "liger_fx.errors"),
     "liger_fx.passes": ("liger_fx.engine", "liger_fx.modules"),
-    "liger_fx.report": ("liger_fx.engine", "liger_fx", "liger_fx.api"),
+    "liger_fx.report": ("liger_fx.engine", "liger_fx.errors", "liger_fx", "liger_fx.api"),
 }
 # Other people's packages that a room must work without.
 MAY_NOT_IMPORT = {
