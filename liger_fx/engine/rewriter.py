@@ -104,8 +104,9 @@ class _Pass:
                 self._replace((match,), self.plans[match.root], sites)
             return
         path = self.mounting.put(plan)
-        replaced = dict.fromkeys(n.name for m in group for n in (*m.covered, m.root))
-        note = Rewrite(self.rule.name, tuple(replaced), len(sites))
+        replaced = {node for match in group for node in (*match.covered, match.root)}
+        names = [n.name for n in sorted(replaced, key=self.facts.position.__getitem__)]
+        note = Rewrite(self.rule.name, tuple(names), len(sites))
         sites.append(rewritten(self.rule, group, plan, path, self.facts))
         root = group[0].root
         meta = {**root.meta, "rewrite": note}

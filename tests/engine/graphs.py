@@ -113,7 +113,7 @@ class Rewritten:
 
     def called(self) -> list[str]:
         """Type names of the modules that the new graph calls, in order."""
-        nodes = [node for node in self.traced.graph.nodes if node.op == "call_module"]
+        nodes = (node for node in self.traced.graph.nodes if node.op == "call_module")
         return [type(self.after.get_submodule(node.target)).__name__ for node in nodes]
 
 
@@ -135,7 +135,7 @@ def rewritten(
 
 
 def differences(pair: Rewritten, *inputs: torch.Tensor) -> list[float]:
-    """Relative L2 differences of the output and of each gradient, by input and by parameter name."""
+    """Relative L2 differences of the output and of the gradient of each input and parameter."""
     results = [_run(module, inputs) for module in (pair.before, pair.after)]
     (one, ours), (two, theirs) = results
     assert one.dtype == two.dtype and one.shape == two.shape
