@@ -1,6 +1,8 @@
 # liger_fx. `make` lists what there is; every target installs what it needs into .venv first.
 
-PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p))))
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
@@ -47,11 +49,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/bin/pip:
-	@test -n "$(PYTHON)" || { echo "No python3 found: install Python 3.11 or newer," \
-	  "or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(PYTHON) is `$(PYTHON) -V 2>&1`: liger_fx needs Python 3.11 or newer;" \
-	  "say where one is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" && $(PYTHON) $(NEW_ENOUGH) || { \
+	  echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is none: install it," \
+	  "or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "==> making the environment $(VENV) with `$(PYTHON) -V`"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is missing or" \
 	  "incomplete: on Debian or Ubuntu, apt-get install python3-venv" >&2; exit 1; }
