@@ -21,7 +21,7 @@ from liger_fx.tracing.trace import Source, Trace
 
 def rewritten(rule: Rule, group: Sequence[Match], plan: Plan, path: str, facts: Facts) -> Site:
     """The site of matches that became a call of the module at ``path``."""
-    names = _names(group)
+    names = captured_names(group)
     nodes = {node for match in group for node in (*match.covered, match.root)}
     before = [describe(node, names) for node in sorted(nodes, key=facts.position.__getitem__)]
     held_by = plan.owner.module if plan.owner else facts.module(plan.path)
@@ -107,7 +107,7 @@ def _called(trace: Trace) -> dict[str, tuple[str, Source | None, bool]]:
     return called
 
 
-def _names(group: Sequence[Match]) -> dict[fx.Node, str]:
+def captured_names(group: Sequence[Match]) -> dict[fx.Node, str]:
     """What the pattern calls the captured nodes; ``x`` of a second match is ``x2``."""
     names: dict[fx.Node, str] = {}
     for i, match in enumerate(group):

@@ -12,11 +12,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from liger_fx.engine.accounts import refused, rewritten, unexplained
+from liger_fx.engine.accounts import captured_names, refused, rewritten, unexplained
+from liger_fx.engine.drawer import Drawer
 from liger_fx.engine.edits import Insertion, Rewrite, erase_unread, follow
 from liger_fx.engine.facts import Facts
 from liger_fx.engine.legality import check_effects, check_readers
@@ -48,8 +49,9 @@ def rewrite(trace: Trace, rules: Iterable[Rule], selection: Selection | None = N
     rules, sites = list(rules), list[Site]()
     with _garbage_kept():
         facts = Facts(trace)
+        drawer = Drawer(facts)
         for rule in rules:
-            _Pass(facts, rule, selection or Selection()).run(sites)
+            _Pass(facts, rule, selection or Selection(), drawer).run(sites)
         follow(trace.calls, facts)
         sites += unexplained(trace, rules, sites)
     return Rewriting(trace.graph, trace.root, sites)
@@ -70,15 +72,17 @@ def _garbage_kept() -> Iterator[None]:
 class _Pass:
     """One rule over the whole graph."""
 
-    def __init__(self, facts: Facts, rule: Rule, selection: Selection) -> None:
-        self.facts, self.rule, self.selection = facts, rule, selection
+    def __init__(self, facts: Facts, rule: Rule, selection: Selection, drawer: Drawer) -> None:
+        self.facts, self.rule, self.selection, self.drawer = facts, rule, selection, drawer
         self.view = Terms(facts.root)
         self.mounting = Mounting(rule, facts, self.view)
         self.plans: dict[fx.Node, Plan] = {}
 
     def run(self, sites: list[Site]) -> None:
         matches, refusals = search(self.rule, self.facts, self.view, self._allow)
-        sites += [refused(self.rule, refusal, self.facts) for refusal in refusals]
+        for refusal in refusals:
+            site = refused(self.rule, refusal, self.facts)
+            sites.append(replace(site, drawing=self.drawer.refused(refusal)))
         for group, plan in pair_up(self.rule, matches, self.plans, self.facts):
             self._replace(group, plan, sites)
         if matches:
@@ -107,7 +111,9 @@ class _Pass:
         replaced = {node for match in group for node in (*match.covered, match.root)}
         names = [n.name for n in sorted(replaced, key=self.facts.position.__getitem__)]
         note = Rewrite(self.rule.name, tuple(names), len(sites))
-        sites.append(rewritten(self.rule, group, plan, path, self.facts))
+        drawing = self.drawer.rewritten(group, plan.replacement, captured_names(group))
+        site = rewritten(self.rule, group, plan, path, self.facts)
+        sites.append(replace(site, drawing=drawing))
         root = group[0].root
         meta = {**root.meta, "rewrite": note}
         if plan.owner is not None and root.op != "call_module":  # its caller makes the node now
