@@ -35,6 +35,7 @@ from liger_fx.modules.casting import Cast
 
 x, weight, eps, offset = Tensor("x"), Tensor("weight"), Constant("eps"), Constant("offset")
 root = rsqrt(either(mean(square(x)) + eps, mean(square(x))))
+summed = either(Op("mean", (anything,)), Op("sum", (anything,)))
 
 
 class RMSNorm(Rule):
@@ -47,7 +48,7 @@ class RMSNorm(Rule):
     )
     looks_like = either(
         rsqrt(anything),
-        sqrt(either(mean(anything) + anything, mean(anything))),
+        sqrt(either(summed + anything, summed)),
         Op("rms_norm", (anything,)),
         Op("rms_norm", (anything, anything)),
     )

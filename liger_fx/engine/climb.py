@@ -37,10 +37,10 @@ class Climb:
             node = pending.pop()
             for user in node.users:
                 term = view(user)
-                free = is_transparent(term)
+                free = is_transparent(term) or node in term.hidden
                 if user in seen or not (free or (term.op in self.ops and seen[node] < self.steps)):
                     continue
-                if free and user.meta.get("call") != node.meta.get("call"):
+                if is_transparent(term) and user.meta.get("call") != node.meta.get("call"):
                     continue  # the cast is another module's: it is not part of this value
                 seen[user] = seen[node] + (not free)
                 pending.append(user)

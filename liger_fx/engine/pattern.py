@@ -149,6 +149,10 @@ class Chain(Pattern):
         return frozenset({self.op})
 
     @cached_property
+    def vagueness(self) -> int:
+        return min(part.vagueness for part in self.parts)
+
+    @cached_property
     def splits(self) -> list[tuple[Pattern, int, Pattern]]:
         """Every way to deal the parts to two operands: (first to match, its place, the other)."""
         ways = []
@@ -165,8 +169,15 @@ class Chain(Pattern):
         return parts[0] if len(parts) == 1 else Chain(self.op, tuple(parts))
 
     def __str__(self) -> str:
-        symbol = {"mul": " * ", "add": " + "}[self.op]
-        return symbol.join(f"({p})" if isinstance(p, Chain) else str(p) for p in self.parts)
+        if self.op == "add":
+            return " + ".join(map(str, self.parts))
+        return " * ".join(f"({part})" if _is_sum(part) else str(part) for part in self.parts)
+
+
+def _is_sum(pattern: Pattern) -> bool:
+    while isinstance(pattern, Either):
+        pattern = pattern.alternatives[0]
+    return isinstance(pattern, Chain) and pattern.op == "add"
 
 
 @dataclass(frozen=True, eq=False)

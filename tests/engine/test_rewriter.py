@@ -105,7 +105,7 @@ def test_garbage_collection_goes_on_afterwards_also_after_an_error() -> None:
         assert gc.isenabled()
 
 
-# -- accounts ---------------------------------------------------------------------------------------
+# -- accounts ------------------------------------------------------------------
 
 
 class BendNothing(nn.Module):
@@ -163,7 +163,7 @@ def test_a_candidate_is_one_site_however_many_nodes_look_like_it() -> None:
     assert len(rewritten(discover(), Formula(function), rows()).sites) == 1
 
 
-# -- the way up -------------------------------------------------------------------------------------
+# -- the way up ------------------------------------------------------------------
 
 
 def test_the_way_up_is_read_off_the_pattern() -> None:
@@ -178,7 +178,7 @@ def test_the_way_up_is_read_off_the_pattern() -> None:
     assert Climb.of(twice, Op("relu", (anything,))) == Climb(frozenset({"linear"}), 1)
 
 
-# -- time -------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------
 
 
 class Layer(nn.Module):
