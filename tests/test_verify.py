@@ -182,6 +182,17 @@ def test_a_call_that_runs_the_original_proves_nothing() -> None:
     assert any("no graph serves" in fault for fault in found.faults)
 
 
+def test_inside_autocast_the_original_is_judged_in_autocast_too() -> None:
+    model = tiny_model("llama", layers=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opt = liger_fx.optimize(model)
+        found = liger_fx.verify(model, opt)
+    assert found.ok, str(found)
+    assert "in float32 under bfloat16 autocast on cpu" in str(found)
+    assert found.together[0].original > 1e-4  # bfloat16's error, which float32 does not have
+    assert len(found.sites) == 9
+
+
 def test_nothing_of_the_models_is_changed() -> None:
     model = tiny_model("qwen3", layers=2)
     opt = liger_fx.optimize(model)

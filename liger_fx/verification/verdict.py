@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from liger_fx.errors import UsageError
+from liger_fx.report.folding import fold
 from liger_fx.verification.accuracy import ROUNDING, Comparison
 from liger_fx.verification.graph import check_graph
 from liger_fx.verification.inputs import SHAPES, example_inputs
@@ -82,11 +83,11 @@ def verify(model: nn.Module, opt: nn.Module, inputs: Any = None) -> Verification
         sites, notes = check_graph(model, opt, calls)
     dtype = dtype_of(model)
     together, single = totals.comparisons(ROUNDING[dtype])
-    device = next((str(p.device) for p in model.parameters()), "cpu")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return Verification(
         type(model).__name__,
-        str(dtype).removeprefix("torch."),
-        device,
+        _dtype_text(dtype, device),
+        str(device),
         "; ".join(map(_describe, calls)),
         tuple(together),
         tuple(single),
@@ -109,8 +110,17 @@ def _calls(model: nn.Module, inputs: Any) -> list[tuple[tuple[Any, ...], dict[st
 
 def _describe(call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
     args, kwargs = call
-    named = [*(("", value) for value in args), *((f"{name} ", v) for name, v in kwargs.items())]
-    return ", ".join(name + _short(value) for name, value in named)
+    named = [*((f"input {i}", value) for i, value in enumerate(args)), *kwargs.items()]
+    alike = fold(named, key=lambda item: _short(item[1]))
+    return ", ".join(" ".join([*(n for n, _ in group), _short(group[0][1])]) for group in alike)
+
+
+def _dtype_text(dtype: torch.dtype, device: torch.device) -> str:
+    names = [str(dtype).removeprefix("torch.")]
+    if torch.is_autocast_enabled(device.type):
+        autocast = torch.get_autocast_dtype(device.type)
+        names.append(f"under {str(autocast).removeprefix('torch.')} autocast")
+    return " ".join(names)
 
 
 def _short(value: Any) -> str:
