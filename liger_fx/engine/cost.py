@@ -45,7 +45,7 @@ class Costs:
         fused = set(nodes) - aside
         coming = {source for node in fused for source in node.all_input_nodes} - fused
         going = {n for n in fused if n in results or not fused.issuperset(n.users)}
-        again = coming & _upwards(self._kept(fused), fused)
+        again = coming & _upwards({n for node in fused for n in self._needs(node)}, fused)
         kept = {self.memory.storage(node) for node in again if node.op != "get_attr"}
         return Cost(
             _total(map(self._moved, aside)) + self._sizes(coming) + self._sizes(going),
@@ -59,7 +59,8 @@ class Costs:
         """Everything that one node reads and writes."""
         if node.op == "get_attr" or self.memory.is_view(node):
             return Bytes(0, 0)
-        moved = self._sizes((node, *node.all_input_nodes))
+        is_cast = self.memory.operator(node) in CASTS  # type_as looks at no more than a dtype
+        moved = self._sizes((node, *node.all_input_nodes[: 1 if is_cast else None]))
         return moved + self.memory.parameters(node) if node.op == "call_module" else moved
 
     def _kept(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
