@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from liger_fx.engine.facts import Facts
+from liger_fx.engine.facts import Facts, computes
 from liger_fx.engine.matcher import Match
 from liger_fx.engine.pairs import Group
 from liger_fx.engine.rule import Replacement
@@ -73,14 +73,19 @@ class Insertion:
 
 
 def erase_unread(facts: Facts, nodes: Iterable[fx.Node]) -> None:
-    """Erase those of the nodes that nothing reads any more, last first, with their parameters."""
-    nodes = set(nodes)
-    inputs = {source for node in nodes for source in node.all_input_nodes} - nodes
-    parameters = [node for node in inputs if node.op == "get_attr"]
-    for node in (*sorted(nodes, key=facts.position.__getitem__, reverse=True), *parameters):
-        if not node.users and not is_effectful(node):
-            facts.trace.graph.erase_node(node)
-            del facts.position[node]
+    """Erase those of the nodes that nothing reads any more, last first.
+
+    The views, sizes and parameters that only they have read go with them.
+    """
+    pending = sorted(set(nodes), key=facts.position.__getitem__)
+    while pending:
+        node = pending.pop()
+        if node not in facts.position or node.users or is_effectful(node):
+            continue
+        inputs = [source for source in node.all_input_nodes if not computes(source)]
+        facts.trace.graph.erase_node(node)
+        del facts.position[node]
+        pending += (source for source in inputs if source.op != "placeholder")
 
 
 def follow(calls: Iterable[ModuleCall], facts: Facts) -> None:

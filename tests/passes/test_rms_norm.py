@@ -171,7 +171,7 @@ def test_per_head_on_a_view() -> None:
     assert pair.done[0].path == "q_norm" and max(differences(pair, rows(WIDTH))) < 1e-6
 
 
-# -- why it refuses ----------------------------------------------------------------------------------
+# -- why it refuses ------------------------------------------------------------
 
 
 class NotOne(Norm):
@@ -313,7 +313,7 @@ def test_a_class_of_that_name_that_computes_something_else() -> None:
     assert norm(nn.Sequential(OddRMSNorm())).reasons == ["no rms_norm was found in it"]
 
 
-# -- random spellings --------------------------------------------------------------------------------
+# -- random spellings ------------------------------------------------------------
 
 
 def spelled(choose: random.Random, fault: str | None = None) -> Any:
@@ -351,10 +351,7 @@ def spelled(choose: random.Random, fault: str | None = None) -> Any:
         variance = mean(square(other))
         root = variance if fault == "eps outside" else plus(variance)
         weight = offset + m.w if offset else m.w
-        if weight_first:
-            y = over(x * weight, root)
-        else:
-            y = weight * over(x, root)
+        y = over(x * weight, root) if weight_first else weight * over(x, root)
         return y.to(dtype) if fault != "eps outside" else plus(y)
 
     return function
