@@ -26,10 +26,10 @@ class Squares:
     optimised: float = 0.0
 
     def add(self, exact: torch.Tensor, original: torch.Tensor, optimised: torch.Tensor) -> None:
-        """Count three float64 tensors of one shape; what is not finite makes the error infinite."""
+        """Count tensors of one shape, `exact` in float64; what is not finite is wrong by inf."""
         self.exact += _square(exact)
-        self.original += _square(original - exact)
-        self.optimised += _square(optimised - exact)
+        self.original += _square(original.double() - exact)
+        self.optimised += _square(optimised.double() - exact)
 
     def merge(self, other: Squares) -> None:
         """Count everything that `other` counted."""

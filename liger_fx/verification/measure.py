@@ -18,21 +18,17 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """Tensors by name, float64 on the CPU; a gradient that does not exist (no path) is absent.
-
-    dtypes: what the outputs had before.
-    """
+    """Detached tensors by name; a gradient that does not exist (no path) is absent."""
 
     outputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
-    dtypes: dict[str, torch.dtype]
 
     @classmethod
     def of(cls, outputs: Tensors, wanted: Tensors) -> Run:
         """The outputs, and the gradient of their scalar with respect to each wanted tensor."""
         scalar = outputs["loss"] if "loss" in outputs else _project(outputs)
         found = _gradients(scalar, {n: t for n, t in wanted.items() if t.requires_grad})
-        return cls(_exact(outputs), _exact(found), {n: t.dtype for n, t in outputs.items()})
+        return cls({name: tensor.detach() for name, tensor in outputs.items()}, found)
 
 
 def run(model: nn.Module, parameters: Tensors, call: Any) -> Run:
@@ -69,12 +65,8 @@ def _project(outputs: Tensors) -> torch.Tensor:
     return total
 
 
-def _gradients(scalar: torch.Tensor, wanted: Tensors) -> Tensors:
+def _gradients(scalar: torch.Tensor, wanted: Tensors) -> dict[str, torch.Tensor]:
     if not wanted or not isinstance(scalar, torch.Tensor) or not scalar.requires_grad:
         return {}
     found = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
     return {name: g for name, g in zip(wanted, found, strict=True) if g is not None}
-
-
-def _exact(tensors: Tensors) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().double().cpu() for name, tensor in tensors.items()}

@@ -116,7 +116,7 @@ def _judge(
     exact_totals.add(original_64, original_64, optimised_64)
     both = [*exact_totals.outputs.values(), *exact_totals.gradients.values()]
     gap = Comparison.of("gap", merged(both), 1.0, 0.0).optimised
-    rounding = max(ROUNDING[dtype] for dtype in original.dtypes.values())
+    rounding = max(ROUNDING[result.dtype] for result in original.outputs.values())
     outputs = Comparison.of("outputs", merged(totals.outputs.values()), SINGLE, rounding)
     grads = Comparison.of("gradients", merged(totals.gradients.values()), SINGLE, rounding)
     return _fault(totals, gap, outputs, grads), gap, outputs, grads

@@ -74,8 +74,8 @@ def verify(model: nn.Module, opt: nn.Module, inputs: Any = None) -> Verification
         labels where the model takes them, judged together.
 
     Both run in eval mode and in the caller's autocast; the float64 reference is a copy of `model`
-    (16 bytes a parameter while it lasts, gradients included). Nothing of either model is changed,
-    .grad included. Raises UsageError when no inputs can be made.
+    (with the gradients of all three 24 bytes a parameter while it lasts, in float32). Nothing of
+    either model is changed, .grad included. Raises UsageError when no inputs can be made.
     """
     calls = _calls(model, inputs)
     with evaluating(model, opt), torch.enable_grad():
