@@ -29,10 +29,13 @@ class Memory:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self._sizes: dict[TensorSpec, Bytes] = {}
+        self._modules: dict[fx.Node, nn.Module] = {}
 
     def module(self, node: fx.Node) -> nn.Module:
-        """The module that a call_module node calls."""
-        return self.root.get_submodule(str(node.target))
+        """The module that a call_module node calls, also when another has taken its place."""
+        if node not in self._modules:
+            self._modules[node] = self.root.get_submodule(str(node.target))
+        return self._modules[node]
 
     def operator(self, node: fx.Node) -> str:
         """What a node does: mul, to, linear; a module's type in small letters for a call of one."""
