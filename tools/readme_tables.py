@@ -26,7 +26,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 MARKED = re.compile(r"(<!-- table: (\S+)((?: \S+)*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 PRINTED = re.compile(r"(<!-- output: (.*?) -->\n```\n).*?(```\n<!-- end output -->)", re.DOTALL)
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-LEFT_OUT = ("Operators", "Modules", "The graph holds while", "Versions", "Inputs")  # sections
+SHOWN = ("Rules", "Refused", "Sites", "Relative")  # beginnings of sections
 
 Rows = list[tuple[Any, ...]]
 
@@ -108,7 +108,7 @@ def made(name: str, *arguments: str) -> str:
 
 
 def printed(text: str) -> str:
-    """The page with the outputs of its example made anew, less the sections that are left out."""
+    """The page with the outputs of its example made anew: the first section, and those SHOWN."""
     if not PRINTED.search(text):
         return text
     code = EXAMPLE.search(text)
@@ -119,8 +119,8 @@ def printed(text: str) -> str:
 
     def output(line: str) -> str:
         value = str(eval(line.removeprefix("print(").removesuffix(")"), scope))
-        sections = value.split("\n\n")
-        return "\n\n".join(s for s in sections if not s.startswith(LEFT_OUT)) + "\n"
+        first, *rest = value.split("\n\n")
+        return "\n\n".join([first, *(s for s in rest if s.startswith(SHOWN))]) + "\n"
 
     return PRINTED.sub(lambda m: f"{m[1]}{output(m[2])}{m[3]}", text)
 
