@@ -35,8 +35,8 @@ class Job:
 
 JOBS = (
     Job("operators", ("--out", "{out}/operators.json"), 240),
-    Job("families", ("--out", "{out}/families.json"), 120),
-    Job("training_step", ("--breakdown", "--out", "{out}/training_step.json"), 220),
+    Job("families", ("--out", "{out}/families.json"), 150),
+    Job("training_step", ("--breakdown", "--out", "{out}/training_step.json"), 210),
     Job(
         "train_on_text",
         ("--out", "{out}/train_on_text.json", "--plot", "{out}/train_on_text.png"),
