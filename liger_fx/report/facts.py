@@ -109,9 +109,16 @@ class GraphDiff:
         sites = tuple(site for site in told.sites if site not in shared)
         return replace(told, before=before, after=after, sites=sites)
 
-    def text(self, full: bool = False) -> str:
-        """The report as plain text; `full` lists every layer instead of folding alike ones."""
+    def text(self, full: bool = False, color: bool = False) -> str:
+        """The report as text; `full` lists every layer instead of folding alike ones, `color` adds
+        the escapes of a terminal."""
         from liger_fx.report.text import render
+
+        return render(self, full, color)
+
+    def markdown(self, full: bool = False) -> str:
+        """The report as Markdown for GitHub."""
+        from liger_fx.report.markdown_face import render
 
         return render(self, full)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from liger_fx.engine.drawing import Drawing
 from liger_fx.errors import UsageError
+from liger_fx.report.amounts import totals
 from liger_fx.report.facts import GraphDiff
 from liger_fx.report.plain import Malformed, decode, encode
 
@@ -50,12 +51,15 @@ def summary(diff: GraphDiff) -> dict[str, Any]:
     """The main numbers, for whoever reads the file with other tools; not read back."""
     done, left = (Counter(site.rule for site in s) for s in (diff.rewritten, diff.refused))
     names = dict.fromkeys([*diff.rules, *done, *left])
+    before, after = totals(diff.rewritten)
     return {
         "rewritten": len(diff.rewritten),
         "refused": len(diff.refused),
         "rules": {name: {"rewritten": done[name], "refused": left[name]} for name in names},
         "operators_before": sum(diff.before.operators.values()),
         "operators_after": sum(diff.after.operators.values()),
+        "traffic_a_token": [before.traffic.per_token, after.traffic.per_token],
+        "kept_a_token": [before.saved.per_token, after.saved.per_token],
     }
 
 
@@ -72,10 +76,21 @@ def _diff(whole: Any) -> GraphDiff:
     if schema > SCHEMA:
         raise Malformed(f"its schema is version {schema}, and versions up to {SCHEMA} are known")
     drawings = decode(tuple[Drawing, ...], whole.get("drawings"), "drawings")
+    _check_drawings(drawings)
     fields = {
         k: v for k, v in whole.items() if k not in ("format", "schema", "summary", "drawings")
     }
     return decode(GraphDiff, fields, "", {Drawing: drawings})
+
+
+def _check_drawings(drawings: tuple[Drawing, ...]) -> None:
+    """A box reads boxes that come before it, so that a drawing ends somewhere."""
+    for i, drawing in enumerate(drawings):
+        for side, boxes in (("before", drawing.before), ("after", drawing.after)):
+            for j, box in enumerate(boxes):
+                wrong = [place for place in box.reads if not 0 <= place < j]
+                if wrong:
+                    raise Malformed(f"drawings[{i}].{side}[{j}] reads {wrong[0]}")
 
 
 def _no_number(text: str) -> None:

@@ -9,7 +9,7 @@ import functools
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
@@ -87,20 +87,16 @@ def _decode_fields(kind: Any, value: Any, where: str, tables: Any) -> Any:
     for name in given:
         if name not in known:
             raise Malformed(f"{_below(where, name)} is unknown")
-    missing = [name for name, (field, _) in known.items() if name not in given and _needed(field)]
-    if missing:
-        raise Malformed(f"{_below(where, missing[0])} is missing")
-    return kind(**{n: decode(known[n][1], v, _below(where, n), tables) for n, v in given.items()})
+    for name in known:
+        if name not in given:
+            raise Malformed(f"{_below(where, name)} is missing")
+    return kind(**{n: decode(known[n], v, _below(where, n), tables) for n, v in given.items()})
 
 
 @functools.cache
-def _fields(kind: Any) -> dict[str, tuple[Field[Any], Any]]:
+def _fields(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
-    return {field.name: (field, hints[field.name]) for field in fields(kind)}
-
-
-def _needed(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def _below(where: str, name: str) -> str:

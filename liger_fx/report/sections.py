@@ -1,0 +1,218 @@
+"""The facts of a GraphDiff as titled tables and lists: what each face shows, each in its way.
+
+GraphDiff   ->   [Table("Rules", ("rule", "found", ...), [("rms_norm", 65, ...)]), ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from liger_fx.engine.drawing import Cost
+from liger_fx.report.amounts import ASSUMPTIONS, change, percent, totals
+from liger_fx.report.facts import GraphDiff
+from liger_fx.report.folding import fold, fold_paths, shape
+from liger_fx.report.kinds import Kind, kinds, source_text
+from liger_fx.report.listing import listing
+from liger_fx.report.tree import aligned, lines
+from liger_fx.report.verified import Measured, Verified, VerifiedSite
+
+Cell = str | int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headers; a number stands to the right."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: Sequence[tuple[Cell, ...]]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Sentences, one a line."""
+
+    title: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    """The nodes of one kind of site: (text, dtype and shape) before, and after if rewritten."""
+
+    title: str
+    before: list[tuple[str, str]]
+    after: list[tuple[str, str]]
+
+
+Section = Table | Lines | Subgraph
+_MEMORY = ("where", "node after", "traffic", "change", "kept for backward", "change")
+
+
+def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
+    """Every section that has something to say; ``full`` folds no layers."""
+    refused, rewritten = kinds(diff.refused, full), kinds(diff.rewritten, full)
+    tree = aligned(diff.before.tree, diff.after.tree)
+    modules = tuple((name or "model", *rest) for name, *rest in lines(tree, full))
+    found: list[Section] = [
+        Table("Rules", ("rule", "found", "rewritten", "refused"), _rules(diff)),
+        Table("Refused", ("rule", "where", "sites", "why", "model code"), _refused(refused)),
+        Table("Sites", ("where", "sites", "in", "nodes before", "node after"), _sites(rewritten)),
+        Table("Memory, for one token", _MEMORY, _memory(diff, rewritten)),
+        *_operators(diff, full),
+        Table("Modules", ("module", "before", "after"), modules),
+        *_subgraphs([*rewritten, *refused]),
+        *(_verified(diff.verified) if diff.verified else ()),
+        Lines("Traced with", tuple(f"{name}: {text}" for name, text in diff.inputs.items())),
+        Lines("Opaque modules", diff.opaque),
+        Lines("The graph holds while", _guards(diff)),
+        Lines("How bytes are counted", ASSUMPTIONS if _has_costs(diff) else ()),
+        Lines("Versions", (", ".join(f"{name} {v}" for name, v in diff.versions.items()),)),
+    ]
+    return [section for section in found if _says_something(section)]
+
+
+def headline(diff: GraphDiff) -> list[str]:
+    """The main facts, a sentence each."""
+    before, after = sum(diff.before.operators.values()), sum(diff.after.operators.values())
+    count = f"{len(diff.rewritten)} site{'' if len(diff.rewritten) == 1 else 's'}"
+    said = [
+        f"{diff.after.class_name}: {count} rewritten, {len(diff.refused)} refused, "
+        f"{before} -> {after} operators"
+    ]
+    if _has_costs(diff):
+        a, b = totals(diff.rewritten)
+        said.append(
+            f"memory traffic of these sites {change(a.traffic, b.traffic)} a token "
+            f"({percent(a.traffic, b.traffic)}), activations kept {change(a.saved, b.saved)} "
+            f"({percent(a.saved, b.saved)})"
+        )
+    if diff.verified:
+        said.append(f"verified: {verdict(diff.verified)}")
+    return said
+
+
+def verdict(verified: Verified) -> str:
+    """What verify found, in a sentence."""
+    told = "at least as accurate as the original" if verified.ok else "NOT as promised"
+    return f"{told}, in {verified.dtype} on {verified.device}"
+
+
+def _says_something(section: Section) -> bool:
+    if isinstance(section, Table):
+        return bool(section.rows)
+    return not isinstance(section, Lines) or any(section.lines)
+
+
+def _has_costs(diff: GraphDiff) -> bool:
+    return any(site.drawing and site.drawing.cost_after for site in diff.rewritten)
+
+
+def _rules(diff: GraphDiff) -> list[tuple[Cell, ...]]:
+    names = dict.fromkeys([*diff.rules, *(site.rule for site in diff.sites)])
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        done = sum(site.rule == name for site in diff.rewritten)
+        left = sum(site.rule == name for site in diff.refused)
+        rows.append((name, done + left, done, left))
+    return rows
+
+
+def _refused(refused: list[Kind]) -> list[tuple[Cell, ...]]:
+    return [
+        (k.example.rule, k.where, k.count, k.example.reason or "", source_text(k.example))
+        for k in refused
+    ]
+
+
+def _sites(rewritten: list[Kind]) -> list[tuple[Cell, ...]]:
+    return [
+        (k.where, k.count, k.example.before_class, _nodes(k), k.example.after_class or "")
+        for k in rewritten
+    ]
+
+
+def _nodes(kind: Kind) -> str:
+    drawing = kind.example.drawing
+    if drawing is None:
+        return "; ".join(kind.example.before)
+    boxes = (box for box in drawing.before if box.kind not in ("input", "parameter"))
+    return ", ".join(box.label for box in boxes)
+
+
+def _memory(diff: GraphDiff, rewritten: list[Kind]) -> list[tuple[Cell, ...]]:
+    rows: list[tuple[Cell, ...]] = []
+    for kind in rewritten:
+        a, b = totals(kind.sites)
+        if a.traffic.per_token or a.traffic.fixed:
+            rows.append((kind.where, kind.example.after_class or "", *_changes(a, b)))
+    if len(rows) > 1:
+        rows.append(("all together", "", *_changes(*totals(diff.rewritten))))
+    return rows
+
+
+def _changes(before: Cost, after: Cost) -> tuple[str, ...]:
+    pairs = (before.traffic, after.traffic), (before.saved, after.saved)
+    return tuple(text for a, b in pairs for text in (change(a, b), percent(a, b)))
+
+
+def _operators(diff: GraphDiff, full: bool) -> Iterator[Section]:
+    before, after = diff.before.operators, diff.after.operators
+    names = sorted(before.keys() | after.keys(), key=lambda n: (-before.get(n, 0), n))
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        a, b = before.get(name, 0), after.get(name, 0)
+        if a != b or full:
+            rows.append((name, a, b, f"{b - a:+d}" if a != b else "="))
+    same = [name for name in names if before.get(name) == after.get(name)]
+    if len(same) == len(names) and not full:
+        yield Lines("Operators", (f"the same {sum(before.values())} operators in both",))
+        return
+    if same and not full:
+        kept = sum(before[name] for name in same)
+        noun = "other kind" if len(same) == 1 else "other kinds"
+        rows.append((f"{len(same)} {noun}, unchanged", kept, kept, "="))
+    yield Table("Operators", ("operator", "before", "after", "change"), rows)
+
+
+def _subgraphs(found: list[Kind]) -> Iterator[Subgraph]:
+    for kind in found:
+        site = kind.example
+        if site.drawing is not None:
+            what = f"{site.before_class} -> {site.after_class or 'refused'}"
+            before, after = listing(site.drawing.before), listing(site.drawing.after)
+            yield Subgraph(f"{what}: {kind.where}", before, after)
+
+
+def _guards(diff: GraphDiff) -> tuple[str, ...]:
+    """Without those that say again what the inputs are."""
+    told = {f"{name} is {text}" for name, text in diff.inputs.items()}
+    return tuple(guard for guard in diff.guards if guard not in told)
+
+
+def _verified(found: Verified) -> Iterator[Section]:
+    rows = [_measured(m) for m in (*found.together, *((found.worst,) if found.worst else ()))]
+    headers = ("", "original", "optimised", "ratio", "at most", "")
+    yield Lines("Verified", (verdict(found), *found.faults))
+    yield Table("Relative L2 error against float64", headers, rows)
+    alike = fold(found.sites, key=lambda s: (shape(s.path), s.rule, s.fault is None))
+    by_site = [_verified_sites(group) for group in alike]
+    yield Table(
+        "Each site against float64", ("where", "sites", "outputs", "gradients", ""), by_site
+    )
+
+
+def _verified_sites(group: list[VerifiedSite]) -> tuple[Cell, ...]:
+    outputs, gradients = (
+        f"{max(ratios):.2f} x" if (ratios := [m.ratio for m in found if m and m.ratio]) else "-"
+        for found in ([s.outputs for s in group], [s.gradients for s in group])
+    )
+    where = fold_paths(site.path for site in group)
+    return where, len(group), outputs, gradients, group[0].fault or "ok"
+
+
+def _measured(m: Measured) -> tuple[Cell, ...]:
+    errors = ("not finite" if e is None else f"{e:.2e}" for e in (m.original, m.optimised))
+    ratio = "not finite" if m.ratio is None else f"{m.ratio:.2f}"
+    return (m.name, *errors, ratio, f"{m.bound}", "ok" if m.ok else "FAILS")
