@@ -19,18 +19,9 @@ from torch import nn
 
 from liger_fx.engine.activations import activated
 from liger_fx.engine.layers import MLP_NAMES, check_no_casts, own_layers
-from liger_fx.engine.matcher import Match
-from liger_fx.engine.pattern import (
-    Constant,
-    Pattern,
-    Tensor,
-    anything,
-    choice,
-    either,
-    linear,
-    lower,
-    upper,
-)
+from liger_fx.engine.match import Match
+from liger_fx.engine.operators import linear, lower, upper
+from liger_fx.engine.pattern import Constant, Pattern, Tensor, anything, choice, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.modules import (
     LigerGEGLU,

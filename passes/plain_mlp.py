@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from liger_fx.engine.activations import activated
 from liger_fx.engine.layers import MLP_NAMES, check_no_casts, own_layers
-from liger_fx.engine.matcher import Match
-from liger_fx.engine.pattern import Constant, Op, Tensor, either, linear
+from liger_fx.engine.match import Match
+from liger_fx.engine.operators import linear
+from liger_fx.engine.pattern import Constant, Op, Tensor, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.modules import LigerMLP
 

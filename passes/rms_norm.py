@@ -16,18 +16,9 @@ from typing import Any
 from torch import nn
 
 from liger_fx.engine.dtypes import rounding
-from liger_fx.engine.matcher import Match
-from liger_fx.engine.pattern import (
-    Constant,
-    Op,
-    Tensor,
-    anything,
-    either,
-    mean,
-    rsqrt,
-    sqrt,
-    square,
-)
+from liger_fx.engine.match import Match
+from liger_fx.engine.operators import mean, rsqrt, sqrt, square
+from liger_fx.engine.pattern import Constant, Op, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term, same
 from liger_fx.modules import LigerRMSNorm

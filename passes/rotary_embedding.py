@@ -17,23 +17,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from liger_fx.engine.dtypes import rounding
-from liger_fx.engine.matcher import Match
-from liger_fx.engine.pattern import (
-    Constant,
-    Op,
-    Pattern,
-    Tensor,
-    anything,
-    cat,
-    choice,
-    either,
-    even,
-    interleave,
-    lower,
-    odd,
-    unsqueeze,
-    upper,
-)
+from liger_fx.engine.match import Match
+from liger_fx.engine.operators import cat, even, interleave, lower, odd, unsqueeze, upper
+from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, choice, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term, same
 from liger_fx.modules import LigerRotaryEmbedding, LigerSingleRotaryEmbedding

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import fx
 
 from liger_fx.engine.facts import Facts
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.mounting import Plan
 from liger_fx.engine.rule import Reject, Rule
 from liger_fx.engine.search import Refusal

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 
-from liger_fx.engine.pattern import Number, Op, Pattern, choice, either, square
+from liger_fx.engine.operators import square
+from liger_fx.engine.pattern import Number, Op, Pattern, choice, either
 
 
 def silu(x: Pattern) -> Pattern:

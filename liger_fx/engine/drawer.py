@@ -14,7 +14,7 @@ from torch import fx
 from liger_fx.engine.cost import Costs
 from liger_fx.engine.drawing import Box, Drawing
 from liger_fx.engine.facts import Facts
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Replacement
 from liger_fx.engine.search import Refusal
 from liger_fx.engine.term import Term

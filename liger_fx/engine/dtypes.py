@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Reject
 from liger_fx.engine.term import Term
 from liger_fx.modules.casting import Cast

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from liger_fx.engine.facts import Facts, computes
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.pairs import Group
 from liger_fx.engine.rule import Replacement
 from liger_fx.engine.term import Term

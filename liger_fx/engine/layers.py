@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Owner, Reject
 
 MLP_NAMES = r"(?i)MLP|FFN|FeedForward|Experts|Naive_?MoE"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from liger_fx.engine.facts import Facts, computes
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Reject
 from liger_fx.engine.term import describe
 from liger_fx.tracing.effects import is_region_boundary

@@ -12,86 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from liger_fx.engine import pattern as p
+from liger_fx.engine.match import Match, Miss
 from liger_fx.engine.slices import whole
 from liger_fx.engine.term import Term, is_transparent, loses_nothing, same
 from liger_fx.engine.terms import Terms
-from liger_fx.tracing.trace import TensorSpec
-
-
-@dataclass(frozen=True)
-class Miss:
-    """The furthest that a pattern came: what it wanted next, and what stood there."""
-
-    covered: tuple[fx.Node, ...]
-    wanted: p.Pattern
-    found: Term
-    why: str | None = None
-
-    @property
-    def node(self) -> fx.Node | None:
-        """The node that stood there, if it was one."""
-        return self.found.node
-
-    def __str__(self) -> str:
-        return self.why or f"wanted {self.wanted}, found {self.found}"
-
-
-class Match:
-    """A place where the whole pattern fits.
-
-    root: the node whose value the pattern computes. covered: the nodes that compute it from the
-    captured values, in the order in which they were matched. found: what the rule's check returned.
-    """
-
-    def __init__(
-        self, root: fx.Node, bound: dict[str, Any], covered: tuple[fx.Node, ...], view: Terms
-    ) -> None:
-        self.root, self.view = root, view
-        self.found: Any = None
-        self._bound = bound
-        inputs = {t.node for t in bound.values() if isinstance(t, Term)}
-        self.covered = tuple(n for n in dict.fromkeys(covered) if n not in inputs)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._bound
-
-    def __getitem__(self, name: str) -> Any:
-        """A captured constant or the label of a choice; a Term for a tensor."""
-        return self._bound[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The same, or ``default`` where the alternative that fits has no such name."""
-        return self._bound.get(name, default)
-
-    def spec(self, name: str) -> TensorSpec:
-        """Shape, dtype and device of a captured tensor; LookupError if the trace recorded none."""
-        spec = self._bound[name].spec
-        if spec is None:
-            raise LookupError(f"the trace recorded no shape for {name}")
-        return spec
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Everything captured that is no tensor."""
-        return {n: value for n, value in self._bound.items() if not isinstance(value, Term)}
-
-    @property
-    def root_spec(self) -> TensorSpec:
-        """Shape, dtype and device of what the pattern computes."""
-        spec: TensorSpec = self.root.meta["spec"]
-        return spec
-
-    @property
-    def names(self) -> dict[fx.Node, str]:
-        """The pattern's name of each captured node, for texts."""
-        nodes = {n: t.node for n, t in self._bound.items() if isinstance(t, Term)}
-        return {node: name for name, node in nodes.items() if node is not None}
 
 
 def find(pattern: p.Pattern, root: fx.Node, view: Terms) -> Iterator[Match | Miss]:

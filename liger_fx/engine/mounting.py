@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from liger_fx.engine.facts import Facts, computes
 from liger_fx.engine.legality import check_effects, check_readers
-from liger_fx.engine.matcher import Match, find
+from liger_fx.engine.match import Match
+from liger_fx.engine.matcher import find
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import describe
 from liger_fx.engine.terms import Terms

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from liger_fx.engine.facts import Facts
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.mounting import Plan
 from liger_fx.engine.rule import Rule
 

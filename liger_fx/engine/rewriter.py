@@ -21,7 +21,7 @@ from liger_fx.engine.drawer import Drawer
 from liger_fx.engine.edits import Insertion, Rewrite, erase_unread, follow
 from liger_fx.engine.facts import Facts
 from liger_fx.engine.legality import check_effects, check_readers
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.mounting import Mounting, Plan
 from liger_fx.engine.pairs import Group, insertion_point, pair_up
 from liger_fx.engine.rule import Reject, Rule, Selection

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.pattern import Pattern
 from liger_fx.engine.term import Term
 

@@ -14,7 +14,8 @@ from torch import fx
 
 from liger_fx.engine.climb import Climb
 from liger_fx.engine.facts import Facts
-from liger_fx.engine.matcher import Match, Miss, find
+from liger_fx.engine.match import Match, Miss
+from liger_fx.engine.matcher import find
 from liger_fx.engine.pattern import Pattern
 from liger_fx.engine.rule import Reject, Rule
 from liger_fx.engine.terms import Terms

@@ -3,9 +3,6 @@
     x[..., :8], x.chunk(2, -1)[0], x.split([8, 8], -1)[0], x.narrow(-1, 0, 8)  ->  slice(x, 0, 8, 1)
     x[..., 0::2], x.view(.., n, 2)[..., 0], x.unflatten(-1, (n, 2)).unbind(-1)[0]
                                                                            ->  slice(x, 0, 15, 2)
-    torch.stack((a, b), -1).flatten(-2)                                    ->  interleave(a, b)
-    x.view(.., n, 2).transpose(-1, -2).reshape(x.shape)                    ->  deinterleave(x)
-    c[:, None], c.unsqueeze(1)                                             ->  unsqueeze(c, -3)
 
 Slices of slices become one slice of the innermost tensor, and unsqueeze moves outwards: a slice of
 an unsqueezed cos is the unsqueezed slice of it. The terms in between then have no node.
@@ -13,13 +10,11 @@ an unsqueezed cos is the unsqueezed slice of it. The terms in between then have 
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
-from liger_fx.engine.spellings import Lowering, argument
+from liger_fx.engine.spellings import argument
 from liger_fx.engine.term import Term, same
 
 if TYPE_CHECKING:
@@ -87,7 +82,7 @@ def _known(view: Terms, part: Term, term: Term) -> Term:
     return next((view(node) for node in part.hidden if same(view(node), term)), term)
 
 
-def _getitem(view: Terms, node: fx.Node) -> Term | None:
+def lower_getitem(view: Terms, node: fx.Node) -> Term | None:
     source, index = node.args
     if not isinstance(source, fx.Node):
         return None
@@ -108,7 +103,7 @@ def _getitem(view: Terms, node: fx.Node) -> Term | None:
         return None
     (dim, item), x = telling[0], view(source)
     if item is None:
-        return _new_dim(view, node, x, dim)
+        return new_dim(view, node, x, dim)
     if type(item) is int:
         return _select(view, node, x, dim, item)
     if isinstance(item, slice) and dim == -1 and _is_static(item):
@@ -174,7 +169,7 @@ def _select(
     return take(view, x.operands[0], places, node, (*hidden, *x.nodes))
 
 
-def _narrow(view: Terms, node: fx.Node) -> Term | None:
+def lower_narrow(view: Terms, node: fx.Node) -> Term | None:
     x, dim, start, length = (
         argument(node, i, name) for i, name in enumerate(("input", "dim", "start", "length"))
     )
@@ -184,95 +179,8 @@ def _narrow(view: Terms, node: fx.Node) -> Term | None:
     return take(view, view(x), slice(start, start + length), node) if last else None
 
 
-def _reshape(view: Terms, node: fx.Node) -> Term | None:
-    """A view that splits the last dimension in two, or joins the last two, or does nothing."""
-    x_node = argument(node, 0, "input", "self")
-    before, after = view.spec(x_node), view.spec(node)
-    if before is None or after is None or before.dtype != after.dtype:
-        return None
-    if before.shape == after.shape:
-        return view.make("alias", (x_node,), node)
-    if before.shape[:-1] == after.shape[:-2]:
-        return view.make("unflatten", (x_node,), node, sizes=after.shape[-2:])
-    if before.shape[:-2] != after.shape[:-1]:
-        return None
-    x = view(x_node)
-    if x.op == "stack":
-        if x.attributes["dim"] == -1:
-            return view.make("interleave", x.operands, node, x.nodes)
-        if x.attributes["dim"] == -2:
-            return view.make("cat", x.operands, node, x.nodes, dim=-1)
-    if x.op == "transpose" and x.attributes["dims"] == (-2, -1):
-        inner = x.operands[0]
-        if inner.op == "unflatten" and inner.attributes["sizes"][1] == 2:
-            return view.make("deinterleave", inner.operands, node, (*x.nodes, *inner.nodes))
-    return None
-
-
-def _joined(op: str) -> Lowering:
-    def lower(view: Terms, node: fx.Node) -> Term | None:
-        parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", "axis", default=0)
-        rank = view.rank(node)
-        if rank is None or type(dim) is not int or not isinstance(parts, list | tuple):
-            return None
-        return view.make(op, tuple(parts), node, dim=dim - rank if dim >= 0 else dim)
-
-    return lower
-
-
-def _transpose(view: Terms, node: fx.Node) -> Term | None:
-    rank, dims = view.rank(node), (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
-    if rank is None or not all(type(d) is int for d in dims):
-        return None
-    from_end = tuple(sorted(d - rank if d >= 0 else d for d in dims))
-    return view.make("transpose", (argument(node, 0, "input"),), node, dims=from_end)
-
-
-def _unsqueeze(view: Terms, node: fx.Node) -> Term | None:
-    rank, dim = view.rank(node), argument(node, 1, "dim")
-    if rank is None or type(dim) is not int:
-        return None
-    return _new_dim(view, node, view(argument(node, 0, "input")), dim - rank if dim >= 0 else dim)
-
-
-def _new_dim(view: Terms, node: fx.Node, x: Term, dim: int) -> Term:
+def new_dim(view: Terms, node: fx.Node, x: Term, dim: int) -> Term:
     """A dimension of size 1; where it is one that a reduction dropped, the reduction keeps it."""
     if x.op in ("mean", "sum") and dim == -1 and x.attributes == {"dims": (-1,), "keepdim": False}:
         return view.make(x.op, x.operands, node, x.nodes, dims=(-1,), keepdim=True)
     return view.make("unsqueeze", (x,), node, dim=dim)
-
-
-def _repeat_interleave(view: Terms, node: fx.Node) -> Term | None:
-    x_node, repeats = argument(node, 0, "input", "self"), argument(node, 1, "repeats")
-    dim, rank = argument(node, 2, "dim"), view.rank(node)
-    if type(repeats) is not int or type(dim) is not int or rank is None:
-        return None
-    if (dim - rank if dim >= 0 else dim) != -1:
-        return None
-    x = view(x_node)
-    if x.op == "unsqueeze" and x.attributes["dim"] != -1:
-        inner = view.make("repeat_interleave", x.operands, repeats=repeats)
-        return view.make("unsqueeze", (inner,), node, x.nodes, **x.attributes)
-    return view.make("repeat_interleave", (x,), node, repeats=repeats)
-
-
-_TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
-    (_getitem, ("slice", "alias", "unsqueeze", "mean", "sum"), (operator.getitem,)),
-    (_narrow, ("slice",), (torch.narrow, "narrow")),
-    (
-        _reshape,
-        ("alias", "unflatten", "interleave", "cat", "deinterleave"),
-        ("view", "reshape", torch.reshape, "flatten", torch.flatten, "unflatten", "view_as"),
-    ),
-    (_joined("cat"), ("cat",), (torch.cat, torch.concat, torch.concatenate)),
-    (_joined("stack"), ("stack",), (torch.stack,)),
-    (_transpose, ("transpose",), ("transpose", torch.transpose, "swapaxes", "swapdims")),
-    (_unsqueeze, ("unsqueeze", "mean", "sum"), ("unsqueeze", torch.unsqueeze)),
-    (
-        _repeat_interleave,
-        ("repeat_interleave", "unsqueeze"),
-        ("repeat_interleave", torch.repeat_interleave),
-    ),
-]
-
-VIEWS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}

@@ -1,13 +1,10 @@
-"""The spellings of arithmetic, reductions, activations and casts: one canonical operator for each.
+"""The spellings of arithmetic, reductions and casts: one canonical operator for each.
 
-    torch.square(x), x.pow(2), x * x                      ->  square(x)
-    rsqrt(v), 1 / sqrt(v), sqrt(v).reciprocal(), v**-0.5  ->  rsqrt(v)
-    x / sqrt(v)                                           ->  mul(x, rsqrt(v))
-    x.sum(-1, keepdim=True) / width                       ->  mean(x, dims=(-1,), keepdim=True)
-    x.to(dtype), x.float(), x.type_as(y)                  ->  cast(x)
-    F.silu(x), nn.SiLU()(x)                               ->  silu(x)
-
-What takes several operators to say (x * sigmoid(x), GELU's tanh form) is a pattern: activations.py.
+torch.square(x), x.pow(2), x * x                      ->  square(x)
+rsqrt(v), 1 / sqrt(v), sqrt(v).reciprocal(), v**-0.5  ->  rsqrt(v)
+x / sqrt(v)                                           ->  mul(x, rsqrt(v))
+x.sum(-1, keepdim=True) / width                       ->  mean(x, dims=(-1,), keepdim=True)
+x.to(dtype), x.float(), x.type_as(y)                  ->  cast(x)
 """
 
 from __future__ import annotations
@@ -18,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from liger_fx.engine.term import FLOATS, Term, is_transparent
-from liger_fx.tracing.leaf_modules import is_linear
 
 if TYPE_CHECKING:
     from liger_fx.engine.terms import Terms
@@ -147,41 +143,6 @@ def _alias(view: Terms, node: fx.Node) -> Term | None:
     return view.make("alias", (x,), node) if view.spec(x) == view.spec(node) else None
 
 
-def _dropout(view: Terms, node: fx.Node) -> Term:
-    """Of probability 0 it is an alias. In eval mode it is not: the module may train later."""
-    p = argument(node, 1, "p", default=0.5)
-    return view.make("alias" if p == 0 else "dropout", (node.args[0],), node)
-
-
-def _activation(op: str) -> Lowering:
-    def lower(view: Terms, node: fx.Node) -> Term | None:
-        if argument(node, 1, "inplace", default=False):
-            return None
-        return view.make(op, (argument(node, 0, "input"),), node)
-
-    return lower
-
-
-def _gelu(view: Terms, node: fx.Node) -> Term | None:
-    approximate = argument(node, 1, "approximate", default="none")
-    op = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
-    return view.make(op, (argument(node, 0, "input"),), node) if op else None
-
-
-def _linear(view: Terms, node: fx.Node) -> Term | None:
-    """F.linear: the weight is no child module's, which ``module=None`` says."""
-    return view.make("linear", (argument(node, 0, "input"),), node, module=None)
-
-
-def _rms_norm(view: Terms, node: fx.Node) -> Term | None:
-    shape = argument(node, 1, "normalized_shape")
-    x, weight = argument(node, 0, "input"), argument(node, 2, "weight")
-    if len(shape) != 1:
-        return None
-    operands = (x,) if weight is None else (x, weight)
-    return view.make("rms_norm", operands, node, eps=argument(node, 3, "eps"))
-
-
 def _below_casts(view: Terms, value: Any) -> tuple[Term, tuple[fx.Node, ...]]:
     term, passed = view.operand(value), tuple[fx.Node, ...]()
     while is_transparent(term):
@@ -217,37 +178,6 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_reduction("sum"), ("sum",), (torch.sum, "sum")),
     (_cast, ("cast", "convert"), ("to", "float", "half", "bfloat16", "double", "type", "type_as")),
     (_alias, ("alias",), ("contiguous", "clone", torch.clone, "expand")),
-    (_dropout, ("alias", "dropout"), (F.dropout, torch.dropout)),
-    (_activation("silu"), ("silu",), (F.silu,)),
-    (_activation("relu"), ("relu",), (F.relu, torch.relu, "relu")),
-    (_gelu, ("gelu", "gelu_tanh"), (F.gelu,)),
-    (_linear, ("linear",), (F.linear,)),
-    (_rms_norm, ("rms_norm",), (F.rms_norm, torch.rms_norm)),
 ]
 
-FUNCTIONS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}
-
-
-def lower_module(view: Terms, node: fx.Node, module: nn.Module) -> Term | None:
-    """A leaf module as the operator it computes; None where it is none of those above."""
-    x = argument(node, 0, "input", "x", "hidden_states")
-    if not isinstance(x, fx.Node):
-        return None
-    if is_linear(module):
-        return view.make("linear", (x,), node, module=node.target)
-    if not type(module).__module__.startswith("torch.nn"):
-        return None
-    match module:
-        case nn.RMSNorm() if len(module.normalized_shape) == 1:
-            return view.make("rms_norm", (x,), node, eps=module.eps)
-        case nn.Dropout():
-            return view.make("alias" if module.p == 0 else "dropout", (x,), node)
-        case nn.Identity():
-            return view.make("alias", (x,), node)
-        case nn.SiLU() | nn.ReLU() if not module.inplace:
-            return view.make(type(module).__name__.lower(), (x,), node)
-        case nn.GELU():
-            return view.make("gelu" if module.approximate == "none" else "gelu_tanh", (x,), node)
-        case nn.Sigmoid() | nn.Tanh():
-            return view.make(type(module).__name__.lower(), (x,), node)
-    return None
+ARITHMETIC = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from liger_fx.engine.slices import VIEWS
-from liger_fx.engine.spellings import FUNCTIONS, lower_module
+from liger_fx.engine.layer_spellings import LAYERS, MODULE_OPS, lower_module
+from liger_fx.engine.spellings import ARITHMETIC
 from liger_fx.engine.term import Term, constant
+from liger_fx.engine.views import VIEWS
 from liger_fx.tracing.trace import TensorSpec
 
-_LOWERINGS = {**FUNCTIONS, **VIEWS}
-_MODULE_OPS = {"linear", "rms_norm", "alias", "dropout", "silu", "relu", "gelu", "gelu_tanh"}
+_LOWERINGS = {**ARITHMETIC, **LAYERS, **VIEWS}
 
 
 class Terms:
@@ -75,7 +75,7 @@ class Terms:
         """The nodes whose term has one of these operators, in the graph's order."""
         wanted = set(ops)
         targets = {t for t, (_, gives) in _LOWERINGS.items() if wanted.intersection(gives)}
-        modules = bool(wanted & _MODULE_OPS)
+        modules = bool(wanted & MODULE_OPS)
         for node in nodes:
             if node.op == "call_module":
                 readable = modules

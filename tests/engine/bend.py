@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from liger_fx.engine.matcher import Match
+from liger_fx.engine.match import Match
 from liger_fx.engine.pattern import Op, Tensor, anything
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 

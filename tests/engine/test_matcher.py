@@ -12,22 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from liger_fx.engine.matcher import Match, Miss, find
-from liger_fx.engine.pattern import (
-    Constant,
-    Op,
-    Pattern,
-    Tensor,
-    anything,
-    cat,
-    choice,
-    either,
-    lower,
-    mean,
-    rsqrt,
-    square,
-    upper,
-)
+from liger_fx.engine.match import Match, Miss
+from liger_fx.engine.matcher import find
+from liger_fx.engine.operators import cat, lower, mean, rsqrt, square, upper
+from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, choice, either
 from liger_fx.engine.terms import Terms
 from tests.engine.graphs import Formula, rows, trace
 

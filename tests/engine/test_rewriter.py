@@ -13,7 +13,8 @@ from torch import nn
 
 from liger_fx.engine.climb import Climb
 from liger_fx.engine.edits import Rewrite
-from liger_fx.engine.pattern import Op, Tensor, anything, mean, rsqrt, square
+from liger_fx.engine.operators import mean, rsqrt, square
+from liger_fx.engine.pattern import Op, Tensor, anything
 from liger_fx.engine.rewriter import rewrite
 from liger_fx.engine.rule import discover
 from tests.engine.bend import Bend, BendModule, BendTogether
