@@ -39,6 +39,9 @@ def _site(check: SiteCheck) -> VerifiedSite:
 
 
 def _measured(c: Comparison) -> Measured:
-    errors = [value if math.isfinite(value) else None for value in (c.original, c.optimised)]
-    ratio = c.ratio if math.isfinite(c.ratio) else None
-    return Measured(c.name, *errors, ratio, c.bound, c.ok)
+    original, optimised, ratio = map(_finite, (c.original, c.optimised, c.ratio))
+    return Measured(c.name, original, optimised, ratio, c.bound, c.ok)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
