@@ -13,12 +13,17 @@ _HOME = {
     "trace": "liger_fx.api",
     "compare": "liger_fx.api",
     "verify": "liger_fx.verification",
+    "save": "liger_fx.storage.save",
+    "load": "liger_fx.storage.load",
     "GraphDiff": "liger_fx.report",
     "Verification": "liger_fx.verification",
     "LigerFxError": "liger_fx.errors",
     "TraceError": "liger_fx.errors",
     "VerificationError": "liger_fx.errors",
+    "SaveError": "liger_fx.errors",
+    "LoadError": "liger_fx.errors",
     "FallbackWarning": "liger_fx.errors",
+    "RetraceWarning": "liger_fx.errors",
     "NothingRewrittenWarning": "liger_fx.errors",
 }
 

@@ -37,6 +37,29 @@ class VerificationError(LigerFxError):
     """The optimised model is less accurate than promised, or verifying it was not possible."""
 
 
+class SaveError(LigerFxError):
+    """A model that cannot be written down so that what is loaded later would be the same."""
+
+
+class LoadError(LigerFxError):
+    """A saved graph that is damaged, not to be trusted, or not for this model or machine.
+
+    cause: what is wrong. place: the file, and the node or the field in it, as far as known.
+    """
+
+    def __init__(self, cause: str, place: str = "") -> None:
+        self.cause, self.place = cause, place
+        super().__init__(f"{place}: {cause}" if place else cause)
+
+    def inside(self, place: str) -> "LoadError":
+        """The same error with the place completed from outside: "args[1]" in "nodes[3]"."""
+        joint = "" if not self.place or self.place.startswith("[") else "."
+        return LoadError(self.cause, f"{place}{joint}{self.place}")
+
+    def __reduce__(self) -> tuple[type["LoadError"], tuple[object, ...]]:
+        return type(self), (self.cause, self.place)
+
+
 class LigerFxWarning(UserWarning):
     """Base of every warning that liger_fx gives."""
 
@@ -47,6 +70,10 @@ class NothingRewrittenWarning(LigerFxWarning):
 
 class FallbackWarning(LigerFxWarning):
     """A call that no graph serves ran the model's original forward; given once per reason."""
+
+
+class RetraceWarning(LigerFxWarning):
+    """A saved graph was loaded with other dtypes than it holds for: its calls are traced anew."""
 
 
 def one_line(error: BaseException) -> str:

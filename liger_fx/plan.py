@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Check, Guards
 from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Trace
-from liger_fx.tracing.tree_state import Modules, TreeFacts
+from liger_fx.tracing.tree_state import Kind, Modules, TreeFacts, TreeState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,8 +37,36 @@ class Plan:
         self.opaque: list[OpaqueLeaf] = trace.opaque
         self.paths = sorted({call.path for call in trace.calls})
         self.report = report
-        self.facts = TreeFacts.of(trace.root, self._followed_modules(trace.root))
+        self.assume(trace.root)
         self._prepare()
+
+    @classmethod
+    def restored(
+        cls,
+        graph: fx.Graph,
+        guards: Guards,
+        opaque: list[OpaqueLeaf],
+        paths: list[str],
+        report: GraphDiff | None,
+    ) -> Plan:
+        """A plan from its parts; it holds for no call before ``assume``."""
+        plan = cls.__new__(cls)
+        plan.graph, plan.guards, plan.opaque = graph, guards, opaque
+        plan.paths, plan.report = paths, report
+        plan._prepare()
+        return plan
+
+    def assume(self, root: nn.Module, kinds: Mapping[str, Kind] | None = None) -> None:
+        """Take the tree as it is now for the one the graph was made for, but for the dtypes and
+        devices in ``kinds``, if given."""
+        facts = TreeFacts.of(root, self._followed_modules(root))
+        self.facts = facts if kinds is None else replace(facts, kinds=dict(kinds))
+
+    def fits(self, root: nn.Module) -> bool:
+        """Whether the dtypes, devices and configs of the tree are those the graph was made for."""
+        guards, modules = self.guards, self._followed_modules(root)
+        state = TreeState(root, modules, self.facts, guards.training, guards.attention_fixed)
+        return state.is_as_traced()
 
     def _prepare(self) -> None:
         self.inputs = [str(n.target) for n in self.graph.nodes if n.op == "placeholder"]

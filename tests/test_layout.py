@@ -19,6 +19,17 @@ MAY_IMPORT = {
     "liger_fx.engine": ("liger_fx.modules", "liger_fx.tracing", "liger_fx.errors"),
     "liger_fx.passes": ("liger_fx.engine", "liger_fx.modules"),
     "liger_fx.report": ("liger_fx.engine", "liger_fx.errors", "liger_fx", "liger_fx.api"),
+    "liger_fx.storage": (
+        "liger_fx.modules",
+        "liger_fx.tracing",
+        "liger_fx.engine",
+        "liger_fx.report",
+        "liger_fx.errors",
+        "liger_fx.module_tree",
+        "liger_fx.plan",
+        "liger_fx.planning",
+        "liger_fx.graph_model",
+    ),
 }
 # Other people's packages that a room must work without.
 MAY_NOT_IMPORT = {

@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -65,6 +65,10 @@ class _GatedMLP(nn.Module):
 
     def _child(self, role: str) -> nn.Module:
         return self.get_submodule(self.roles[role])
+
+    def options(self) -> dict[str, Any]:
+        """The plain arguments that make such a module again, around its children."""
+        return {**self.roles, "gate_first": self.gate_first, "activation": self.activation}
 
     def extra_repr(self) -> str:
         shape = sizes(self._child("gate_up" if self._packed else "gate"), self._child("down"))

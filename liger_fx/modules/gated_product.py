@@ -5,7 +5,7 @@ first, second = x.chunk(2, -1); gelu(first) * second
                             ->  (act): LigerGEGLU(activation=gelu)
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -49,6 +49,10 @@ class _GatedProduct(nn.Module):
         if up is None:
             return packed_gated_activation(gate, self.activation, self.gate_first)
         return gated_activation(gate, up, self.activation)
+
+    def options(self) -> dict[str, Any]:
+        """The plain arguments that make such a module again."""
+        return {name: getattr(self, name) for name in ("activation", "gate_first", "width")}
 
     def extra_repr(self) -> str:
         parts = [] if self.width is None else [str(self.width)]

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +44,10 @@ class LigerMLP(nn.Module):
 
     def _child(self, role: str) -> nn.Module:
         return self.get_submodule(self.roles[role])
+
+    def options(self) -> dict[str, Any]:
+        """The plain arguments that make such a module again, around its children."""
+        return {**self.roles, "activation": self.activation}
 
     def extra_repr(self) -> str:
         shape = sizes(self._child("fc1"), self._child("fc2"))

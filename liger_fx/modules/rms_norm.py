@@ -7,6 +7,8 @@
 ->  (norm): LigerRMSNorm((2048,), eps=1e-06, scale=1 + weight)
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -60,6 +62,11 @@ class LigerRMSNorm(nn.Module):
             eps = torch.finfo(compute_dtype(hidden_states)).eps
         out_dtype = result_dtype(self.cast, hidden_states, weight)
         return rms_norm(hidden_states, weight, eps, self.offset, out_dtype)
+
+    def options(self) -> dict[str, Any]:
+        """The plain arguments that make such a module again, its weight aside."""
+        names = ("width", "eps", "weight_name", "offset", "cast")
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         parts = [f"({self.width},)", f"eps={self.eps}"]

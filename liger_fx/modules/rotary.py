@@ -6,6 +6,8 @@
     )
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -60,6 +62,11 @@ class _Rotary(nn.Module):
     def _heads_first(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, D) of the model's layout, and back again."""
         return x.transpose(1, 2) if self.heads_dim == 2 else x
+
+    def options(self) -> dict[str, Any]:
+        """The plain arguments that make such a module again."""
+        names = ("interleaved_in", "interleaved_out", "half_tables", "cast", "heads_dim")
+        return {name: getattr(self, name) for name in (*names, "rotary_dim", "head_dim")}
 
     def extra_repr(self) -> str:
         ends = (self.interleaved_in, self.interleaved_out)

@@ -45,7 +45,7 @@ class TreeFacts:
         kinds = {path: (t.dtype, t.device) for path, t in telling_parameters(root).items()}
         configs = {
             place: copy.deepcopy({k: v for k, v in vars(config).items() if not _holds_config(v)})
-            for place, config in _configs(modules).items()
+            for place, config in configs_of(modules).items()
         }
         return cls(kinds, configs)
 
@@ -77,7 +77,7 @@ class TreeState:
         self.tensors = [_group_of(root, path) for path in facts.kinds]
         self.kinds = list(facts.kinds.values())
         unguarded = () if attention_fixed else _ATTENTION
-        now = _configs(modules)
+        now = configs_of(modules)
         self.is_another_tree = not now.keys() >= facts.configs.keys()
         self.configs = [
             _ConfigState(now[place], then, unguarded)
@@ -168,7 +168,7 @@ class _ConfigState:
         )
 
 
-def _configs(modules: Modules) -> dict[Place, Any]:
+def configs_of(modules: Modules) -> dict[Place, Any]:
     """The configs of these modules and all configs nested in them, once each."""
     found: dict[Place, Any] = {}
     seen: set[int] = set()

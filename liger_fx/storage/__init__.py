@@ -1,0 +1,1 @@
+"""Optimised models on the disk: saved, loaded, written as Python source, exported."""

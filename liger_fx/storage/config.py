@@ -1,0 +1,251 @@
+"""The transformers model of a saved graph, made again from its config, on the meta device.
+
+    config.json, "LlamaForCausalLM"   ->   LlamaForCausalLM, no memory for weights
+
+The class is one that transformers' own tables name for the config's model type. What a config may
+ask for beyond plain values (code of a hub, quantisation) is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from liger_fx.errors import LoadError, one_line
+from liger_fx.storage.checks import OBJECT, OPTIONAL_STRING, expect, fields
+from liger_fx.storage.json_file import shown
+from liger_fx.storage.tree import config_facts as facts
+
+_KEY = re.compile(r"(?!__)[A-Za-z_][\w.-]{0,199}|\d{1,9}", re.ASCII)
+_REFUSED = {
+    "auto_map": "code of a hub",
+    "quantization_config": "quantised weights",
+    "use_pretrained_backbone": "weights of a hub",
+    "trust_remote_code": "code of a hub",
+    "compile_config": "compilation",
+    "custom_generate": "code of a hub",
+}
+# Sizes and counts are far below; a list of this many is still no harm.
+_LARGEST = 2**24
+_IMPLEMENTATION = {"attention": OPTIONAL_STRING, "experts": OPTIONAL_STRING}
+
+
+def check_config(raw: Any) -> dict[str, Any]:
+    """``raw``, the object of a config.json that asks for nothing but a model of plain values."""
+    expect(raw, OBJECT)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise LoadError(f"{shown(kind)} is no model type of this transformers", "model_type")
+    check_plain(raw)
+    return raw
+
+
+def check_plain(value: Any, place: str = "") -> None:
+    """LoadError for keys that are no plain names, what is not run, and numbers beyond all sizes."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_entry(key, item, place)
+            if key not in ("id2label", "label2id"):
+                check_plain(item, f"{place}.{key}" if place else key)
+    elif isinstance(value, list):
+        for item in value:
+            check_plain(item, place)
+
+
+def _check_entry(key: str, item: Any, place: str) -> None:
+    if key != "__float__" and (not _KEY.fullmatch(key) or _is_method(key)):
+        raise LoadError(f"{shown(key)} is no field of a config", place)
+    if key in _REFUSED and item:
+        raise LoadError(f"asks for {_REFUSED[key]}, which is not loaded", key)
+    if key.endswith("_implementation") and isinstance(item, str) and "/" in item:
+        raise LoadError(f"asks for code of a hub: {shown(item)}", key)
+    if type(item) is int and abs(item) > _LARGEST and not _is_base(key):
+        raise LoadError(f"{shown(item)} is larger than any size of a model", key)
+
+
+def _is_method(key: str) -> bool:
+    """Whether a config object has a method of that name, which the value would hide."""
+    return any(callable(getattr(cls, key, None)) for cls in (PreTrainedConfig, GenerationConfig))
+
+
+def _is_base(key: str) -> bool:
+    """Whether it is the base of rotary frequencies, a large number that is no size."""
+    return "theta" in key or "base" in key
+
+
+def config_text(config: PreTrainedConfig, class_name: str) -> bytes:
+    """config.json as transformers writes it, for a model of this class."""
+    raw = json.loads(config.to_json_string())
+    return (
+        json.dumps({**raw, "architectures": [class_name]}, indent=2, sort_keys=True) + "\n"
+    ).encode()
+
+
+def generation_text(config: GenerationConfig) -> bytes:
+    """generation_config.json as transformers writes it."""
+    return str(config.to_json_string()).encode()
+
+
+def class_names(model_type: str) -> frozenset[str]:
+    """Names of all model classes that transformers' tables have for a model type."""
+    return _class_tables().get(model_type, frozenset())
+
+
+@functools.cache
+def _class_tables() -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for table, names in vars(modeling_auto).items():
+        if table.startswith("MODEL_") and table.endswith("_MAPPING_NAMES"):
+            for kind, name in names.items():
+                found.setdefault(kind, set()).update([name] if isinstance(name, str) else name)
+    return {kind: frozenset(names) for kind, names in found.items()}
+
+
+def find_class(model_type: str, name: str) -> type[PreTrainedModel]:
+    """The class of that name; LoadError unless transformers' tables have it for the model type."""
+    if name not in class_names(model_type):
+        raise LoadError(
+            f"{shown(name)} is no class that transformers has for {model_type} models", "class"
+        )
+    try:
+        cls = getattr(transformers, name)
+    except (AttributeError, ImportError) as error:
+        raise LoadError(f"{name} cannot be imported: {one_line(error)}", "class") from None
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise LoadError(f"{shown(name)} is no model class", "class")
+    return cls
+
+
+def implementations(config: PreTrainedConfig) -> dict[str, dict[str, str | None]]:
+    """Attention and experts implementation of a config and its parts: no config.json has them."""
+    found = {"": _implementation_of(config)}
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            found[name] = _implementation_of(part)
+    return found
+
+
+def _implementation_of(config: PreTrainedConfig) -> dict[str, str | None]:
+    return {
+        "attention": getattr(config, "_attn_implementation", None),
+        "experts": getattr(config, "_experts_implementation", None),
+    }
+
+
+def check_implementations(record: Mapping[str, Any]) -> None:
+    """LoadError unless it is what ``implementations`` gives, of names that are no hub's."""
+    for part, names in record.items():
+        fields(names, _IMPLEMENTATION)
+        for name in names.values():
+            if name is not None and not re.fullmatch(r"[a-z0-9_]{1,60}", name, re.ASCII):
+                raise LoadError(f"{shown(name)} is no implementation", shown(part))
+
+
+def read_config(raw: Mapping[str, Any], chosen: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a checked ``raw``, with the implementations that were ``chosen``."""
+    cls: Any = CONFIG_MAPPING[raw["model_type"]]
+    try:
+        config: PreTrainedConfig = cls.from_dict(_special_floats(raw))
+        for part, names in chosen.items():  # the whole first: it sets those of its parts, too
+            inner: Any = getattr(config, part) if part else config
+            inner._attn_implementation = names["attention"]
+            if names["experts"] is not None:
+                inner._experts_implementation = names["experts"]
+    except Exception as error:  # a config class may refuse its fields in any way it likes
+        raise LoadError(f"is no {raw['model_type']} config: {one_line(error)}") from None
+    return config
+
+
+def _special_floats(value: Any) -> Any:
+    """What JSON has no numbers for, as transformers writes it: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(str(value["__float__"]))
+        return {key: _special_floats(item) for key, item in value.items()}
+    return [_special_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def read_generation(raw: Mapping[str, Any]) -> GenerationConfig:
+    """The generation config of a checked ``raw``."""
+    try:
+        return GenerationConfig.from_dict(_special_floats(raw))
+    except Exception as error:  # its class may refuse fields in any way it likes
+        raise LoadError(f"is no generation config: {one_line(error)}") from None
+
+
+def compare(wanted: PreTrainedConfig, model: PreTrainedConfig, *, attention: bool) -> None:
+    """LoadError, naming the field, unless both say the same.
+
+    attention: whether their attention implementations must be the same, too.
+    """
+    ours, theirs = facts(wanted), facts(model)
+    if attention:
+        ours["attention"], theirs["attention"] = implementations(wanted), implementations(model)
+    different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    if different:
+        key = different[0]
+        raise LoadError(
+            f"is {shown(theirs.get(key))} in the model, {shown(ours.get(key))} here", key
+        )
+
+
+def build(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, modules: int, largest: int
+) -> PreTrainedModel:
+    """The model on the meta device.
+
+    LoadError if it cannot be, or has more ``modules`` or a tensor of more elements than given.
+    """
+    try:
+        with torch.device("meta"), _at_most(modules, largest):
+            model: PreTrainedModel = cls._from_config(config)
+            return model
+    except LoadError:
+        raise
+    except Exception as error:  # a config class may accept what its model cannot be built from
+        raise LoadError(f"gives no {cls.__name__}: {one_line(error)}") from None
+
+
+@contextmanager
+def _at_most(modules: int, largest: int) -> Iterator[None]:
+    """LoadError for more modules or larger parameters than that, in models made in this thread."""
+    thread, left = threading.get_ident(), modules
+    error = LoadError("asks for a larger model than the one that was saved")
+
+    def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal left
+        left -= threading.get_ident() == thread
+        if left < 0:
+            raise error
+
+    def measure(parent: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        ours = threading.get_ident() == thread
+        if ours and parameter is not None and parameter.numel() > largest:
+            raise error
+
+    handles = [
+        register_module_module_registration_hook(count),
+        register_module_parameter_registration_hook(measure),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

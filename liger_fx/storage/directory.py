@@ -1,0 +1,126 @@
+"""A directory that is written as a whole or not at all.
+
+with replacing(path) as new:          .graph.3f9c.new/  beside path
+    write_file(new / "graph.json")
+                                      path is the new directory, the old one is gone;
+                                      after an error, path is what it was
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from liger_fx.errors import SaveError
+
+GRAPH = "graph.json"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+REPORT = "report.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+BUFFERS = "buffers.safetensors"
+OWN_FILES = re.compile(
+    r"graph\.json|config\.json|generation_config\.json|report(-\d+)?\.json|buffers\.safetensors"
+    r"|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|module\.py|__init__\.py"
+    r"|__pycache__"
+)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def replacing(path: Path, mark: str = GRAPH) -> Iterator[Path]:
+    """A new directory to write into, which takes the place of ``path`` when all went well.
+
+    SaveError where something else than an earlier save (known by its file ``mark``) is at ``path``,
+    and for a write that fails: the disk is full, say. The old files are whole then.
+    """
+    path = Path(os.path.realpath(path))
+    _check_replaceable(path, mark)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
+        new.mkdir()
+    except OSError as error:
+        raise SaveError(f"{path} cannot be made: {error.strerror}.") from error
+    try:
+        yield new
+        _sync(new)
+        _put_in_place(new, path)
+    except OSError as error:
+        raise SaveError(
+            f"{path} could not be written ({error.strerror or error}); nothing there has changed."
+        ) from error
+    finally:
+        # the unfinished one after an error, else what stood at path before
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _check_replaceable(path: Path, mark: str) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise SaveError(f"{path} is a file; a graph is saved as a directory.")
+    names = sorted(entry.name for entry in path.iterdir())
+    foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
+    if names and (mark not in names or foreign):
+        what = foreign[0] if foreign else names[0]
+        raise SaveError(f"{path} holds something else ({what}): give a new directory.")
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a new file, and wait until it is on the disk."""
+    with path.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    if sys.platform == "win32":
+        return  # directories cannot be opened there
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(new, path)
+    elif not _exchange(new, path):
+        old = new.with_suffix(".old")
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done: int = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return done == 0
+
+
+def report_name(plan: int) -> str:
+    """The file of a plan's report."""
+    return REPORT if plan == 0 else f"report-{plan + 1}.json"

@@ -1,0 +1,129 @@
+"""Expressions over sizes, as text: what a saved graph's guards and shapes are made of.
+
+    "8 + (-1)*(sequence % 8)"        ->  allowed
+    "__import__('os').system('')"    ->  LoadError
+
+Guards become Python code when a graph is first called, so their grammar is closed: names of sizes,
+numbers, arithmetic, comparisons, and the rounding and min/max functions that sizes are made with.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import sympy
+from torch import fx
+from torch.utils._sympy.printers import PythonPrinter
+
+from liger_fx.errors import LoadError
+from liger_fx.storage.json_file import shown
+
+_MAX_LENGTH = 500
+_OPERATORS = (
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.Not,
+    ast.And, ast.Or, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Load,
+)  # fmt: skip
+_FORMS = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, *_OPERATORS,
+)  # fmt: skip
+_FUNCTIONS = {"min", "max", "abs", "round"}
+_MATH = {"floor", "ceil", "trunc"}
+_LARGEST_POWER = 8
+
+
+def check(text: str, names: Iterable[str] | None = None) -> str:
+    """``text``, an expression of sizes; only of those in ``names``, if given. LoadError if not."""
+    used = _names_in(text)
+    unknown = set() if names is None else used - set(names)
+    if unknown:
+        raise LoadError(f"{shown(text)} names {shown(min(unknown))}, which is no size")
+    return text
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(text: str) -> frozenset[str]:
+    if len(text) > _MAX_LENGTH:
+        raise LoadError(f"{shown(text)} is too long for an expression of sizes")
+    try:
+        tree = ast.parse(text, mode="eval")
+        return frozenset(_visit(tree))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise LoadError(f"{shown(text)} is no expression") from None
+
+
+def _visit(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Name):
+        return _size_name(node.id)
+    if isinstance(node, ast.Constant):
+        value: Any = node.value
+        if type(value) not in (int, float, bool) or abs(value) > 2**63:
+            raise LoadError(f"{shown(value)} is no size")
+        return set()
+    if isinstance(node, ast.Call):
+        return _visit_call(node)
+    if not isinstance(node, _FORMS):
+        raise LoadError(f"an expression of sizes has no {type(node).__name__}")
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        _check_power(node.right)
+    return set().union(*map(_visit, ast.iter_child_nodes(node)))
+
+
+def _size_name(name: str) -> set[str]:
+    if "__" in name or not name.isascii():
+        raise LoadError(f"{shown(name)} is no size")
+    return {name}
+
+
+def _visit_call(node: ast.Call) -> set[str]:
+    function = node.func
+    known = isinstance(function, ast.Name) and function.id in _FUNCTIONS
+    if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+        known = function.value.id == "math" and function.attr in _MATH
+    if not known or node.keywords:
+        raise LoadError(f"{shown(ast.unparse(function))} is no function of sizes")
+    return set().union(*map(_visit, node.args))
+
+
+def _check_power(exponent: ast.expr) -> None:
+    power: Any = exponent.value if isinstance(exponent, ast.Constant) else None
+    if type(power) is not int or not 0 <= power <= _LARGEST_POWER:
+        raise LoadError(f"an expression of sizes has no power of {ast.unparse(exponent)}")
+
+
+class SizeNames:
+    """Writes the sizes of one graph's tensors in terms of the names that its inputs' sizes have."""
+
+    def __init__(self, graph: fx.Graph, inputs: Mapping[str, tuple[int | str, ...]]) -> None:
+        self.named: dict[Any, sympy.Symbol] = {}
+        self.printer = PythonPrinter()
+        for node in graph.find_nodes(op="placeholder"):
+            shape = node.meta["spec"].shape if "spec" in node.meta else ()
+            for size, name in zip(shape, inputs.get(str(node.target), ()), strict=False):
+                if isinstance(size, sympy.Symbol) and isinstance(name, str):
+                    self.named.setdefault(size, sympy.Symbol(name, integer=True))
+
+    def write(self, size: int | sympy.Expr) -> int | str:
+        """A number, or the expression's text."""
+        if isinstance(size, int):
+            return size
+        return str(self.printer.doprint(size.xreplace(self.named)))
+
+
+def read(size: Any) -> int | sympy.Expr:
+    """What ``write`` wrote. An expression comes back as one symbol of that name.
+
+    Sizes of a saved graph are shown, and compared as text; nothing computes with them any more.
+    """
+    if type(size) is int and 0 <= size < 2**63:
+        return size
+    if type(size) is not str:
+        raise LoadError(f"{shown(size)} is no size")
+    return _symbol(check(size))
+
+
+@functools.lru_cache(maxsize=4096)
+def _symbol(text: str) -> sympy.Symbol:
+    return sympy.Symbol(text, integer=True)

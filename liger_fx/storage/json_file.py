@@ -1,0 +1,102 @@
+"""JSON as saved graphs use it: read strictly, written so that equal data give equal bytes.
+
+{"a": 1, "a": 2}, NaN, 1e999, [[[[...]]]], a file of gigabytes    ->  LoadError
+{"nodes": [{"name": "x", ...}, {"name": "y", ...}]}               ->  a line for each node
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from liger_fx.errors import LoadError
+
+_MAX_BYTES = 256 * 2**20
+_MAX_DEPTH = 100
+_WIDTH = 100
+
+
+def parse(data: bytes, max_bytes: int = _MAX_BYTES) -> Any:
+    """The value of a JSON text; LoadError, without the file's name, for what is not plain JSON."""
+    if len(data) > max_bytes:
+        raise LoadError(f"has {len(data):,} bytes, more than the {max_bytes:,} that are read")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise LoadError("is nested too deeply") from None
+    except ValueError as error:  # JSON, UTF-8, or a number of too many digits
+        raise LoadError(f"is no JSON text: {error}") from None
+    _check_depth(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise LoadError(f"has the field {shown(twice)} twice in one object")
+    return found
+
+
+def _refuse_constant(text: str) -> None:
+    raise LoadError(f"has the number {text}, which is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise LoadError(f"has the number {shown(text)}, which is too large")
+    return number
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [nest for parent in level for nest in _nests(parent)]
+        if not level:
+            return
+    raise LoadError("is nested too deeply")
+
+
+def _nests(value: Any) -> list[Any]:
+    items = value.values() if type(value) is dict else value if type(value) is list else ()
+    return [item for item in items if type(item) in (dict, list)]
+
+
+def shown(value: Any) -> str:
+    """A value from a file as an error shows it: quoted, in ASCII, and not too long."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def dump(value: Any) -> bytes:
+    """The value as indented JSON text; what fits a line stands on one."""
+    return (_text(value, 0) + "\n").encode()
+
+
+def _text(value: Any, indent: int) -> str:
+    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if indent + len(flat) <= _WIDTH or not _is_nest(value):
+        return flat
+    pad = " " * (indent + 1)
+    if isinstance(value, Mapping):
+        inner = [f"{pad}{json.dumps(k)}: {_text(v, indent + 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(inner) + "\n" + " " * indent + "}"
+    inner = [pad + _text(item, indent + 1) for item in value]
+    return "[\n" + ",\n".join(inner) + "\n" + " " * indent + "]"
+
+
+def _is_nest(value: Any) -> bool:
+    """Whether it is worth a line for each item: it holds objects or lists that hold some."""
+    items = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping | list):
+        return False
+    return any(isinstance(item, Mapping | list) and item for item in items)

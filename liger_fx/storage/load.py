@@ -1,0 +1,187 @@
+"""liger_fx.load: a saved graph and its model, without a trace and without a search.
+
+    llama-graph/   ->   the model on the meta device  ->  named modules  ->  weights, one by one
+
+No code comes with the directory. What its files name is looked up in tables of this package and of
+transformers; what is not there, or does not fit, is one LoadError, and nothing was built then.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liger_fx.errors import LoadError, RetraceWarning, UsageError, one_line
+from liger_fx.graph_model import GraphModel, graph_class
+from liger_fx.plan import Plan
+from liger_fx.planning import Planner
+from liger_fx.storage import skeleton
+from liger_fx.storage.checks import inside
+from liger_fx.storage.document import Document
+from liger_fx.storage.saved import Saved, read_saved
+from liger_fx.storage.sources import locate
+from liger_fx.storage.tree import PARAMETER, Slot
+from liger_fx.storage.weights import Stored, Tensor, total_bytes
+from liger_fx.tracing.tree_state import Kind, telling_parameters
+
+StrPath = str | PathLike[str]
+
+
+def load(
+    path: StrPath,
+    *,
+    model: nn.Module | None = None,
+    checkpoint: StrPath | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> GraphModel:
+    """The optimised model that ``liger_fx.save`` wrote to the directory ``path``.
+
+    It is in the mode (train or eval) in which it was saved, and meets kinds of call that it has no
+    graph for as the result of ``liger_fx.optimize`` does.
+
+    model: take the weights of this model, and share them, as ``optimize`` does. It must be of the
+        class, config and shapes that were saved.
+    checkpoint: take the weights from this directory: model.safetensors, or its shards and index.
+    device: where the weights and the graph go; by default where they were saved.
+    dtype: of the weights; those of the dtype that most have are converted. Graphs hold for the
+        dtypes they were traced with: for others, each kind of call is traced anew, after a
+        RetraceWarning.
+
+    Raises LoadError, naming the file and the node or field, for files that are damaged, of a later
+    version or not to be trusted, for model code that has changed since, and for what does not fit;
+    UsageError for arguments that exclude each other.
+    """
+    if model is not None and (checkpoint, device, dtype) != (None, None, None):
+        raise UsageError("load(model=...) takes the weights as they are: give no other argument.")
+    target = _device(device) if model is None else _device_of(model)
+    saved = read_saved(Path(path), target)
+    if model is not None:
+        tree = skeleton.from_model(saved, model)
+    else:
+        _device(saved.document.device)
+        tree = skeleton.from_config(saved)
+    places = skeleton.check(tree, saved.document)
+    _fill(saved, places, _weights(saved, checkpoint, model), dtype)
+    return _finished(saved, tree)
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    """The device by its full name, cuda:0 for cuda; LoadError if it is not there."""
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        raise LoadError(
+            f"{device} cannot be used ({one_line(error)}): say where to load, as device='cpu'",
+            "device",
+        ) from None
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    return next((p.device for p in model.parameters()), None)
+
+
+def _weights(saved: Saved, checkpoint: StrPath | None, model: nn.Module | None) -> Stored | None:
+    """Where the checkpoint's tensors are to be read; None where a model has them."""
+    if model is not None:
+        return None
+    if checkpoint is not None:
+        with inside(str(checkpoint)):
+            stored = Stored.in_checkpoint(Path(checkpoint))
+            wanted = [t for t in saved.document.tensors if t.in_checkpoint]
+            stored.check(wanted, exact=False)
+            return stored
+    if saved.checkpoint is None:
+        raise LoadError(
+            "was saved without weights: give load(path, model=...) or load(path, checkpoint=...)",
+            "graph.json",
+        )
+    return saved.checkpoint
+
+
+def _fill(
+    saved: Saved, places: Mapping[str, Slot], weights: Stored | None, dtype: torch.dtype | None
+) -> None:
+    """Put every tensor in its places; those of a given model are there already."""
+    found = saved.document
+    dtypes = _dtypes(found, dtype)
+    made = [t for t in found.tensors if places[t.path].tensor.is_meta or weights is not None]
+    for stored, of_checkpoint in ((weights, True), (saved.constants, False)):
+        wanted = [t for t in made if t.in_checkpoint is of_checkpoint]
+        for tensor, value in _read(stored, wanted) if stored is not None else ():
+            value = value.to(found.device, dtypes.get(tensor.path, tensor.dtype))
+            _place(tensor, value, places)
+
+
+def _read(stored: Stored, wanted: list[Tensor]) -> Iterator[tuple[Tensor, torch.Tensor]]:
+    by_name = {next(n for n in t.places if n in stored.entries): t for t in wanted}
+    for name, value in stored.read(by_name):
+        yield by_name[name], value
+
+
+def _place(tensor: Tensor, value: torch.Tensor, places: Mapping[str, Slot]) -> None:
+    if PARAMETER in tensor.places.values():
+        value = nn.Parameter(value, requires_grad=not tensor.frozen and _has_gradient(value))
+    for path in tensor.places:
+        places[path].group[places[path].name] = value
+
+
+def _has_gradient(value: torch.Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def _dtypes(found: Document, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The tensors of a checkpoint that are to have another dtype: those of the most usual one."""
+    floating = [t for t in found.tensors if t.in_checkpoint and t.dtype.is_floating_point]
+    if dtype is None or not floating:
+        return {}
+    kinds = {t.dtype for t in floating}
+    usual = max(kinds, key=lambda kind: total_bytes(t for t in floating if t.dtype == kind))
+    return {t.path: dtype for t in floating if t.dtype == usual}
+
+
+def _finished(saved: Saved, tree: nn.Module) -> GraphModel:
+    found = saved.document
+    if any(t.is_meta for t in (*tree.parameters(), *tree.buffers())) and found.has_weights:
+        raise AssertionError("a tensor was left on the meta device")
+    _set_modes(tree, found)
+    kinds = _kinds(found, tree)
+    plans = []
+    for part, report in zip(found.plans, saved.reports, strict=True):
+        for node in part.graph.nodes:
+            if node.meta["source"] is not None:
+                node.meta["source"] = locate(node.meta["source"])
+        plan = Plan.restored(part.graph, part.guards, part.opaque, part.followed, report)
+        plan.assume(tree, kinds)
+        plans.append(plan)
+    if not any(plan.fits(tree) for plan in plans):
+        warnings.warn(
+            f"{found.class_name}: the saved graphs are for other dtypes or devices than the "
+            "weights have now; each kind of call is traced anew when it is first made.",
+            RetraceWarning,
+            stacklevel=3,
+        )
+    kind: Any = type(tree)
+    make: Any = graph_class(kind)
+    return make(tree.__dict__, plans, Planner(found.selection))
+
+
+def _set_modes(tree: nn.Module, found: Document) -> None:
+    tree.train(found.training)
+    for path, module in tree.named_modules():
+        if path in found.other_modes:
+            module.training = not found.training
+
+
+def _kinds(found: Document, tree: nn.Module) -> dict[str, Kind]:
+    """The dtypes and devices that the graphs take for granted."""
+    dtypes = {path: tensor.dtype for tensor in found.tensors for path in tensor.places}
+    return {path: (dtypes[path], found.device) for path in telling_parameters(tree)}

@@ -1,0 +1,193 @@
+"""liger_fx.save: an optimised model as a directory that ``load`` and transformers can read.
+
+    opt   ->   graph.json  config.json  model.safetensors  buffers.safetensors  report.json
+
+config.json and model.safetensors are those of any transformers checkpoint. Nothing is written
+unless ``load`` would take it, and nothing is replaced before all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from liger_fx.engine.rule import Selection
+from liger_fx.errors import LoadError, SaveError, UsageError
+from liger_fx.graph_model import GraphModel
+from liger_fx.plan import Plan
+from liger_fx.planning import Planner
+from liger_fx.storage import config, fingerprint, named_modules, skeleton, tree
+from liger_fx.storage.directory import (
+    BUFFERS,
+    CONFIG,
+    GENERATION_CONFIG,
+    GRAPH,
+    INDEX,
+    replacing,
+    report_name,
+    write_file,
+)
+from liger_fx.storage.document import FORMAT, SCHEMA
+from liger_fx.storage.json_file import dump
+from liger_fx.storage.plans import encode_plan
+from liger_fx.storage.saved import read_saved
+from liger_fx.storage.tensors import chunks
+from liger_fx.storage.tree import ATTRIBUTE, Slot
+from liger_fx.storage.weights import Tensor, describe, encode, index_of, shards
+
+
+def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> None:
+    """Write what ``liger_fx.optimize`` or ``trace`` returned to the directory ``path``.
+
+    The directory may be new, empty, or hold an earlier save, which is replaced when all is written.
+    Graphs that the model could not use any more (its dtype, device or config was changed since)
+    are left out.
+
+    weights: False leaves the weights out; ``load`` then needs a model or a checkpoint. A model that
+        cannot be made again from its config (one with adapters, one that is not transformers' own)
+        can be saved in this way only.
+
+    Raises SaveError, saying what stands in the way: nothing was written then, and what was there is
+    whole. UsageError for what is no optimised or traced model.
+    """
+    if not isinstance(opt, GraphModel):
+        raise UsageError(f"Expected what optimize() returned, got a {type(opt).__name__}.")
+    plans = [plan for plan in opt.plans if plan.fits(opt)]
+    if not plans:
+        raise SaveError(
+            f"The dtype, device or config of this {type(opt).__name__} is not what its graph was "
+            "traced for: call it once, so that it is traced anew."
+        )
+    tensors = describe(opt, _wanted(plans))
+    document = _document(opt, plans, tensors, weights)
+    with replacing(Path(path)) as folder:
+        write_file(folder / GRAPH, [dump(document)])
+        _write_configs(opt, folder, document)
+        for i, plan in enumerate(plans):
+            if plan.report is not None:
+                write_file(folder / report_name(i), [plan.report.json().encode()])
+        _write_tensors(opt, folder, tensors, weights)
+        problem = _problem(opt, folder)
+        if problem is not None and weights:
+            raise SaveError(
+                f"This {type(opt).__name__} could not be loaded again ({problem}). Saved with "
+                "weights=False, it can be bound to such a model: load(path, model=...)."
+            )
+        if problem is not None:
+            _make_bindable_only(folder, document)
+
+
+def _problem(opt: GraphModel, folder: Path) -> str | None:
+    """Why the model cannot be made again from what was written; None if it can."""
+    try:
+        saved = read_saved(folder)
+    except LoadError as error:
+        raise SaveError(f"This {type(opt).__name__} has no form in a file: {error}") from error
+    try:
+        skeleton.check(skeleton.from_config(saved), saved.document)
+    except LoadError as error:
+        return str(error)
+    return None
+
+
+def _make_bindable_only(folder: Path, document: dict[str, Any]) -> None:
+    for name in (GRAPH, CONFIG, GENERATION_CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    document["model"]["model_type"] = None
+    write_file(folder / GRAPH, [dump(document)])
+
+
+def _write_configs(opt: Any, folder: Path, document: dict[str, Any]) -> None:
+    if document["model"]["model_type"] is None:
+        return
+    write_file(folder / CONFIG, [config.config_text(opt.config, type(opt).__name__)])
+    if getattr(opt, "generation_config", None) is not None:
+        write_file(folder / GENERATION_CONFIG, [config.generation_text(opt.generation_config)])
+
+
+def _write_tensors(
+    opt: GraphModel, folder: Path, tensors: list[Tensor], with_weights: bool
+) -> None:
+    places = {slot.path: slot.tensor for slot in tree.slots(opt)}
+    made = {t.path: places[t.path] for t in tensors if not t.in_checkpoint}
+    if made:
+        write_file(folder / BUFFERS, chunks(made))
+    if not with_weights:
+        return
+    files = shards({t.path: places[t.path] for t in tensors if t.in_checkpoint})
+    for name, group in files.items():
+        write_file(folder / name, chunks(group))
+    if len(files) > 1:
+        write_file(folder / INDEX, [index_of(files)])
+
+
+def _wanted(plans: list[Plan]) -> Any:
+    """Parameters and buffers, and of the tensors that are attributes those that a graph reads."""
+    read = {str(n.target) for plan in plans for n in plan.graph.find_nodes(op="get_attr")}
+
+    def wanted(slot: Slot) -> bool:
+        return slot.kind != ATTRIBUTE or slot.path in read
+
+    return wanted
+
+
+def _is_known(opt: GraphModel) -> bool:
+    """Whether transformers' tables have the model's class, so that it can be made from a config."""
+    if not issubclass(opt.model_class, PreTrainedModel):
+        return False
+    model_type = getattr(opt.config, "model_type", "")
+    name = opt.model_class.__name__
+    if name not in config.class_names(str(model_type)):
+        return False
+    return config.find_class(str(model_type), name) is opt.model_class
+
+
+def _document(
+    opt: GraphModel, plans: list[Plan], tensors: list[Tensor], with_weights: bool
+) -> dict[str, Any]:
+    device = _device_of(opt)
+    rebuilt = _is_known(opt)
+    settings: Any = opt.config if rebuilt else None
+    return {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "model": {
+            "class": opt.model_class.__name__,
+            "model_type": settings.model_type if rebuilt else None,
+        },
+        "fingerprint": fingerprint.fingerprint(opt, [plan.graph for plan in plans]),
+        "device": str(device),
+        "training": opt.training,
+        "other_modes": [p for p, m in opt.named_modules() if m.training != opt.training],
+        "weights": with_weights,
+        "selection": _encode_selection(opt._make_plan),
+        "implementations": config.implementations(settings) if rebuilt else {},
+        "modules": tree.digests(opt),
+        "named_modules": named_modules.describe(opt),
+        "tensors": encode(tensors),
+        "plans": [encode_plan(plan, device) for plan in plans],
+    }
+
+
+def _encode_selection(make_plan: Any) -> dict[str, Any] | None:
+    if not isinstance(make_plan, Planner):
+        raise SaveError("The model makes its graphs in a way that no file can say.")
+    selection: Selection | None = make_plan.selection
+    if selection is None:
+        return None
+    chosen = None if selection.chosen is None else list(selection.chosen)
+    return {"chosen": chosen, "excluded": list(selection.excluded)}
+
+
+def _device_of(opt: GraphModel) -> torch.device:
+    """The one device of all parameters and buffers."""
+    devices = {tensor.device for tensor in (*opt.parameters(), *opt.buffers())}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise SaveError(f"The model is on several devices ({names}): move it to one first.")
+    return devices.pop() if devices else torch.device("cpu")

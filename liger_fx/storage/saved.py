@@ -1,0 +1,78 @@
+"""A saved directory as it was read: every file checked, no model built, no weights read yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liger_fx.errors import LigerFxError, LoadError
+from liger_fx.report import GraphDiff
+from liger_fx.storage import config, document
+from liger_fx.storage.checks import inside
+from liger_fx.storage.directory import BUFFERS, CONFIG, GENERATION_CONFIG, GRAPH, report_name
+from liger_fx.storage.document import Document
+from liger_fx.storage.json_file import parse
+from liger_fx.storage.weights import Stored, read_file
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The files of one directory.
+
+    config, generation: the objects in their JSON files, None where there is none.
+    checkpoint: None for a graph saved without weights. constants: the tensors of the model's code.
+    reports: one for each plan; None for those of a plain trace.
+    """
+
+    document: Document
+    config: dict[str, Any] | None
+    generation: dict[str, Any] | None
+    checkpoint: Stored | None
+    constants: Stored
+    reports: list[GraphDiff | None]
+
+
+def read_saved(folder: Path, device: torch.device | None = None) -> Saved:
+    """Everything but the tensors themselves; LoadError, naming file and field, if it is damaged."""
+    if not (folder / GRAPH).is_file():
+        raise LoadError("there is no saved graph (graph.json)", str(folder))
+    with inside(GRAPH):
+        found = document.read(parse(read_file(folder / GRAPH)), device)
+    raw = generation = None
+    if found.model_type is not None:
+        with inside(CONFIG):
+            raw = config.check_config(parse(read_file(folder / CONFIG)))
+            if raw["model_type"] != found.model_type:
+                raise LoadError(f"is no {found.model_type}", "model_type")
+    if (folder / GENERATION_CONFIG).exists():
+        with inside(GENERATION_CONFIG):
+            generation = parse(read_file(folder / GENERATION_CONFIG))
+            config.check_plain(generation)
+    checkpoint = Stored.in_checkpoint(folder) if found.has_weights else None
+    if checkpoint is not None:
+        checkpoint.check([t for t in found.tensors if t.in_checkpoint], exact=True)
+    made = [t for t in found.tensors if not t.in_checkpoint]
+    constants = Stored.in_files([folder / BUFFERS] if made else [])
+    with inside(BUFFERS):
+        constants.check(made, exact=True)
+    reports = _read_reports(folder, len(found.plans), found.selection is not None)
+    return Saved(found, raw, generation, checkpoint, constants, reports)
+
+
+def _read_reports(folder: Path, count: int, there: bool) -> list[GraphDiff | None]:
+    reports: list[GraphDiff | None] = []
+    for i in range(count):
+        name = report_name(i)
+        if not there:
+            reports.append(None)
+            continue
+        try:
+            reports.append(GraphDiff.from_json(read_file(folder / name), "it"))
+        except LoadError as error:
+            raise error.inside(name) from None
+        except LigerFxError as error:
+            raise LoadError(str(error), name) from None
+    return reports

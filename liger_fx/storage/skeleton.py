@@ -1,0 +1,148 @@
+"""The tree of a saved graph before its weights come in, and the proof that it is the right one.
+
+    config.json      ->  LlamaForCausalLM on the meta device  ->  LigerRMSNorm, ... in their places
+    a given model    ->  a tree that shares its weights       ->  the same
+
+Every module, tensor and name that the graph relies on is held against what was saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from liger_fx.errors import LoadError
+from liger_fx.module_tree import copy_tree
+from liger_fx.storage import config, fingerprint, leaf_calls, named_modules, tree
+from liger_fx.storage.checks import inside
+from liger_fx.storage.directory import CONFIG, GENERATION_CONFIG, GRAPH
+from liger_fx.storage.document import Document
+from liger_fx.storage.json_file import shown
+from liger_fx.storage.saved import Saved
+from liger_fx.storage.tree import CONSTANT, IN_CHECKPOINT, Slot
+from liger_fx.storage.weights import Tensor
+
+
+def from_config(saved: Saved) -> nn.Module:
+    """The tree on the meta device, named modules in place; LoadError where it cannot be made."""
+    found = saved.document
+    if saved.config is None or found.model_type is None:
+        raise LoadError(
+            f"{found.class_name} cannot be made from a config: give the model itself, "
+            "load(path, model=...)",
+            "model",
+        )
+    with inside("model"):
+        cls = config.find_class(found.model_type, found.class_name)
+    largest = max((math.prod(t.shape) for t in found.tensors), default=0)
+    with inside(CONFIG):
+        made = config.read_config(saved.config, found.implementations)
+        model = config.build(cls, made, 4 * len(found.modules) + 1000, largest)
+    if saved.generation is not None:
+        with inside(GENERATION_CONFIG):
+            model.generation_config = config.read_generation(saved.generation)
+    _install(model, found)
+    return model
+
+
+def from_model(saved: Saved, model: nn.Module) -> nn.Module:
+    """A tree around the weights of ``model``, which stays as it is, with named modules in place."""
+    found = saved.document
+    name = type(model).__name__
+    if name != found.class_name:
+        raise LoadError(f"the graph is one of a {found.class_name}, not of a {name}", "model")
+    if saved.config is not None:
+        attention = any(plan.guards.attention_fixed for plan in found.plans)
+        with inside(CONFIG):
+            wanted = config.read_config(saved.config, found.implementations)
+            config.compare(wanted, model.config, attention=attention)
+    bound = copy_tree(model)
+    _install(bound, found)
+    return bound
+
+
+def _install(root: nn.Module, found: Document) -> None:
+    with inside(GRAPH):
+        for i, record in enumerate(found.named_modules):
+            with inside(f"named_modules[{i}]"):
+                named_modules.install(root, record)
+
+
+def check(root: nn.Module, found: Document) -> dict[str, Slot]:
+    """The tree's places of tensors by path; LoadError unless it is the tree that was saved."""
+    with inside(GRAPH):
+        _compare_modules(found.modules, tree.digests(root))
+        places = _compare_tensors(root, found.tensors)
+        graphs = [plan.graph for plan in found.plans]
+        modules = dict(root.named_modules(remove_duplicate=False))
+        homes = {type(module).__module__ for module in modules.values()}
+        homes.add(tree.class_of(root).__module__)
+        for i, plan in enumerate(found.plans):
+            with inside(f"plans[{i}].nodes"):
+                _check_targets(plan.graph, modules.keys(), places.keys())
+                leaf_calls.resolve(plan.references, homes)
+        fingerprint.compare(found.fingerprint, fingerprint.fingerprint(root, graphs))
+    return places
+
+
+def _compare_modules(saved: list[list[str]], now: list[list[str]]) -> None:
+    ours = {path: rest for path, *rest in now}
+    for path, class_name, digest in saved:
+        if path not in ours:
+            raise LoadError(f"the model has no module {shown(path)}, a {class_name}", "modules")
+        if ours.pop(path) != [class_name, digest]:
+            raise LoadError(
+                f"the module {shown(path)} is not the {class_name} that was saved: another class, "
+                "or other attributes",
+                "modules",
+            )
+    if ours:
+        raise LoadError(f"the graph knows no module {shown(next(iter(ours)))}", "modules")
+
+
+def _compare_tensors(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Slot]:
+    places = {slot.path: slot for slot in tree.slots(root)}
+    known: set[str] = set()
+    for tensor in tensors:
+        for path, kind in tensor.places.items():
+            known.add(path)
+            if path not in places:
+                places[path] = _add_place(root, path, kind, tensor)
+            slot = places[path]
+            if slot.kind != kind or slot.tensor.shape != tensor.shape:
+                raise LoadError(
+                    f"{path} is a {kind} {list(tensor.shape)} in the graph and a {slot.kind} "
+                    f"{list(slot.tensor.shape)} in the model",
+                    "tensors",
+                )
+    unknown = [p for p, slot in places.items() if p not in known and slot.tensor.is_meta]
+    unknown += [p for p, slot in places.items() if p not in known and slot.kind in IN_CHECKPOINT]
+    if unknown:
+        raise LoadError(f"the graph knows no tensor {unknown[0]}, which the model has", "tensors")
+    return places
+
+
+def _add_place(root: nn.Module, path: str, kind: str, tensor: Tensor) -> Slot:
+    """A place that the trace made (a constant), or that the model's code makes when it runs."""
+    owner_path, _, name = path.rpartition(".")
+    owner = dict(root.named_modules()).get(owner_path)
+    if owner is None or kind in IN_CHECKPOINT or hasattr(owner, name):
+        raise LoadError(f"the model has no {kind} {path}", "tensors")
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    if kind == CONSTANT:
+        owner.register_buffer(name, empty, persistent=False)
+        return Slot(path, kind, owner._buffers, name)
+    setattr(owner, name, empty)
+    return Slot(path, kind, owner.__dict__, name)
+
+
+def _check_targets(graph: fx.Graph, modules: Any, tensors: Any) -> None:
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target not in modules:
+            raise LoadError(f"the model has no module {node.target}", node.name)
+        if node.op == "get_attr" and node.target not in modules and node.target not in tensors:
+            raise LoadError(f"the model has no module or tensor {node.target}", node.name)

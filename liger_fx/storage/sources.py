@@ -1,0 +1,49 @@
+"""Lines of model code as a file may hold them: by the module's name, not by a path of one machine.
+
+   ("/home/me/env/.../models/llama/modeling_llama.py", 57)
+<->
+   ["transformers.models.llama.modeling_llama", 57]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from liger_fx.errors import LoadError
+from liger_fx.tracing.trace import Source
+
+_NAME = re.compile(r"[\w.<>/-]{1,300}")
+_names: dict[str, str] = {}
+
+
+def write_source(source: Source) -> list[Any]:
+    """The name of the module that was read from the file, the file's own where there is none."""
+    file, line = source
+    return [module_of(file), line]
+
+
+def module_of(file: str) -> str:
+    """The name of the imported module whose source this file is, else the file's own name."""
+    if file not in _names:
+        for name, module in list(sys.modules.items()):
+            path = getattr(module, "__file__", None)
+            if isinstance(path, str):
+                _names[path] = name
+        _names.setdefault(file, file.replace("\\", "/").rsplit("/", 1)[-1])
+    return _names[file]
+
+
+def read_source(value: list[Any]) -> Source:
+    """Module and line, as written; ``locate`` finds the file."""
+    fits = len(value) == 2 and type(value[0]) is str and type(value[1]) is int
+    if not fits or not _NAME.fullmatch(value[0]) or not 0 <= value[1] < 10**7:
+        raise LoadError("is no module and line", "source")
+    return value[0], value[1]
+
+
+def locate(source: Source) -> Source:
+    """File and line, where the module of that name is imported; else the same."""
+    file = getattr(sys.modules.get(source[0]), "__file__", None)
+    return (file if isinstance(file, str) else source[0]), source[1]

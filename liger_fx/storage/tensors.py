@@ -1,0 +1,134 @@
+"""The safetensors format: a length, a JSON header, the bytes of the tensors.
+
+    chunks({"weight": tensor})   ->   b"\\x50...", b'{"weight": {"dtype": "F32", ...}}', data
+    read_header(path)            ->   {"weight": Entry(float32, (64, 56), 88, 14424)}
+    read_tensor(file, entry)     ->   the tensor, read straight into its own memory
+
+Reading through a mapped file would count every page towards the memory of the process, twice the
+weights in all, and a truncated file would end the process: here the header is held against the
+file's size before any tensor is made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from liger_fx.errors import LoadError, SaveError
+from liger_fx.storage.checks import LIST, STRING, fields, inside
+from liger_fx.storage.json_file import parse, shown
+
+_MAX_HEADER = 100_000_000
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16,
+    "I16": torch.int16, "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ENTRY = {"dtype": STRING, "shape": LIST, "data_offsets": LIST}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: what it is, and from which byte to which it lies there."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file of these tensors, one tensor of any device at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise SaveError(f"safetensors has no {tensor.dtype}, which {name} is.")
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield _bytes_of(tensor.detach().cpu().contiguous())
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    data: Any = flat.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """What the file holds, by name; LoadError where it is damaged, cut short or too long."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise LoadError(f"has no header that fits its {size:,} bytes")
+        header = parse(file.read(length))
+    if type(header) is not dict:
+        raise LoadError("its header is no object")
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, record in header.items():
+        with inside(shown(name)):
+            entries[name] = _read_entry(record, 8 + length)
+    _check_extents(entries, 8 + length, size)
+    return entries
+
+
+def _read_entry(record: Any, data: int) -> Entry:
+    fields(record, _ENTRY)
+    dtype = _DTYPES.get(record["dtype"])
+    if dtype is None:
+        raise LoadError(f"{shown(record['dtype'])} is no dtype of safetensors", "dtype")
+    numbers = [*record["shape"], *record["data_offsets"]]
+    if len(record["data_offsets"]) != 2 or len(record["shape"]) > 16:
+        raise LoadError("has no shape of at most 16 sizes and two offsets")
+    if any(type(n) is not int or not 0 <= n < 2**60 for n in numbers):
+        raise LoadError("has a size or an offset that is no such number")
+    start, end = record["data_offsets"]
+    wanted = math.prod(record["shape"]) * dtype.itemsize
+    if end - start != wanted:
+        raise LoadError(f"has {end - start:,} bytes where its shape needs {wanted:,}")
+    return Entry(dtype, tuple(record["shape"]), data + start, data + end)
+
+
+def _check_extents(entries: Mapping[str, Entry], data: int, size: int) -> None:
+    """The tensors lie one behind the other and fill the file."""
+    end = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            raise LoadError("does not lie behind the tensor before it", shown(name))
+        end = entry.end
+    if end != size:
+        raise LoadError(f"has {size:,} bytes where its header promises {end:,}")
+
+
+def read_tensor(file: BinaryIO, entry: Entry) -> torch.Tensor:
+    """The tensor on the CPU. Takes its memory and no more."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    memory = _bytes_of(tensor)
+    file.seek(entry.start)
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise LoadError("ended while it was read")
+        done += count
+    return tensor
