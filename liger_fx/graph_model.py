@@ -167,11 +167,18 @@ def _copy_plan(plan: Plan) -> Plan:
     return twin
 
 
-@functools.cache
-def graph_class(model_class: Any) -> type[GraphModel]:  # Any: to mypy no class is hashable
+def graph_class(model_class: type[nn.Module]) -> type[GraphModel]:
     """The GraphModel class that is also a ``model_class``, under its name and with its forward's
-    signature."""
+    signature; one for each model class."""
+    if model_class not in _GRAPH_CLASSES:
+        _GRAPH_CLASSES[model_class] = _derive(model_class)
+    return _GRAPH_CLASSES[model_class]
 
+
+_GRAPH_CLASSES: dict[type[nn.Module], type[GraphModel]] = {}
+
+
+def _derive(model_class: type[nn.Module]) -> type[GraphModel]:
     @functools.wraps(model_class.forward)
     def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
         return self.call_graph(args, kwargs)
