@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import nn
 
 from liger_fx.engine.activations import activated
-from liger_fx.engine.layers import MLP_NAMES, check_no_casts, own_layers
+from liger_fx.engine.layers import MLP_NAMES, check_no_casts, layer_results, own_layers
 from liger_fx.engine.match import Match
 from liger_fx.engine.operators import linear, lower, upper
 from liger_fx.engine.pattern import Constant, Pattern, Tensor, anything, choice, either
@@ -65,23 +65,32 @@ whole = linear(either(separate, together), Constant("down layer"))
 
 
 class GatedMLP(Rule):
+    """down(act(gate(x)) * up(x)) in a module of its own, act(gate) * up anywhere."""
+
     name = "gated_mlp"
     pattern = either(whole, halves(packed), product(gate, up))
     looks_like = product(gate, anything)
     class_names = MLP_NAMES
 
     def check(self, match: Match) -> None:
-        """Inside, everything has one dtype; gate and up have one shape."""
+        """Inside, everything has one dtype; gate, up and their product have one shape."""
         check_no_casts(match)
-        if "gate" in match and not match.spec("gate") == match.spec("up") == match.root_spec:
-            specs = f"{match.spec('gate')}, {match.spec('up')} and {match.root_spec}"
-            raise Reject(f"gate, up and result are not alike: {specs}", match.root)
+        if "down layer" in match:
+            given = layer_results(match)
+            specs = [given[role] for role in ("gate", "up") if role in given]
+        else:
+            names = [name for name in ("gate", "up") if name in match]
+            specs = [match.spec(name) for name in names] + [match.root_spec] * bool(names)
+        if len(set(specs)) > 1:
+            raise Reject(
+                f"gate, up and product are not alike: {', '.join(map(str, specs))}", match.root
+            )
 
     def build(self, match: Match, owner: Owner | None) -> Replacement | None:
         activation, gate_first = match["activation"], match.get("gate_first", True)
         if "down layer" not in match:
             inputs = (match["packed"],) if "packed" in match else (match["gate"], match["up"])
-            width = match.root_spec.shape[-1]
+            width = match.view(match.root).width
             module = PRODUCTS[activation](activation, gate_first=gate_first, width=width)
             return Replacement(module, inputs, type(module).__name__.removeprefix("Liger").lower())
         if owner is None:

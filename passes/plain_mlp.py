@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from liger_fx.engine.activations import activated
-from liger_fx.engine.layers import MLP_NAMES, check_no_casts, own_layers
+from liger_fx.engine.layers import MLP_NAMES, check_no_casts, layer_paths, own_layers
 from liger_fx.engine.match import Match
 from liger_fx.engine.operators import linear
 from liger_fx.engine.pattern import Constant, Op, Tensor, either
@@ -20,6 +20,8 @@ inner = activated(linear(y))
 
 
 class PlainMLP(Rule):
+    """fc2(act(fc1(x))) in a module of its own."""
+
     name = "plain_mlp"
     pattern = linear(activated(linear(x, Constant("fc1 layer"))), Constant("fc2 layer"))
     looks_like = linear(either(inner, Op("dropout", (inner,))))
@@ -28,7 +30,8 @@ class PlainMLP(Rule):
     def check(self, match: Match) -> None:
         """Both layers are children of one module, and nothing is cast between them."""
         check_no_casts(match)
-        first, second = (str(match[f"{name} layer"]).rpartition(".")[0] for name in ("fc1", "fc2"))
+        paths = layer_paths(match)
+        first, second = (paths[role].rpartition(".")[0] for role in ("fc1", "fc2"))
         if first != second:
             raise Reject(
                 f"the two linear layers sit in different modules, {first} and {second}", match.root

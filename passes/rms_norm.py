@@ -30,6 +30,8 @@ summed = either(Op("mean", (anything,)), Op("sum", (anything,)))
 
 
 class RMSNorm(Rule):
+    """In the place of a norm module, or beside the code that spells one out."""
+
     name = "rms_norm"
     pattern = either(
         x * root * either(offset + weight, weight),

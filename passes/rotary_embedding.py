@@ -81,6 +81,8 @@ class Found(NamedTuple):
 
 
 class RotaryEmbedding(Rule):
+    """A child of the attention module, whose code turns q and k."""
+
     name = "rotary_embedding"
     pattern = either(cat(turned, rest), turned, complex_turned)
     looks_like = either(

@@ -8,6 +8,7 @@ from torch import nn
 
 from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Owner, Reject
+from liger_fx.tracing.trace import TensorSpec
 
 MLP_NAMES = r"(?i)MLP|FFN|FeedForward|Experts|Naive_?MoE"
 
@@ -20,14 +21,24 @@ def check_no_casts(match: Match) -> None:
             raise Reject("the dtype changes on the way", node)
 
 
-def own_layers(match: Match, owner: Owner) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """The owner's children captured as ``<role> layer``, in its order, and each role's name."""
-    roles = {
-        name.removesuffix(" layer"): owner.own_name(match[name])
-        for name in match.constants
-        if name.endswith(" layer")
-    }
-    if len(set(roles.values())) < len(roles):
+def layer_paths(match: Match) -> dict[str, str]:
+    """The paths of the linear layers that the match captured as ``<role> layer``, by role."""
+    captured = {k: v for k, v in match.constants.items() if k.endswith(" layer")}
+    if None in captured.values():
+        raise Reject("a linear layer is a call of F.linear, not a module", match.root)
+    if len(set(captured.values())) < len(captured):
         raise Reject("one linear layer has two roles", match.root)
+    return {name.removesuffix(" layer"): path for name, path in sorted(captured.items())}
+
+
+def layer_results(match: Match) -> dict[str, TensorSpec]:
+    """What the match's linear layers give, by role."""
+    specs = {node.target: node.meta["spec"] for node in match.covered if node.op == "call_module"}
+    return {role: specs[path] for role, path in layer_paths(match).items() if path in specs}
+
+
+def own_layers(match: Match, owner: Owner) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """The owner's children that are the match's layers, in its order, and the name of each role."""
+    roles = {role: owner.own_name(path) for role, path in layer_paths(match).items()}
     children = dict(owner.module.named_children())
     return {name: child for name, child in children.items() if name in roles.values()}, roles

@@ -59,10 +59,8 @@ class Match:
         return self._bound.get(name, default)
 
     def spec(self, name: str) -> TensorSpec:
-        """Shape, dtype and device of a captured tensor; LookupError if the trace recorded none."""
-        spec = self._bound[name].spec
-        if spec is None:
-            raise LookupError(f"the trace recorded no shape for {name}")
+        """Shape, dtype and device of a captured tensor."""
+        spec: TensorSpec = self._bound[name].spec
         return spec
 
     @property

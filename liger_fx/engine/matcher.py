@@ -142,7 +142,7 @@ class _Attempt:
         name, known = pattern.name, self.bound.get(pattern.name)
         mark, fits = len(self.covered), False
         for value, passed in self._meanings(term):
-            if value.op == "constant" or not (known is None or same(known, value)):
+            if value.spec is None or not (known is None or same(known, value)):
                 continue
             fits = True
             self.covered += passed
@@ -180,6 +180,8 @@ class _Attempt:
             del self.bound[pattern.name]
         elif self.bound[pattern.name] == term.number:
             yield
+        else:
+            self.missed(pattern, term, f"{pattern.name} is {term}, not {self.bound[pattern.name]}")
 
     def _match_number(self, pattern: p.Number, term: Term) -> Iterator[None]:
         value = term.number if term.op == "constant" else None

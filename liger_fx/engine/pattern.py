@@ -4,7 +4,7 @@
     weight * x * rsqrt(mean(square(x)) + eps)
 
 finds that product in any order and with any brackets, whatever eps is, with casts between floating
-types anywhere below the root: operators are canonical (spellings.py, slices.py), products and sums
+types anywhere below the root: operators are canonical (terms.py), products and sums
 commute and associate, a name that stands twice must be the same value twice, and constants are
 captured, so that a rule's check can look at them. ``either(...)`` lists alternatives.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Pattern:
-    """A formula with names in it. Build one with the functions of this file and with + - * **."""
+    """A formula with names in it. Build one with the functions of operators.py and + - * **."""
 
     def __mul__(self, other: Pattern | float) -> Pattern:
         return Chain.of("mul", self, other)
@@ -198,7 +198,7 @@ class Part(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Either(Pattern):
-    """The first alternative that fits."""
+    """Any of the alternatives, the first ones first."""
 
     alternatives: tuple[Pattern, ...]
 
@@ -215,7 +215,7 @@ class Either(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Choice(Pattern):
-    """The first alternative that fits, whose label is captured under a name."""
+    """Any of the alternatives, the first ones first; the label is captured under a name."""
 
     name: str
     alternatives: dict[Any, Pattern]
@@ -231,10 +231,10 @@ anything = Anything()
 
 
 def either(*alternatives: Pattern) -> Pattern:
-    """The first of the alternatives that fits."""
+    """Any of the alternatives, the first ones first."""
     return Either(alternatives)
 
 
 def choice(name: str, alternatives: dict[Any, Pattern]) -> Pattern:
-    """The first of the alternatives that fits; ``match[name]`` is its label."""
+    """Any of the alternatives, the first ones first; ``match[name]`` is the label of the one."""
     return Choice(name, alternatives)

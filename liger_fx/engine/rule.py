@@ -116,7 +116,8 @@ def discover(package: str = "liger_fx.passes") -> list[Rule]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which sites to rewrite, by rule name, or by module path: a path with all below it, or a glob.
+    """Which sites to rewrite, by rule name, or by module path: a path with all below it, or a glob;
+    ``rule@path`` is that rule there.
 
     chosen: nothing but these, None for everything. excluded: not these.
     """
@@ -141,10 +142,12 @@ class Selection:
         return [
             entry
             for entry in entries
-            if not any(fnmatchcase(n, entry) for n in names)
-            and not any(_selects(entry, "", path) for path in paths)
+            if not any(_selects(entry, name, path) for name in names for path in paths)
         ]
 
 
 def _selects(entry: str, rule: str, path: str) -> bool:
+    only, at, place = entry.partition("@")
+    if at:
+        return fnmatchcase(rule, only) and _selects(place, "", path)
     return fnmatchcase(rule, entry) or fnmatchcase(path, entry) or fnmatchcase(path, f"{entry}.*")

@@ -222,6 +222,14 @@ class OneLayerTwice(Separate):
         return self.down_proj(self.act(self.gate_proj(x)) * self.gate_proj(x)) + 0 * x
 
 
+class OneGateForAll(Separate):
+    """A gate of width one, broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(WIDTH, 1)
+
+
 class OtherInputs(Separate):
     def forward(self, x: T) -> T:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x.flip(1)))
@@ -234,6 +242,19 @@ def test_what_is_no_whole_mlp_keeps_its_layers(module: nn.Module) -> None:
     pair = mlp(Around(module).train(module.training))
     assert pair.called().count("LigerSwiGLU") == 1 and pair.called().count("Linear") >= 2
     assert max(differences(pair, rows(WIDTH))) < 1e-6
+
+
+def test_a_gate_of_another_width_is_told_of() -> None:
+    pair = mlp(Around(OneGateForAll()))
+    assert pair.called() == ["Linear"] * 3
+    assert pair.reasons[0].startswith(
+        "gate, up and product are not alike: float32[batch, tokens, 1]"
+    )
+    assert max(differences(pair, rows(WIDTH))) == 0
+
+
+def test_a_product_with_a_size_is_no_product_with_a_tensor() -> None:
+    assert mlp(Formula(lambda m, x: F.silu(x) * x.shape[0])).called() == []
 
 
 def test_a_dropout_that_never_drops_does_not_matter() -> None:
@@ -265,8 +286,8 @@ def in_place(m: Formula, x: T) -> T:
 
 REASONS = {
     gate_is_read_too: "an inner result is also read by add(",
-    other_shapes: "gate, up and result are not alike: float32",
-    other_dtypes: "gate, up and result are not alike: bfloat16",
+    other_shapes: "gate, up and product are not alike: float32",
+    other_dtypes: "gate, up and product are not alike: bfloat16",
 }
 
 

@@ -161,9 +161,9 @@ REASONS = {
     "wanted an activation, found dropout(": Drops(),
     "GoesOn goes on after it (add(": GoesOn(),
     "an inner result is also read by mean(": InnerIsReadToo(),
-    "the two linear layers sit in different modules, inner and  (": WithoutTheModule(),
+    "a linear layer is a call of F.linear, not a module (": WithoutTheModule(),
     "one linear layer has two roles (square(": OneLayer(),
-    "inner.layers.1 is not the module's own": InTheTree(),
+    "inner.layers.0 is not the module's own": InTheTree(),
 }
 
 
