@@ -25,6 +25,7 @@ _HOME = {
     "FallbackWarning": "liger_fx.errors",
     "RetraceWarning": "liger_fx.errors",
     "NothingRewrittenWarning": "liger_fx.errors",
+    "VerificationWarning": "liger_fx.errors",
 }
 
 __all__ = ["__version__", *_HOME]

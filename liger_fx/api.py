@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from liger_fx.engine.rule import Selection, discover
-from liger_fx.errors import MissedSiteError, NothingRewrittenWarning, UsageError
+from liger_fx.errors import (
+    MissedSiteError,
+    NothingRewrittenWarning,
+    UsageError,
+    VerificationError,
+    VerificationWarning,
+)
 from liger_fx.graph_model import GraphModel, build
 from liger_fx.module_tree import copy_tree
 from liger_fx.planning import Planner
@@ -31,6 +38,7 @@ def optimize(
     rules: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     strict: bool = False,
+    verify: bool = False,
 ) -> GraphModel:
     """Trace ``model`` and rewrite what the rules find into named modules; ``model`` stays as it is.
 
@@ -38,13 +46,15 @@ def optimize(
     saves as the model does. ``result.report`` says what was rewritten and why the rest was not.
 
     inputs: example inputs, keyword arguments as a mapping or positional ones as a tuple. A
-    transformers
-        language model needs none; any other module does.
+        transformers language model needs none; any other module does.
     rules: names of the rules to apply (``liger-fx rules`` lists them), or module paths to apply
-        them in (``model.layers.0``, ``*.mlp``); all of them, everywhere, by default.
-    exclude: rule names or module paths to leave alone.
+        them in (``model.layers.0``, ``*.mlp``), or both (``rms_norm@model.norm``); all of them,
+        everywhere, by default.
+    exclude: rules, module paths or both to leave alone, written likewise.
     strict: raise MissedSiteError if a site that looked like one could not be rewritten, or none
-    was found.
+        was found.
+    verify: run ``liger_fx.verify`` on the result, and leave alone each site that fails, with a
+        VerificationWarning; VerificationError if the whole still fails without them.
 
     Raises UsageError for what is no model or lacks inputs, and TraceError, naming the module, the
     line and the way out, for a model that cannot be put into a graph. Warns
@@ -52,26 +62,53 @@ def optimize(
     """
     _check_model(model)
     selection = _selection(model, rules, exclude)
-    make_plan = Planner(selection)
-    tree = copy_tree(model)
-    optimized = build(tree, make_plan(tree, example_call(model, inputs)), make_plan)
+    optimized = _rewritten(model, inputs, selection)
+    if verify:
+        optimized = _without_faults(model, inputs, selection, optimized)
     assert optimized.report is not None
     _judge(model, optimized.report, strict)
     return optimized
 
 
+def _rewritten(model: nn.Module, inputs: Inputs, selection: Selection | None) -> GraphModel:
+    planner, tree = Planner(selection), copy_tree(model)
+    return build(tree, planner(tree, example_call(model, inputs)), planner)
+
+
+def _without_faults(
+    model: nn.Module, inputs: Inputs, selection: Selection, optimized: GraphModel
+) -> GraphModel:
+    """The model rewritten again, without the sites that verify finds at fault."""
+    from liger_fx.verification import verify
+
+    dropped: dict[tuple[str, str], str] = {}
+    while not (found := verify(model, optimized, inputs)).ok:
+        faults = {check.path: check.fault for check in found.sites if check.fault}
+        new = {
+            (site.rule, site.path): f"verify dropped it: {faults[place]}"
+            for site in optimized.plans[0].sites
+            if (place := (site.after or "").removeprefix("call_module ")) in faults
+        }
+        if not new:
+            raise VerificationError(f"{type(model).__name__}: {found.faults[0]}")
+        for (rule, path), why in new.items():
+            warnings.warn(f"{path} ({rule}): {why}", VerificationWarning, stacklevel=3)
+        dropped |= new
+        entries = tuple(f"{rule}@{path}" for rule, path in new)
+        selection = replace(selection, excluded=(*selection.excluded, *entries))
+        optimized = _rewritten(model, inputs, selection)
+        optimized.plans[0].explain(dropped)
+    return optimized
+
+
 def trace(model: nn.Module, inputs: Inputs = None) -> GraphModel:
-    """The model as one torch.fx graph, nothing rewritten; ``inputs`` and errors as for
-    ``optimize``."""
+    """The model as one graph, nothing rewritten; ``inputs`` and errors as for ``optimize``."""
     _check_model(model)
-    tree = copy_tree(model)
-    make_plan = Planner(None)
-    return build(tree, make_plan(tree, example_call(model, inputs)), make_plan)
+    return _rewritten(model, inputs, None)
 
 
 def compare(a: nn.Module, b: nn.Module, inputs: Inputs = None) -> GraphDiff:
-    """What differs between two models: plain, traced or optimised; plain ones are traced with
-    ``inputs``."""
+    """What differs between two models, plain ones traced with ``inputs``, traced or optimised."""
     return GraphDiff.between(a, b, inputs)
 
 

@@ -68,6 +68,10 @@ class NothingRewrittenWarning(LigerFxWarning):
     """optimize() rewrote no site at all: the result computes exactly what the model does."""
 
 
+class VerificationWarning(LigerFxWarning):
+    """optimize(verify=True) left a site alone because its named module was found at fault."""
+
+
 class FallbackWarning(LigerFxWarning):
     """A call that no graph serves ran the model's original forward; given once per reason."""
 

@@ -24,6 +24,7 @@ from liger_fx.tracing.tree_state import Kind, Modules, TreeFacts, TreeState
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from liger_fx.engine.site import Site
     from liger_fx.report import GraphDiff
 
 
@@ -73,6 +74,17 @@ class Plan:
         self._has_regions = any(map(is_region_boundary, self.graph.nodes))
         self._holds: Check | None = None
         self._function: Callable[..., Any] | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What the rules rewrote and refused; nothing for a plain trace."""
+        return self.report.sites if self.report is not None else ()
+
+    def explain(self, reasons: Mapping[tuple[str, str], str]) -> None:
+        """Say in the report why sites, named by rule and path, were left alone."""
+        if self.report is not None:
+            sites = [replace(s, reason=reasons.get((s.rule, s.path), s.reason)) for s in self.sites]
+            self.report = replace(self.report, sites=tuple(sites))
 
     def holds(self, root: nn.Module, arguments: Mapping[str, Any]) -> bool:
         """Whether the guards hold for a call of ``root`` with these named arguments."""

@@ -5,12 +5,15 @@ model, opt   ->   Verification: ok, the faults in words, a table of errors and t
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from liger_fx.errors import UsageError
 from liger_fx.report.folding import fold
@@ -66,18 +69,25 @@ def _broken(c: Comparison) -> str:
     return f"{what}: {c.ratio:.2f} x the original's error, more than {c.bound} x"
 
 
-def verify(model: nn.Module, opt: nn.Module, inputs: Any = None) -> Verification:
+def verify(
+    model: nn.Module, opt: nn.Module, inputs: Any = None, dtype: torch.dtype | None = None
+) -> Verification:
     """Compare outputs and all gradients of `model` and `opt` with float64, per site and as a whole.
 
     inputs: one call's keyword arguments as a mapping, or its positional ones as a tuple; made for a
         transformers language model when None: four batches of several lengths, one padded, with
         labels where the model takes them, judged together.
+    dtype: verify copies of both in this floating dtype instead of the models' own.
 
     Both run in eval mode and in the caller's autocast; the float64 reference is a copy of `model`
     (with the gradients of all three 24 bytes a parameter while it lasts, in float32). Nothing of
     either model is changed, .grad included. Raises UsageError when no inputs can be made.
     """
     calls = _calls(model, inputs)
+    if dtype is not None:
+        model, opt = copy.deepcopy((model, opt))  # together: they share their parameters
+        model, opt = model.to(dtype), opt.to(dtype)
+        calls = pytree.tree_map_only(torch.Tensor, functools.partial(_in_dtype, dtype), calls)
     with evaluating(model, opt), torch.enable_grad():
         totals = measure(model, opt, calls)
         sites, notes = check_graph(model, opt, calls)
@@ -106,6 +116,10 @@ def _calls(model: nn.Module, inputs: Any) -> list[tuple[tuple[Any, ...], dict[st
     raise UsageError(
         f"inputs are a {type(inputs).__name__}; pass keyword arguments as a mapping, or a tuple."
     )
+
+
+def _in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _describe(call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
