@@ -66,7 +66,9 @@ class RMSNorm(Rule):
         if same(term.operands[0], term.operands[1].operands[0]):
             raise Reject("it subtracts the mean first: a LayerNorm, not an RMSNorm", term.node)
 
-    def build(self, match: Match, owner: Owner | None) -> Replacement:
+    def build(self, match: Match, owner: Owner | None) -> Replacement | None:
+        if owner is None and match.get("leaf") is not None:
+            return None  # its weight is no node of the graph that could be handed over
         options: dict[str, Any] = {"offset": float(match.get("offset", 0.0)), "cast": match.found}
         inputs: tuple[Term, ...] = (match["x"],)
         if owner is not None:

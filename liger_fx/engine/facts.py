@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from liger_fx.engine.term import target_name
 from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.trace import ModuleCall, Trace
 
@@ -122,5 +123,4 @@ def computes(node: fx.Node) -> bool:
     """Whether the node has work to do: neither a view nor a cast nor a parameter nor a size."""
     if node.op == "call_module":
         return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name not in _FREE
+    return node.op in ("call_function", "call_method") and target_name(node) not in _FREE

@@ -56,7 +56,7 @@ def _rms_norm(view: Terms, node: fx.Node) -> Term | None:
     if len(shape) != 1:
         return None
     operands = (x,) if weight is None else (x, weight)
-    return view.make("rms_norm", operands, node, eps=argument(node, 3, "eps"))
+    return view.make("rms_norm", operands, node, eps=argument(node, 3, "eps"), module=None)
 
 
 _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
@@ -83,7 +83,7 @@ def lower_module(view: Terms, node: fx.Node, module: nn.Module) -> Term | None:
         return None
     match module:
         case nn.RMSNorm() if len(module.normalized_shape) == 1:
-            return view.make("rms_norm", (x,), node, eps=module.eps)
+            return view.make("rms_norm", (x,), node, eps=module.eps, module=node.target)
         case nn.Dropout():
             return view.make("alias" if module.p == 0 else "dropout", (x,), node)
         case nn.Identity():

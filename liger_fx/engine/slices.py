@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from liger_fx.engine.spellings import argument
-from liger_fx.engine.term import Term, same
+from liger_fx.engine.term import Term, same, target_name
 
 if TYPE_CHECKING:
     from liger_fx.engine.terms import Terms
@@ -117,12 +117,8 @@ def _is_static(index: slice) -> bool:
 
 def _item_of_parts(view: Terms, node: fx.Node, source: fx.Node, index: Any) -> Term | None:
     """One result of chunk, split or unbind."""
-    name = source.target if isinstance(source.target, str) else source.target.__name__
-    if (
-        source.op == "placeholder"
-        or name not in ("chunk", "split", "unbind")
-        or type(index) is not int
-    ):
+    name = target_name(source)
+    if name not in ("chunk", "split", "unbind") or type(index) is not int:
         return None
     x_node = argument(source, 0, "input", "tensor", "self")
     rank = view.rank(x_node)

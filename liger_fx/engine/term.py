@@ -132,7 +132,7 @@ def same(a: Term, b: Term, depth: int = 8) -> bool:
 
 def describe(node: fx.Node, names: Mapping[fx.Node, str] = MappingProxyType({})) -> str:
     """A node as one short text, ``mul(weight, to_4)``; ``names`` are given to its inputs."""
-    target = node.target if isinstance(node.target, str) else node.target.__name__
+    target = target_name(node)
     if node.op in ("placeholder", "get_attr", "output"):
         return _brief(node, names)
     if node.op == "call_module":
@@ -143,6 +143,13 @@ def describe(node: fx.Node, names: Mapping[fx.Node, str] = MappingProxyType({}))
         return f"{_brief(node.args[0], names)}[{places}]"
     arguments = ", ".join(_brief(a, names) for a in (*node.args, *node.kwargs.values()))
     return f"{target}({arguments})"
+
+
+def target_name(node: fx.Node) -> str:
+    """The name of the function or method that a node calls; its target, for what calls neither."""
+    if isinstance(node.target, str):
+        return node.target
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _brief(argument: Any, names: Mapping[fx.Node, str]) -> str:

@@ -31,8 +31,9 @@ def _reshape(view: Terms, node: fx.Node) -> Term | None:
         return None
     if before.shape == after.shape:
         return view.make("alias", (x_node,), node)
-    if before.shape[:-1] == after.shape[:-2]:
-        return view.make("unflatten", (x_node,), node, sizes=after.shape[-2:])
+    sizes = after.shape[-2:]
+    if before.shape[:-1] == after.shape[:-2] and all(type(size) is int for size in sizes):
+        return view.make("unflatten", (x_node,), node, sizes=sizes)
     if before.shape[:-2] != after.shape[:-1]:
         return None
     x = view(x_node)

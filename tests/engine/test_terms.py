@@ -61,7 +61,7 @@ SAME = {
         lambda m, x: x.view(x.shape),
         lambda m, x: x[:, :, 0:8],
     ],
-    "rms_norm(x, w, eps=0.001)": [lambda m, x: F.rms_norm(x, (8,), m.w, 1e-3)],
+    "rms_norm(x, w, eps=0.001, module=None)": [lambda m, x: F.rms_norm(x, (8,), m.w, 1e-3)],
 }
 
 
@@ -111,7 +111,7 @@ def test_leaf_modules_are_the_operators_they_compute() -> None:
         nn.Dropout(0.1): "dropout(x)",
         nn.GELU("tanh"): "gelu_tanh(x)",
         nn.ReLU(): "relu(x)",
-        nn.RMSNorm(8, eps=0.5): "rms_norm(x, eps=0.5)",
+        nn.RMSNorm(8, eps=0.5): "rms_norm(x, eps=0.5, module=0)",
     }
     for module, expected in modules.items():
         traced = trace(nn.Sequential(module), rows())

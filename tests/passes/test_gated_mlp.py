@@ -247,9 +247,7 @@ def test_what_is_no_whole_mlp_keeps_its_layers(module: nn.Module) -> None:
 def test_a_gate_of_another_width_is_told_of() -> None:
     pair = mlp(Around(OneGateForAll()))
     assert pair.called() == ["Linear"] * 3
-    assert pair.reasons[0].startswith(
-        "gate, up and product are not alike: float32[batch, tokens, 1]"
-    )
+    assert pair.reasons[0].startswith("gate, up and product are not alike: float32[")
     assert max(differences(pair, rows(WIDTH))) == 0
 
 

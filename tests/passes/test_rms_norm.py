@@ -150,6 +150,22 @@ def test_torchs_own_norm_is_replaced_with_its_parameter() -> None:
         assert max(differences(pair, rows(WIDTH))) < 1e-6
 
 
+def test_torchs_own_norm_of_an_upcast_tensor_keeps_its_weight() -> None:
+    class Upcasts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(WIDTH, eps=EPS)
+            nn.init.normal_(self.norm.weight)
+
+        def forward(self, x: T) -> T:
+            return self.norm(x.cos().float()).cos()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        pair = norm(Upcasts(), rows(WIDTH, dtype))
+        assert pair.done[0].path == "norm" and list(pair.after.state_dict()) == ["norm.weight"]
+        assert max(differences(pair, rows(WIDTH, dtype))) < 0.02
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_torchs_own_norm_without_eps_in_a_short_dtype(dtype: torch.dtype) -> None:
     """Small rows, whose result the eps decides."""
