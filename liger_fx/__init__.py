@@ -5,6 +5,7 @@ be imported (liger_fx.kernels.rms_norm, say) without the rooms above it.
 """
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'liger_fx' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
