@@ -20,6 +20,8 @@ ROUNDING = 3e-6
 class Int8Linear(nn.Module):
     """A linear layer over int8 weights with a scale a row, as quantisers make them."""
 
+    weight: torch.Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()

@@ -156,7 +156,7 @@ def test_a_whole_block_by_hand() -> None:
 
     torch.manual_seed(0)
     module = Block()
-    calls = []
+    calls: list[Inputs] = []
     for batch, length in SHAPES:
         cos, sin = rotaries.angles(length, 8, torch.float32)
         calls.append((torch.randn(batch, length, WIDTH), cos, sin))

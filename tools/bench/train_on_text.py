@@ -168,7 +168,6 @@ def plot(path: Path, runs: list[dict[str, Any]], noise: float, title: str) -> No
         label = f"{name}, seed {run['seed']} (held back: {run['held_back_loss']:.4f})"
         axes.plot(steps, smooth(run["losses"]), dashes, color=colour, lw=width, label=label)
     axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHING} steps", title=title)
-    axes.set_yscale("log")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
