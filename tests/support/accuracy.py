@@ -56,7 +56,7 @@ Tensors = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """What one forward and backward gave, as float64 on the CPU."""
+    """What one forward and backward gave, as float64."""
 
     outputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
@@ -99,7 +99,7 @@ def measure(
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().double().cpu()
+    return tensor.detach().double()
 
 
 def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:

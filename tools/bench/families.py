@@ -27,8 +27,7 @@ from tools.bench.common import RESULTS, show, write
 
 SCALE = Scale(hidden=520, intermediate=1376, heads=8, kv_heads=2, head_dim=64, layers=2)
 WIDE_HEADS = Scale(hidden=520, intermediate=1376, heads=4, kv_heads=1, head_dim=128, layers=2)
-SHAPES = ((1, 2), (2, 129), (3, 61))
-DRAWS = 2
+SHAPES = ((1, 17), (2, 129), (3, 61))
 # name -> dtype of the weights, dtype of the autocast region, scale of the loss (float16's small
 # gradients vanish without one, in both models alike)
 MODES: dict[str, tuple[torch.dtype, torch.dtype | None, float]] = {
@@ -54,8 +53,8 @@ def judged(name: str, mode: str, scale: Scale, train: bool) -> dict[str, Any]:
     opt = liger_fx.optimize(model, inputs=example)
     exact = float64_copy(model)
     judge = Judge()
-    for (batch, length), pad, seed in itertools.product(SHAPES, (False, True), range(DRAWS)):
-        inputs = make_inputs(model, batch, length, pad=pad, labels=True, seed=seed)
+    for (batch, length), pad in itertools.product(SHAPES, (False, True)):
+        inputs = make_inputs(model, batch, length, pad=pad, labels=True)
         judge.add(
             measure(exact, inputs, float64=True, loss_scale=loss_scale),
             measure(model, inputs, autocast=autocast, loss_scale=loss_scale),

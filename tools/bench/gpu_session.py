@@ -26,7 +26,10 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Job:
-    """A script of this folder; `{out}` in its arguments stands for the folder of results."""
+    """A script of this folder; `{out}` in its arguments stands for the folder of results.
+
+    limit_s: its share of the time, and more where the jobs before it needed less.
+    """
 
     name: str
     arguments: tuple[str, ...]
@@ -91,8 +94,8 @@ def main() -> int:
     chosen = [job for job in JOBS if job.name in arguments.only]
     for job in chosen:
         left = arguments.seconds - (time.perf_counter() - begin)
-        # A job alone may take all the time there is; among others, its share
-        limit_s = min(left, job.limit_s) if len(chosen) > 1 else left
+        # Its share, and what the jobs before it did not need
+        limit_s = left - sum(later.limit_s for later in chosen[chosen.index(job) + 1 :])
         extra = ["--model", *arguments.models] if job.name == "training_step" else []
         start = log.stat().st_size
         verdict, seconds = run(job, out, extra, limit_s)

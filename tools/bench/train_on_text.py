@@ -47,7 +47,7 @@ class Recipe:
 
 RECIPES = {
     "small": Recipe(128, 344, 4, 4, 2, 8, 128, 600, 2e-3, bf16=False),
-    "large": Recipe(768, 2048, 12, 12, 4, 16, 512, 400, 4e-4, bf16=True),
+    "large": Recipe(768, 2048, 12, 12, 4, 16, 512, 300, 4e-4, bf16=True),
 }
 
 

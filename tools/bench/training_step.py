@@ -20,90 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench.common import RESULTS, run_child, show, write
+from tools.bench.gpu_time import try_gpu_time
+from tools.bench.training_models import MODELS, build, device
 
 BATCH, LENGTH = 4, 2048
 LEARNING_RATE = 1e-2
 WARM_UP = 4
 BAR = 1.2  # x eager's tokens/s, llama1b
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama1b": (
-        "llama",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
-    ),
-    "llama8b": (  # 8 of the 32 layers
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
-    ),
-    "qwen3": (  # the 1.7B shape, 14 of its 28 layers
-        "qwen3",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 14,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-        },
-    ),
-    "tiny": (  # for a look at the script itself, on any device
-        "llama",
-        {
-            "hidden_size": 128,
-            "intermediate_size": 352,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 512,
-        },
-    ),
-}
 VARIANTS = ("eager", "liger_fx", "liger_kernel", "torch_compile", "liger_fx+torch_compile")
-
-# Kernel names hold these words; the first group that fits takes the kernel.
-GROUPS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas"),
-    "attention": ("flash", "fmha", "sdpa", "attention", "cudnn"),
-    "loss": ("softmax", "nll_loss", "cross_entropy"),
-    "optimizer": ("multi_tensor",),
-    "fused kernels": ("_forward_kernel", "_backward_kernel", "_sum_kernel", "rope", "triton"),
-}
-
-
-def build(name: str) -> PreTrainedModel:
-    family, sizes = MODELS[name]
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**sizes, use_cache=False)
-    with torch.device(device()):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", dtype=torch.bfloat16
-        )
-    return model.train()
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prepare(variant: str, model: torch.nn.Module, example: dict[str, torch.Tensor]) -> Any:
@@ -168,7 +96,7 @@ def measure(variant: str, name: str, steps: int, breakdown: bool) -> dict[str, A
         "peak_gib": peak_gib(),
         "losses": losses + timed_losses,
         "final_loss": timed_losses[-1],
-        "breakdown_ms": gpu_time(training) if breakdown and torch.cuda.is_available() else None,
+        "breakdown_ms": try_gpu_time(training.step) if breakdown else None,
     }
 
 
@@ -205,32 +133,6 @@ def timed_on_cpu(training: Training, steps: int) -> tuple[list[float], list[floa
     return times, losses
 
 
-def gpu_time(training: Training, steps: int = 3) -> dict[str, Any]:
-    """Milliseconds of GPU time a step by group of kernels, and the ten longest kernels."""
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        for _ in range(steps):
-            training.step()
-        torch.cuda.synchronize()
-    kernels: dict[str, float] = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent = event.self_device_time_total / 1000 / steps
-            kernels[event.name] = kernels.get(event.name, 0.0) + spent
-    groups = dict.fromkeys([*GROUPS, "everything else"], 0.0)
-    for kernel, spent in kernels.items():
-        groups[group_of(kernel)] += spent
-    longest = sorted(kernels.items(), key=lambda item: -item[1])[:10]
-    return {**groups, "total": sum(kernels.values()), "longest": dict(longest)}
-
-
-def group_of(kernel: str) -> str:
-    name = kernel.lower()
-    if name == "_kernel":  # liger_fx's rotary embedding
-        return "fused kernels"
-    found = (group for group, words in GROUPS.items() if any(word in name for word in words))
-    return next(found, "everything else")
-
-
 def report(results: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(row["model"] for row in results):
         rows = [row for row in results if row["model"] == name]
@@ -240,8 +142,12 @@ def report(results: list[dict[str, Any]]) -> None:
         show(f"A training step of {name}", headers, [line(row, eager) for row in rows])
         for row in rows:
             if row.get("breakdown_ms"):
-                parts = {k: round(v, 1) for k, v in row["breakdown_ms"].items() if k != "longest"}
-                print(f"  {row['variant']}: {parts}")
+                shown = {k: v for k, v in row["breakdown_ms"].items() if k != "longest"}
+                parts = {k: round(v, 1) if isinstance(v, float) else v for k, v in shown.items()}
+                print(f"  {row['variant']}, ms of GPU time a step: {parts}")
+        if name == "llama1b" and "liger_fx" in speeds:
+            ratio = speeds["liger_fx"] / eager
+            print(f"{'reached' if ratio >= BAR else 'MISSED'}: {ratio:.2f} x eager, of {BAR} x")
 
 
 def line(row: dict[str, Any], eager: float) -> list[Any]:

@@ -1,0 +1,77 @@
+"""The models that the training step is measured on: real shapes, some of them with fewer layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+# name -> model type and sizes
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama1b": (
+        "llama",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+    ),
+    "llama8b": (  # 8 of the 32 layers
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+    ),
+    "qwen3": (  # the 1.7B shape, 14 of its 28 layers
+        "qwen3",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 14,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+        },
+    ),
+    "tiny": (  # for a look at the script itself, on any device
+        "llama",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 512,
+        },
+    ),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    """A new model in bf16 and train mode on the GPU, if there is one; random weights of seed 0.
+
+    Head and embedding are not tied, as is the default of both types; attention is SDPA.
+    """
+    family, sizes = MODELS[name]
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**sizes, use_cache=False)
+    with torch.device(device()):
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=torch.bfloat16
+        )
+    return model.train()
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
