@@ -72,11 +72,22 @@ class RMSNorm(Rule):
         options: dict[str, Any] = {"offset": float(match.get("offset", 0.0)), "cast": match.found}
         inputs: tuple[Term, ...] = (match["x"],)
         if owner is not None:
+            _check_comes_back(match)
             options |= _own_weight(match, owner)
         elif "weight" in match:
             inputs += (match["weight"],)
         module = LigerRMSNorm(match["x"].width, match.get("eps", 0.0), **options)
         return Replacement(module, inputs, "rms_norm")
+
+
+def _check_comes_back(match: Match) -> None:
+    """Reject a norm that goes up to float32 and stays there: in float32, which shows no difference,
+    its module would look like one whose result has the dtype of what comes in."""
+    casts = [term for term in map(match.view, match.covered) if term.op == "cast"]
+    goes_up = any(same(cast.operands[0], match["x"]) for cast in casts)
+    comes_back = any(cast.operands[0].op in ("mul", "rsqrt") for cast in casts)
+    if goes_up and not comes_back:
+        raise Reject("its result stays in float32, whatever comes in", match.root)
 
 
 def _own_weight(match: Match, owner: Owner) -> dict[str, Any]:
@@ -89,4 +100,6 @@ def _own_weight(match: Match, owner: Owner) -> dict[str, Any]:
     if term.op != "get_attr":
         raise Reject("the weight is computed, not a parameter", term.node)
     name = owner.own_name(term.attributes["path"])
+    if name not in dict(owner.module.named_parameters(recurse=False)):
+        raise Reject("the weight is a buffer, not a parameter", term.node)
     return {"weight": owner.module.get_parameter(name), "weight_name": name}

@@ -174,6 +174,43 @@ def test_torchs_own_norm_without_eps_in_a_short_dtype(dtype: torch.dtype) -> Non
     assert pair.done and max(differences(pair, x)) < 0.02
 
 
+def test_a_weight_that_is_no_parameter_of_the_module_is_an_argument() -> None:
+    class Buffered(Norm):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = self.scale.detach()
+            del self.scale
+            self.register_buffer("scale", weight)
+
+        def forward(self, x: T) -> T:
+            return self.scale * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+    class Computed(Norm):
+        def forward(self, x: T) -> T:
+            return self.scale.exp() * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+    for kind in (Buffered, Computed):
+        pair = norm(Around(kind()))
+        assert "rms_norm = self.inner.rms_norm(sin, " in pair.code
+        assert list(pair.after.state_dict()) == ["inner.scale"]
+        assert max(differences(pair, rows(WIDTH))) < 1e-6
+
+
+class StaysInFloat32(Norm):
+    def forward(self, x: T) -> T:
+        x = x.float()
+        return self.scale.float() * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_whose_result_stays_in_float32_keeps_its_place(dtype: torch.dtype) -> None:
+    """Its module would be called again, in another dtype, as it was made in this one."""
+    pair = norm(Around(StaysInFloat32()).to(dtype), rows(WIDTH, dtype))
+    assert type(pair.traced.root.inner).__name__ == "StaysInFloat32"
+    assert pair.called() == ["LigerRMSNorm"]
+    assert max(differences(pair, rows(WIDTH, dtype))) < 0.01
+
+
 def test_per_head_on_a_view() -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:
