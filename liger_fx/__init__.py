@@ -16,6 +16,7 @@ _HOME = {
     "verify": "liger_fx.verification",
     "save": "liger_fx.storage.save",
     "load": "liger_fx.storage.load",
+    "export": "liger_fx.storage.export",
     "GraphDiff": "liger_fx.report",
     "Verification": "liger_fx.verification",
     "LigerFxError": "liger_fx.errors",

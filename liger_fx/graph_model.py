@@ -14,6 +14,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 from torch import fx, nn
@@ -124,6 +125,17 @@ class GraphModel(fx.GraphModule):
                 stacklevel=4,
             )
         return self.model_class.forward(self, *args, **kwargs)
+
+    def to_folder(self, folder: str | PathLike[str], module_name: str | None = None) -> None:
+        """Write ``.graph`` as a Python package: readable source, config and safetensors weights.
+
+        The package needs liger_fx's modules, not its tracer, and no pickle; its ``load()`` makes the
+        model. ``module_name`` is what its class is called, the model's own name by default. Raises
+        SaveError for what is no model of transformers, or when ``folder`` holds anything else.
+        """
+        from liger_fx.storage.folder import to_folder
+
+        to_folder(self, folder, module_name or self.model_class.__name__)
 
     def __str__(self) -> str:
         """The module tree under the modules' true names; ``.code`` and ``.graph`` show the

@@ -87,6 +87,13 @@ def identifier(value: Any, place: str) -> str:
     return value
 
 
+def part_of_path(value: Any, place: str) -> str:
+    """``value``, one name or number of a module path."""
+    if "." in module_path(value, place):
+        raise LoadError(f"{shown(value)} is no name of a module", place)
+    return str(value)
+
+
 def module_path(value: Any, place: str, *, root: bool = False) -> str:
     """``value``, names and numbers with dots between; empty for the model, where ``root`` may be.
 

@@ -1,30 +1,19 @@
-"""The transformers model of a saved graph, made again from its config, on the meta device.
+"""The config of a saved graph's model, as transformers writes and reads it.
 
-    config.json, "LlamaForCausalLM"   ->   LlamaForCausalLM, no memory for weights
+    {"model_type": "llama", ...}                       ->  LlamaConfig
+    {"auto_map": ...}, {"quantization_config": ...}    ->  LoadError
 
-The class is one that transformers' own tables name for the config's model type. What a config may
-ask for beyond plain values (code of a hub, quantisation) is refused.
+What a config may ask for beyond plain values (code of a hub, quantisation) is refused.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-import transformers
-from torch import nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from liger_fx.errors import LoadError, one_line
@@ -102,36 +91,6 @@ def generation_text(config: GenerationConfig) -> bytes:
     return str(config.to_json_string()).encode()
 
 
-def class_names(model_type: str) -> frozenset[str]:
-    """Names of all model classes that transformers' tables have for a model type."""
-    return _class_tables().get(model_type, frozenset())
-
-
-@functools.cache
-def _class_tables() -> dict[str, frozenset[str]]:
-    found: dict[str, set[str]] = {}
-    for table, names in vars(modeling_auto).items():
-        if table.startswith("MODEL_") and table.endswith("_MAPPING_NAMES"):
-            for kind, name in names.items():
-                found.setdefault(kind, set()).update([name] if isinstance(name, str) else name)
-    return {kind: frozenset(names) for kind, names in found.items()}
-
-
-def find_class(model_type: str, name: str) -> type[PreTrainedModel]:
-    """The class of that name; LoadError unless transformers' tables have it for the model type."""
-    if name not in class_names(model_type):
-        raise LoadError(
-            f"{shown(name)} is no class that transformers has for {model_type} models", "class"
-        )
-    try:
-        cls = getattr(transformers, name)
-    except (AttributeError, ImportError) as error:
-        raise LoadError(f"{name} cannot be imported: {one_line(error)}", "class") from None
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise LoadError(f"{shown(name)} is no model class", "class")
-    return cls
-
-
 def implementations(config: PreTrainedConfig) -> dict[str, dict[str, str | None]]:
     """Attention and experts implementation of a config and its parts: no config.json has them."""
     found = {"": _implementation_of(config)}
@@ -163,14 +122,19 @@ def read_config(raw: Mapping[str, Any], chosen: Mapping[str, Any]) -> PreTrained
     cls: Any = CONFIG_MAPPING[raw["model_type"]]
     try:
         config: PreTrainedConfig = cls.from_dict(_special_floats(raw))
-        for part, names in chosen.items():  # the whole first: it sets those of its parts, too
-            inner: Any = getattr(config, part) if part else config
-            inner._attn_implementation = names["attention"]
-            if names["experts"] is not None:
-                inner._experts_implementation = names["experts"]
+        choose(config, chosen)
     except Exception as error:  # a config class may refuse its fields in any way it likes
         raise LoadError(f"is no {raw['model_type']} config: {one_line(error)}") from None
     return config
+
+
+def choose(config: PreTrainedConfig, chosen: Mapping[str, Any]) -> None:
+    """Set the implementations that ``implementations`` wrote down."""
+    for part, names in chosen.items():  # the whole first: it sets those of its parts, too
+        inner: Any = getattr(config, part) if part else config
+        inner._attn_implementation = names["attention"]
+        if hasattr(inner, "_experts_implementation"):
+            inner._experts_implementation = names["experts"]
 
 
 def _special_floats(value: Any) -> Any:
@@ -204,48 +168,3 @@ def compare(wanted: PreTrainedConfig, model: PreTrainedConfig, *, attention: boo
         raise LoadError(
             f"is {shown(theirs.get(key))} in the model, {shown(ours.get(key))} here", key
         )
-
-
-def build(
-    cls: type[PreTrainedModel], config: PreTrainedConfig, modules: int, largest: int
-) -> PreTrainedModel:
-    """The model on the meta device.
-
-    LoadError if it cannot be, or has more ``modules`` or a tensor of more elements than given.
-    """
-    try:
-        with torch.device("meta"), _at_most(modules, largest):
-            model: PreTrainedModel = cls._from_config(config)
-            return model
-    except LoadError:
-        raise
-    except Exception as error:  # a config class may accept what its model cannot be built from
-        raise LoadError(f"gives no {cls.__name__}: {one_line(error)}") from None
-
-
-@contextmanager
-def _at_most(modules: int, largest: int) -> Iterator[None]:
-    """LoadError for more modules or larger parameters than that, in models made in this thread."""
-    thread, left = threading.get_ident(), modules
-    error = LoadError("asks for a larger model than the one that was saved")
-
-    def count(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        nonlocal left
-        left -= threading.get_ident() == thread
-        if left < 0:
-            raise error
-
-    def measure(parent: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        ours = threading.get_ident() == thread
-        if ours and parameter is not None and parameter.numel() > largest:
-            raise error
-
-    handles = [
-        register_module_module_registration_hook(count),
-        register_module_parameter_registration_hook(measure),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -26,8 +26,9 @@ from liger_fx.storage.checks import inside
 from liger_fx.storage.document import Document
 from liger_fx.storage.saved import Saved, read_saved
 from liger_fx.storage.sources import locate
+from liger_fx.storage.stored import Stored
 from liger_fx.storage.tree import PARAMETER, Slot
-from liger_fx.storage.weights import Stored, Tensor, total_bytes
+from liger_fx.storage.weights import Tensor, total_bytes
 from liger_fx.tracing.tree_state import Kind, telling_parameters
 
 StrPath = str | PathLike[str]

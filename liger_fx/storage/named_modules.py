@@ -22,8 +22,8 @@ from liger_fx.storage.checks import (
     OBJECT,
     STRING,
     fields,
-    identifier,
     module_path,
+    part_of_path,
     strings,
 )
 from liger_fx.storage.json_file import shown
@@ -76,7 +76,7 @@ def check(record: Any) -> dict[str, Any]:
             raise LoadError(f"{shown(value)} is of another type", f"options.{name}")
     for place in ("parameters", "children"):
         for i, name in enumerate(strings(record[place], place)):
-            identifier(name, f"{place}[{i}]")
+            part_of_path(name, f"{place}[{i}]")
     for i, path in enumerate(strings(record.get("also", []), "also")):
         module_path(path, f"also[{i}]")
     return record

@@ -8,13 +8,13 @@ unless ``load`` would take it, and nothing is replaced before all of it is on th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError, SaveError, UsageError
@@ -63,15 +63,16 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
             f"The dtype, device or config of this {type(opt).__name__} is not what its graph was "
             "traced for: call it once, so that it is traced anew."
         )
-    tensors = describe(opt, _wanted(plans))
+    tensors = describe(opt, wanted_tensors(plans))
     document = _document(opt, plans, tensors, weights)
     with replacing(Path(path)) as folder:
         write_file(folder / GRAPH, [dump(document)])
-        _write_configs(opt, folder, document)
+        if document["model"]["model_type"] is not None:
+            write_configs(opt, folder)
         for i, plan in enumerate(plans):
             if plan.report is not None:
                 write_file(folder / report_name(i), [plan.report.json().encode()])
-        _write_tensors(opt, folder, tensors, weights)
+        write_tensors(opt, folder, tensors, checkpoint=weights)
         problem = _problem(opt, folder)
         if problem is not None and weights:
             raise SaveError(
@@ -102,22 +103,22 @@ def _make_bindable_only(folder: Path, document: dict[str, Any]) -> None:
     write_file(folder / GRAPH, [dump(document)])
 
 
-def _write_configs(opt: Any, folder: Path, document: dict[str, Any]) -> None:
-    if document["model"]["model_type"] is None:
-        return
-    write_file(folder / CONFIG, [config.config_text(opt.config, type(opt).__name__)])
+def write_configs(opt: Any, folder: Path) -> None:
+    """config.json and generation_config.json, as any transformers checkpoint has them."""
+    write_file(folder / CONFIG, [config.config_text(opt.config, opt.model_class.__name__)])
     if getattr(opt, "generation_config", None) is not None:
         write_file(folder / GENERATION_CONFIG, [config.generation_text(opt.generation_config)])
 
 
-def _write_tensors(
-    opt: GraphModel, folder: Path, tensors: list[Tensor], with_weights: bool
+def write_tensors(
+    opt: nn.Module, folder: Path, tensors: list[Tensor], *, checkpoint: bool = True
 ) -> None:
+    """The safetensors files of these tensors of ``opt``; ``checkpoint``: those of the model too."""
     places = {slot.path: slot.tensor for slot in tree.slots(opt)}
     made = {t.path: places[t.path] for t in tensors if not t.in_checkpoint}
     if made:
         write_file(folder / BUFFERS, chunks(made))
-    if not with_weights:
+    if not checkpoint:
         return
     files = shards({t.path: places[t.path] for t in tensors if t.in_checkpoint})
     for name, group in files.items():
@@ -126,7 +127,7 @@ def _write_tensors(
         write_file(folder / INDEX, [index_of(files)])
 
 
-def _wanted(plans: list[Plan]) -> Any:
+def wanted_tensors(plans: list[Plan]) -> Callable[[Slot], bool]:
     """Parameters and buffers, and of the tensors that are attributes those that a graph reads."""
     read = {str(n.target) for plan in plans for n in plan.graph.find_nodes(op="get_attr")}
 
@@ -136,23 +137,14 @@ def _wanted(plans: list[Plan]) -> Any:
     return wanted
 
 
-def _is_known(opt: GraphModel) -> bool:
-    """Whether transformers' tables have the model's class, so that it can be made from a config."""
-    if not issubclass(opt.model_class, PreTrainedModel):
-        return False
-    model_type = getattr(opt.config, "model_type", "")
-    name = opt.model_class.__name__
-    if name not in config.class_names(str(model_type)):
-        return False
-    return config.find_class(str(model_type), name) is opt.model_class
-
-
 def _document(
     opt: GraphModel, plans: list[Plan], tensors: list[Tensor], with_weights: bool
 ) -> dict[str, Any]:
     device = _device_of(opt)
-    rebuilt = _is_known(opt)
-    settings: Any = opt.config if rebuilt else None
+    settings: Any = getattr(opt, "config", None)
+    rebuilt = isinstance(settings, PreTrainedConfig) and model_class.is_known(
+        opt.model_class, settings
+    )
     return {
         "format": FORMAT,
         "schema": SCHEMA,

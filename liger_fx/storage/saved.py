@@ -15,7 +15,7 @@ from liger_fx.storage.checks import inside
 from liger_fx.storage.directory import BUFFERS, CONFIG, GENERATION_CONFIG, GRAPH, report_name
 from liger_fx.storage.document import Document
 from liger_fx.storage.json_file import parse
-from liger_fx.storage.weights import Stored, read_file
+from liger_fx.storage.stored import Stored, read_file
 
 
 @dataclass(frozen=True)

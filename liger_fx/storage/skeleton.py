@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from liger_fx.errors import LoadError
 from liger_fx.module_tree import copy_tree
-from liger_fx.storage import config, fingerprint, leaf_calls, named_modules, tree
+from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules, tree
 from liger_fx.storage.checks import inside
 from liger_fx.storage.directory import CONFIG, GENERATION_CONFIG, GRAPH
 from liger_fx.storage.document import Document
@@ -37,11 +37,12 @@ def from_config(saved: Saved) -> nn.Module:
             "model",
         )
     with inside("model"):
-        cls = config.find_class(found.model_type, found.class_name)
+        cls = model_class.find_class(found.model_type, found.class_name)
     largest = max((math.prod(t.shape) for t in found.tensors), default=0)
     with inside(CONFIG):
         made = config.read_config(saved.config, found.implementations)
-        model = config.build(cls, made, 4 * len(found.modules) + 1000, largest)
+        model = model_class.build(cls, made, 4 * len(found.modules) + 1000, largest)
+        config.choose(made, found.implementations)  # the model's class may have chosen others
     if saved.generation is not None:
         with inside(GENERATION_CONFIG):
             model.generation_config = config.read_generation(saved.generation)

@@ -10,20 +10,17 @@ that transformers gives them; the rest (rotary frequencies, constants) is in buf
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.storage.checks import FLAG, LIST, OBJECT, STRING, expect, fields, inside, module_path
-from liger_fx.storage.directory import INDEX, WEIGHTS
-from liger_fx.storage.json_file import dump, parse, shown
-from liger_fx.storage.tensors import Entry, read_header, read_tensor
+from liger_fx.storage.checks import FLAG, LIST, STRING, fields, inside, module_path
+from liger_fx.storage.directory import WEIGHTS
+from liger_fx.storage.json_file import dump, shown
 from liger_fx.storage.tree import (
     ATTRIBUTE,
     BUFFER,
@@ -36,7 +33,6 @@ from liger_fx.storage.tree import (
 from liger_fx.storage.values import dtype_name, read_dtype
 
 SHARD_BYTES = 5 * 10**9
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}\.safetensors", re.ASCII)
 _RECORD = {"path": STRING, "kind": STRING}
 _OWN = {"dtype": STRING, "shape": LIST, "frozen": FLAG}
 _TIED = {"same_as": STRING}
@@ -151,95 +147,6 @@ def index_of(files: Mapping[str, Mapping[str, torch.Tensor]]) -> bytes:
     size = sum(t.numel() * t.itemsize for group in files.values() for t in group.values())
     places = {name: file for file, group in files.items() for name in group}
     return dump({"metadata": {"total_size": size}, "weight_map": places})
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The tensors of some safetensors files, by name: the file, and the place in it."""
-
-    entries: dict[str, tuple[Path, Entry]]
-
-    @classmethod
-    def in_files(cls, files: Iterable[Path]) -> Stored:
-        """Those of these files; LoadError, naming the file, for one that is damaged."""
-        entries: dict[str, tuple[Path, Entry]] = {}
-        for file in files:
-            with inside(file.name):
-                for name, entry in _header(file).items():
-                    if name in entries:
-                        raise LoadError("is in another file, too", shown(name))
-                    entries[name] = (file, entry)
-        return cls(entries)
-
-    @classmethod
-    def in_checkpoint(cls, folder: Path) -> Stored:
-        """Those of a checkpoint's one file, or of the shards that its index names."""
-        index = folder / INDEX
-        if not index.exists():
-            return cls.in_files([folder / WEIGHTS])
-        with inside(INDEX):
-            record = expect(parse(read_file(index)), OBJECT)
-            places = expect(record.get("weight_map"), OBJECT, "weight_map")
-            for name, file in places.items():
-                if type(file) is not str or not _SHARD.fullmatch(file):
-                    raise LoadError(f"{shown(file)} is no file name", f"weight_map.{shown(name)}")
-        stored = cls.in_files(folder / file for file in sorted(set(places.values())))
-        for name, file in places.items():
-            if name not in stored.entries or stored.entries[name][0].name != file:
-                raise LoadError(f"{shown(name)} is not in {file}", INDEX)
-        return stored
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of these names on the CPU, file by file, one at a time."""
-        wanted = sorted(names, key=lambda n: (self.entries[n][0], self.entries[n][1].start))
-        by_file: dict[Path, list[str]] = {}
-        for name in wanted:
-            by_file.setdefault(self.entries[name][0], []).append(name)
-        for path, inside_it in by_file.items():
-            with path.open("rb", buffering=0) as file:
-                for name in inside_it:
-                    with inside(f"{path.name}.{shown(name)}"):
-                        tensor = read_tensor(file, self.entries[name][1])
-                    yield name, tensor
-
-    def check(self, tensors: Iterable[Tensor], *, exact: bool) -> None:
-        """LoadError unless every tensor is here in its shape, and, if ``exact``, in its dtype."""
-        left = dict(self.entries)
-        for tensor in tensors:
-            names = [name for name in tensor.places if name in left]
-            if not names:
-                raise LoadError("the weights lack it", shown(tensor.path))
-            _, entry = left[names[0]]
-            if entry.shape != tensor.shape or (exact and entry.dtype != tensor.dtype):
-                raise LoadError(
-                    f"is {_kind(entry.dtype, entry.shape)} in the weights and "
-                    f"{_kind(tensor.dtype, tensor.shape)} in the graph",
-                    shown(tensor.path),
-                )
-            for name in names:
-                del left[name]
-        if left:
-            raise LoadError("the graph has no such tensor, but the weights do", shown(min(left)))
-
-
-def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-
-
-def _header(file: Path) -> dict[str, Entry]:
-    try:
-        return read_header(file)
-    except OSError as error:
-        raise LoadError(f"cannot be read: {error.strerror or error}") from None
-
-
-def read_file(file: Path) -> bytes:
-    """The bytes of a file; LoadError if it cannot be read or is far larger than it should be."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(2**28 + 1)
-    except OSError as error:
-        raise LoadError(f"cannot be read: {error.strerror or error}") from None
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

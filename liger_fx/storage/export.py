@@ -1,0 +1,158 @@
+"""liger_fx.export: the rewritten graph as a torch.export program, our operators single nodes in it.
+
+    opt   ->   model.pt2:  ..., torch.ops.liger_fx.rms_norm(x, weight, 1e-06, ...), ...
+
+    import liger_fx.modules                          registers torch.ops.liger_fx
+    program = torch.export.load("model.pt2").module()
+    program(input_ids=ids, attention_mask=mask)["logits"]
+
+Attention and masks, which our own graphs look up when they run, are traced through with the
+implementation that the model has now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liger_fx.errors import SaveError, UsageError, one_line
+from liger_fx.graph_model import GraphModel
+from liger_fx.module_tree import copy_tree
+from liger_fx.plan import Plan, compile_graph
+from liger_fx.storage import expressions
+from liger_fx.tracing.call import CallSpec, InputSpec, example_call, is_transformers
+
+_EXAMPLE_SIZES = (3, 11, 13, 17, 19, 23)
+
+
+def export(
+    opt: nn.Module,
+    path: str | PathLike[str],
+    inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+) -> torch.export.ExportedProgram:
+    """Export what ``liger_fx.optimize`` returned for inference, and write it to ``path`` (.pt2).
+
+    Batch and length may vary, as may every size of an input that is a name in the graph's guards;
+    what the model's code asks of them is checked when the program runs. A program of a transformers
+    model takes the tensors by name and returns a dictionary of those its output has; it keeps no
+    cache. The model is exported in eval mode and stays as it is.
+
+    inputs: the kind of call, as for ``liger_fx.optimize``.
+
+    Raises SaveError where torch.export cannot follow (an attention implementation, say), or the
+    file cannot be written; UsageError for what is no optimised model.
+    """
+    if not isinstance(opt, GraphModel):
+        raise UsageError(f"Expected what optimize() returned, got a {type(opt).__name__}.")
+    call = example_call(opt, inputs)
+    if is_transformers(opt) and "use_cache" in inspect.signature(type(opt).forward).parameters:
+        call = CallSpec(call.tensors, {**call.constants, "use_cache": False}, call.hints)
+    tree = _inference_tree(opt)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's own, about its insides
+        exportable = _Exportable(tree, opt._make_plan(tree, call))
+        try:
+            program = torch.export.export(
+                exportable, (), _examples(call), dynamic_shapes=_dynamic(call), strict=False
+            )
+        except Exception as error:  # torch.export fails in many ways
+            raise SaveError(
+                f"{type(opt).__name__} cannot be exported: {one_line(error)}"
+            ) from error
+        _write(program, Path(path))
+    return program
+
+
+def _inference_tree(opt: GraphModel) -> nn.Module:
+    """The model's own class around the same weights and named modules, in eval mode."""
+    plain = opt.model_class.__new__(opt.model_class)
+    plain.__dict__.update(opt._attributes())
+    return copy_tree(plain).eval()
+
+
+class _Exportable(nn.Module):
+    """A plan as a module: tensors by name in, tensors out."""
+
+    def __init__(self, tree: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.model = tree.eval()
+        self.run, self.inputs, self.guards = compile_graph(plan.graph), plan.inputs, plan.guards
+
+        def forward(**tensors: torch.Tensor) -> Any:
+            return self._call(tensors)
+
+        # torch.export names the program's inputs by the signature
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind) for name in plan.inputs]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        self.forward = forward
+
+    def _call(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        self._check_sizes(tensors)
+        result = self.run(self.model, *(tensors[name] for name in self.inputs))
+        if isinstance(result, dict):  # a ModelOutput: its class is unknown where it is loaded
+            return {k: v for k, v in result.items() if isinstance(v, torch.Tensor)}
+        return result
+
+    def _check_sizes(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """What the graph's guards say of sizes becomes checks of the program."""
+        sizes: dict[str, Any] = {}
+        for name, spec in self.guards.call.tensors.items():
+            for size, known in zip(tensors[name].shape, spec.sizes, strict=True):
+                if isinstance(known, str):
+                    torch._check(size == sizes.setdefault(known, size))
+        functions = {"math": math, "min": torch.sym_min, "max": torch.sym_max, "abs": abs}
+        for guard in self.guards.sizes:
+            text = expressions.check(guard, sizes)
+            torch._check(eval(text, {"__builtins__": {}, **functions}, sizes))
+
+
+def _examples(call: CallSpec) -> dict[str, torch.Tensor]:
+    names = {s for spec in call.tensors.values() for s in spec.sizes if isinstance(s, str)}
+    defaults = dict(zip(sorted(names), _EXAMPLE_SIZES * len(names), strict=False))
+    sizes = {**defaults, **call.hints}
+
+    def example(spec: InputSpec) -> torch.Tensor:
+        shape = [sizes[s] if isinstance(s, str) else s for s in spec.sizes]
+        return torch.ones(shape, dtype=spec.dtype, device=spec.device)
+
+    return {name: example(spec) for name, spec in call.tensors.items()}
+
+
+def _dynamic(call: CallSpec) -> dict[str, Any]:
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = {
+        name: {i: dynamic for i, size in enumerate(spec.sizes) if isinstance(size, str)}
+        for name, spec in call.tensors.items()
+    }
+    return shapes
+
+
+def _write(program: torch.export.ExportedProgram, path: Path) -> None:
+    """The file as a whole or not at all."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.pt2")
+    with _removed_afterwards(new):
+        try:
+            torch.export.save(program, new)
+            os.replace(new, path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
+            raise SaveError(f"{path} could not be written: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _removed_afterwards(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

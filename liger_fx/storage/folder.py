@@ -1,0 +1,195 @@
+"""opt.to_folder: the graph as a Python package, readable, beside its weights.
+
+    llama_graph/__init__.py  module.py  config.json  model.safetensors  buffers.safetensors
+
+    import llama_graph
+    model = llama_graph.load()          a LlamaForCausalLM whose forward is the graph, written out
+
+It needs torch, transformers and liger_fx's modules, and nothing that traces or rewrites.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from keyword import iskeyword
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from liger_fx import __version__
+from liger_fx.errors import SaveError
+from liger_fx.graph_model import GraphModel
+from liger_fx.plan import Plan
+from liger_fx.storage import named_modules
+from liger_fx.storage.directory import replacing, write_file
+from liger_fx.storage.model_class import is_known
+from liger_fx.storage.python_text import Statements, folded, path_text, value_text
+from liger_fx.storage.save import wanted_tensors, write_configs, write_tensors
+from liger_fx.storage.weights import Tensor, describe
+
+_MODULE = '''\
+"""{name} as one graph: the operations of a call, in order, written by liger_fx {version}.
+
+It holds while
+{guards}
+Inputs, train mode and autocast are checked at each call. ``load`` gives the model with the weights
+beside this file.
+"""
+
+# ruff: noqa
+
+from pathlib import Path
+
+{imports}
+
+HERE = Path(__file__).resolve().parent
+
+
+class {name}(transformers.{base}):
+    """transformers' {base}, with liger_fx's modules in place and the graph for its forward."""
+
+    def __init__(self, config):
+        super().__init__(config)
+{modules}
+    def forward(self, {inputs}):
+        self._check({inputs})
+{body}
+
+    def _check(self, {inputs}):
+        """ValueError for a call that the graph was not traced for."""
+{checks}
+
+def load():
+    """The model with its weights on {device}, in {mode} mode."""
+    config = transformers.AutoConfig.from_pretrained(HERE)
+{settings}
+    with torch.device("meta"):
+        model = {name}(config)
+    for file in sorted(HERE.glob("*.safetensors")):
+        for path, tensor in load_file(file, device={device!r}).items():
+            owner, _, name = path.rpartition(".")
+            module = model.get_submodule(owner)
+            if name in module._parameters:
+                tensor = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            setattr(module, name, tensor)
+{ties}    return model.train({training})
+'''
+
+
+def to_folder(opt: GraphModel, folder: str | PathLike[str], class_name: str) -> None:
+    """Write the first graph of ``opt`` as a package; see ``GraphModel.to_folder``."""
+    if not class_name.isidentifier() or iskeyword(class_name):
+        raise SaveError(f"{class_name!r} is no name for a class.")
+    if not is_known(opt.model_class, getattr(opt, "config", None)):
+        raise SaveError(
+            f"{opt.model_class.__name__} is no model class of transformers, so no source can make "
+            "it again. Its graph is opt.code."
+        )
+    plan = opt.plans[0]
+    tensors = describe(opt, wanted_tensors([plan]))
+    text = _source(opt, plan, tensors, class_name)
+    with replacing(Path(folder), mark="module.py") as new:
+        write_file(new / "module.py", [text.encode()])
+        write_file(new / "__init__.py", [f"from .module import {class_name}, load\n".encode()])
+        write_configs(opt, new)
+        write_tensors(opt, new, tensors)
+
+
+def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str) -> str:
+    statements = Statements(plan.graph)
+    body = [f"        {line}" if line else "" for line in statements.lines()]
+    constants = [
+        f"        self.register_buffer({t.path!r}, torch.empty({list(t.shape)}), persistent=False)"
+        for t in tensors
+        if t.path.startswith("_tensor_constant")
+    ]
+    modules = [f"        {line}" for line in _module_lines(opt)] + constants
+    return _MODULE.format(
+        name=class_name,
+        base=opt.model_class.__name__,
+        version=__version__,
+        # the graph's own regions leave the caller's grad mode as it is
+        guards="\n".join(f"    {t}" for t in plan.guards.describe() if "grad mode" not in t),
+        imports="\n".join(_import_lines(opt, statements)),
+        modules="".join(f"{line}\n" for line in modules),
+        inputs=", ".join(plan.inputs),
+        body="\n".join(body),
+        checks="\n".join(f"        {line}" for line in _check_lines(plan)) + "\n",
+        device=str(next(opt.parameters()).device),
+        mode="train" if plan.guards.training else "eval",
+        settings=f"    config._attn_implementation = {opt.config._attn_implementation!r}",  # type: ignore[union-attr]
+        ties="".join(f"    {line}\n" for line in _tie_lines(tensors)),
+        training=plan.guards.training,
+    )
+
+
+def _import_lines(opt: GraphModel, statements: Statements) -> Iterator[str]:
+    named = {type(m).__name__ for m in opt.modules() if named_modules.is_named(m)}
+    imports = {**statements.imports, "safetensors.torch": {"load_file"}}
+    if named:
+        imports["liger_fx.modules"] = named
+    if any("math." in guard for guard in opt.plans[0].guards.sizes):
+        imports["math"] = set()
+    yield from (f"import {name}" for name in (*_plain(imports), "torch", "transformers"))
+    for module, names in sorted(imports.items()):
+        if names:
+            yield f"from {module} import {', '.join(sorted(names))}"
+
+
+def _plain(imports: dict[str, set[str]]) -> list[str]:
+    return sorted(module for module, names in imports.items() if not names)
+
+
+def _module_lines(opt: nn.Module) -> Iterator[str]:
+    """Lines that put each named module into its place."""
+    for record in named_modules.describe(opt):
+        here = path_text(record["path"])
+        parameters = inspect.signature(named_modules.CLASSES[record["class"]]).parameters
+        options = {n: v for n, v in record["options"].items() if v != parameters[n].default}
+        children = [f"{name!r}: {path_text(name, here)}" for name in record["children"]]
+        given = [f"{{{', '.join(children)}}}"] if children else []
+        given += [f"{name}={value_text(value)}" for name, value in options.items()]
+        if record["parameters"] and not children:
+            given.append(f"weight={here}.{record['parameters'][0]}")
+        yield from folded(f"{_mount(record['path'])}{record['class']}(", given, "))")
+        yield from (f"{_mount(path)}{here})" for path in record.get("also", ()))
+
+
+def _mount(path: str) -> str:
+    parent, _, name = path.rpartition(".")
+    return f"{path_text(parent)}.add_module({name!r}, "
+
+
+def _tie_lines(tensors: list[Tensor]) -> Iterator[str]:
+    for tensor in tensors:
+        for path in list(tensor.places)[1:]:
+            yield f"{path_text(path, 'model')} = {path_text(tensor.path, 'model')}"
+
+
+def _check_lines(plan: Plan) -> Iterator[str]:
+    guards = plan.guards
+    conditions = [f"self.training is {guards.training}"]
+    known: set[str] = set()
+    for name, spec in guards.call.tensors.items():
+        conditions.append(f"{name}.dtype is {spec.dtype} and {name}.dim() == {len(spec.sizes)}")
+        yield f"{name}_sizes = dict(enumerate({name}.shape))"
+        for i, size in enumerate(spec.sizes):
+            if isinstance(size, str) and size not in known:
+                known.add(size)
+                yield f"{size} = {name}_sizes.get({i})"
+            else:
+                conditions.append(f"{name}_sizes.get({i}) == {size}")
+    for device, dtype in guards.autocast.items():
+        is_on = f"torch.is_autocast_enabled({device!r})"
+        if dtype is None:
+            conditions.append(f"not {is_on}")
+        else:
+            conditions.append(f"{is_on} and torch.get_autocast_dtype({device!r}) is {dtype}")
+    conditions += guards.sizes
+    yield "holds = ("
+    yield from (f"    {'and ' if i else ''}({text})" for i, text in enumerate(conditions))
+    yield ")"
+    yield "if not holds:"
+    yield '    raise ValueError("this graph was traced for other calls: its docstring says which")'

@@ -1,0 +1,224 @@
+"""A graph as Python statements for people to read.
+
+size = input_ids.size(0)
+# model.layers.0.self_attn
+with torch.set_grad_enabled(False):
+    cos = rotary.cos()
+view = self.model.layers[0].self_attn.q_proj(hidden).view(size, -1, 4, 16)
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from liger_fx.errors import SaveError
+from liger_fx.storage.targets import (
+    ENTER_AUTOCAST,
+    EXIT_AUTOCAST,
+    SET_GRAD_ENABLED,
+    name_of,
+)
+from liger_fx.tracing import leaves
+
+_INFIX = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
+    "matmul": "@", "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>",
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+}  # fmt: skip
+_INDENT = "    "
+_WIDTH = 90
+
+
+def path_text(path: str, text: str = "self") -> str:
+    """``self.model.layers[0].mlp`` for ``model.layers.0.mlp``; ``text`` stands for the model."""
+    for part in path.split(".") if path else ():
+        if part.isdigit():
+            text += f"[{part}]"
+        elif part.isidentifier() and not keyword.iskeyword(part):
+            text += f".{part}"
+        else:
+            text = f"getattr({text}, {part!r})"
+    return text
+
+
+def value_text(value: Any) -> str:
+    """An argument as Python text; nodes are their names."""
+    if isinstance(value, fx.Node):
+        return path_text(str(value.target)) if value.op == "get_attr" else value.name
+    if isinstance(value, tuple):
+        return f"({', '.join(map(value_text, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(value_text, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {value_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, slice):
+        return f"slice({', '.join(map(value_text, (value.start, value.stop, value.step)))})"
+    if isinstance(value, torch.device):
+        return f"torch.device({str(value)!r})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float({str(value)!r})"
+    return "..." if value is ... else repr(value)
+
+
+class Statements:
+    """The lines of one graph's function body, and the names that they use of this package."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.imports: dict[str, set[str]] = {}
+        self._regions: list[tuple[Any, Any]] = []
+        self._module: str | None = None
+        self._last_use = _last_uses(graph)
+        self._dead: list[str] = []
+        self._is_empty = False
+
+    def lines(self) -> Iterator[str]:
+        """One line or more for each node, indented by the regions around it.
+
+        What a module's part of the graph was the last to read is let go when that part ends.
+        """
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            for part in (self._headline(node), self._lines_of(node)):
+                for line in part:  # a region opens after its line was taken
+                    yield line and _INDENT * len(self._regions) + line
+            self._dead += self._last_use.get(node, ())
+
+    def _headline(self, node: fx.Node) -> Iterator[str]:
+        module = node.meta.get("module", "")
+        if _is_boundary(node) or module == self._module:
+            return
+        self._module = module
+        if self._dead:
+            yield f"del {', '.join(self._dead)}"
+            self._dead = []
+        yield ""
+        yield f"# {module or 'the model'}"
+
+    def _lines_of(self, node: fx.Node) -> Iterator[str]:
+        if _is_boundary(node):
+            yield from self._boundary(node)
+            return
+        self._is_empty = False
+        if node.op == "output":
+            yield f"return {value_text(node.args[0])}"
+        elif node.op == "call_module":
+            yield from call_lines(node.name, path_text(str(node.target)), node.args, node.kwargs)
+        elif node.op == "call_method":
+            method = f"{value_text(node.args[0])}.{node.target}"
+            yield from call_lines(node.name, method, node.args[1:], node.kwargs)
+        else:
+            yield from self._call(node)
+
+    def _call(self, node: fx.Node) -> Iterator[str]:
+        name = name_of(node.target)
+        if name is None:
+            raise SaveError(f"{node.name} calls {node.target}, which has no name to import.")
+        package, _, function = name.rpartition(".")
+        args = node.args
+        if package == "operator":
+            yield self._operator(node.name, function, args)
+        elif name == "getattr":
+            yield f"{node.name} = {value_text(args[0])}.{args[1]}"
+        elif node.target is leaves.model_output:
+            output_class = self._output_class(str(args[0]))
+            yield from call_lines(node.name, output_class, (), node.kwargs)
+        elif package == "liger_fx":
+            self._import("liger_fx.tracing", "leaves")
+            yield from call_lines(node.name, f"leaves.{function}", args, node.kwargs)
+        else:
+            yield from call_lines(node.name, name, args, node.kwargs)
+
+    def _operator(self, name: str, function: str, args: tuple[Any, ...]) -> str:
+        if function in _INFIX and len(args) == 2:
+            return f"{name} = {value_text(args[0])} {_INFIX[function]} {value_text(args[1])}"
+        if function == "getitem":
+            return f"{name} = {value_text(args[0])}[{_index(args[1])}]"
+        if function == "setitem":
+            return f"{value_text(args[0])}[{_index(args[1])}] = {value_text(args[2])}"
+        self.imports.setdefault("operator", set())
+        return f"{name} = operator.{function}({', '.join(map(value_text, args))})"
+
+    def _output_class(self, reference: str) -> str:
+        module, _, name = reference.partition(":")
+        return self._import(module, name)
+
+    def _import(self, module: str, name: str) -> str:
+        self.imports.setdefault(module, set()).add(name)
+        return name
+
+    def _boundary(self, node: fx.Node) -> Iterator[str]:
+        """A ``with`` line where a region opens, nothing where it closes."""
+        regions = self._regions
+        closes: tuple[Any, Any] = (node.target, node.args[0])
+        if node.target is EXIT_AUTOCAST:
+            closes = (node.args[0], None)
+        if regions and regions[-1] == closes:
+            if self._is_empty:
+                yield "pass"
+            self._is_empty = False
+            regions.pop()
+            return
+        if node.target is EXIT_AUTOCAST:
+            raise SaveError(f"{node.name} closes a region that another one overlaps.")
+        self._is_empty = True
+        if node.target is ENTER_AUTOCAST:
+            device, dtype, enabled, cache = map(value_text, node.args)
+            yield f"with torch.autocast({device}, {dtype}, {enabled}, {cache}):"
+            regions.append((node, None))
+        else:
+            yield f"with torch.set_grad_enabled({node.args[0]}):"
+            regions.append((SET_GRAD_ENABLED, not node.args[0]))
+
+
+def _is_boundary(node: fx.Node) -> bool:
+    return node.target in (SET_GRAD_ENABLED, ENTER_AUTOCAST, EXIT_AUTOCAST)
+
+
+def _index(value: Any) -> str:
+    """What stands between brackets: slices with colons."""
+    if isinstance(value, tuple) and value:
+        return ", ".join(map(_index, value)) + ("," if len(value) == 1 else "")
+    if not isinstance(value, slice):
+        return value_text(value)
+    parts = ["" if p is None else value_text(p) for p in (value.start, value.stop, value.step)]
+    return ":".join(parts[:2] if not parts[2] else parts)
+
+
+def call_lines(name: str, function: str, args: Any, kwargs: Any) -> Iterator[str]:
+    """``name = function(args)``, an argument a line where it is long."""
+    named = [f"{key}={value_text(value)}" for key, value in kwargs.items()]
+    given = [*map(value_text, args), *named]
+    yield from folded(f"{name} = {function}(", given, ")")
+
+
+def folded(head: str, given: list[str], tail: str) -> Iterator[str]:
+    """``head``, the arguments and ``tail`` on one line, or on a line each where that is long."""
+    line = f"{head}{', '.join(given)}{tail}"
+    if len(line) <= _WIDTH:
+        yield line
+        return
+    yield head
+    yield from (f"{_INDENT}{text}," for text in given)
+    yield tail
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[str]]:
+    """Which values each node is the last to read: they are let go after it, as PyTorch would."""
+    seen: set[fx.Node] = set()
+    found: dict[fx.Node, list[str]] = {}
+    for node in reversed(graph.nodes):
+        for read in [*node.all_input_nodes, node]:
+            if read in seen or read.op == "get_attr" or _is_boundary(read):
+                continue
+            seen.add(read)
+            if read is not node:
+                found.setdefault(node, []).append(read.name)
+    return found
