@@ -124,7 +124,7 @@ class Plan:
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a Python function of the module tree and the inputs in order."""
     code = graph.python_code(root_module="self")
-    return fx.graph_module._forward_from_src(code.src, code.globals)  # type: ignore[no-any-return]
+    return fx.graph_module._forward_from_src(code.src, code.globals)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The graph computes what the code does: same values, same gradients, at sizes it was not traced at."""
+"""The graph computes what the code does: values and gradients, at sizes it was not traced at."""
 
 from __future__ import annotations
 
