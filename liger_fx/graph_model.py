@@ -129,9 +129,10 @@ class GraphModel(fx.GraphModule):
     def to_folder(self, folder: str | PathLike[str], module_name: str | None = None) -> None:
         """Write ``.graph`` as a Python package: readable source, config and safetensors weights.
 
-        The package needs liger_fx's modules, not its tracer, and no pickle; its ``load()`` makes the
-        model. ``module_name`` is what its class is called, the model's own name by default. Raises
-        SaveError for what is no model of transformers, or when ``folder`` holds anything else.
+        The package needs liger_fx's modules, not its tracer, and no pickle; its ``load()`` makes
+        the model. ``module_name`` is what its class is called, the model's own name by default.
+        Raises SaveError for what is no model of transformers, or when ``folder`` holds anything
+        else.
         """
         from liger_fx.storage.folder import to_folder
 

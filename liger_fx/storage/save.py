@@ -34,6 +34,7 @@ from liger_fx.storage.directory import (
 )
 from liger_fx.storage.document import FORMAT, SCHEMA
 from liger_fx.storage.json_file import dump
+from liger_fx.storage.model_class import is_known
 from liger_fx.storage.plans import encode_plan
 from liger_fx.storage.saved import read_saved
 from liger_fx.storage.tensors import chunks
@@ -142,9 +143,7 @@ def _document(
 ) -> dict[str, Any]:
     device = _device_of(opt)
     settings: Any = getattr(opt, "config", None)
-    rebuilt = isinstance(settings, PreTrainedConfig) and model_class.is_known(
-        opt.model_class, settings
-    )
+    rebuilt = is_known(opt.model_class, settings)
     return {
         "format": FORMAT,
         "schema": SCHEMA,
