@@ -21,12 +21,14 @@ import liger_fx
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = "__version__ = '0.0.1'\nORIGIN = 'the PyPI package kernels'\n"
 PROBE = """
-import importlib.util, json, pkgutil
+import importlib.util, json, pathlib, pkgutil
 import kernels, liger_fx.kernels.rms_norm, liger_fx.passes
+page = pathlib.Path(liger_fx.__file__).parent / "report" / "page"
 print(json.dumps({
     "kernels": kernels.ORIGIN,
     "passes": importlib.util.find_spec("passes"),
     "file": liger_fx.kernels.rms_norm.__file__,
+    "page": sorted(path.suffix for path in page.iterdir()),
     "rules": sorted(module.name for module in pkgutil.iter_modules(liger_fx.passes.__path__)),
 }))
 """
@@ -78,6 +80,7 @@ def check(python: Path, home: Path) -> None:
     found = json.loads(run(python, "-c", PROBE, cwd=python.parent))
     assert found["kernels"] == "the PyPI package kernels"
     assert found["passes"] is None
+    assert found["page"] == [".css", ".html", ".js"]
     assert Path(found["file"]).resolve().is_relative_to(home.resolve())
     assert found["rules"] == sorted(path.stem for path in (ROOT / "passes").glob("*.py"))
     for command in ((python.parent / "liger-fx",), (python, "-m", "liger_fx")):

@@ -13,6 +13,7 @@ import platform
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch import fx
 
 from liger_fx import __version__
 from liger_fx.engine.site import Site
+from liger_fx.errors import UsageError
 from liger_fx.report.verified import Verified
 
+FACES = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 _NOT_OPERATORS = {"placeholder", "output", "get_attr"}
 
 
@@ -122,6 +125,12 @@ class GraphDiff:
 
         return render(self, full)
 
+    def html(self) -> str:
+        """The report as one HTML page that needs no other file and no network."""
+        from liger_fx.report.html_face import render
+
+        return render(self)
+
     def json(self) -> str:
         """The report as JSON text, which ``GraphDiff.from_json`` reads again."""
         from liger_fx.report.json_face import to_json
@@ -135,6 +144,21 @@ class GraphDiff:
         from liger_fx.report.json_face import from_json
 
         return from_json(text, name)
+
+    def face(self, name: str) -> str:
+        """The report as "text", "markdown", "json" or "html"."""
+        return str(getattr(self, name)())
+
+    def save(self, path: str | Path) -> None:
+        """Write the report to a file whose name says how: .txt, .md, .json or .html.
+
+        UsageError for any other name; OSError where the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix not in FACES:
+            known = ", ".join(sorted(FACES))
+            raise UsageError(f"{path} names no kind of report: its end should be one of {known}.")
+        path.write_text(self.face(FACES[path.suffix]), encoding="utf-8")
 
     def __str__(self) -> str:
         return self.text()

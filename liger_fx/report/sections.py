@@ -56,11 +56,11 @@ def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
     tree = aligned(diff.before.tree, diff.after.tree)
     modules = tuple((name or "model", *rest) for name, *rest in lines(tree, full))
     found: list[Section] = [
-        Table("Rules", ("rule", "found", "rewritten", "refused"), _rules(diff)),
+        Table("Rules", ("rule", "found", "rewritten", "refused"), rule_counts(diff)),
         Table("Refused", ("rule", "where", "sites", "why", "model code"), _refused(refused)),
         Table("Sites", ("where", "sites", "in", "nodes before", "node after"), _sites(rewritten)),
         Table("Memory, for one token", _MEMORY, _memory(diff, rewritten)),
-        *_operators(diff, full),
+        *operator_counts(diff, full),
         Table("Modules", ("module", "before", "after"), modules),
         *_subgraphs([*rewritten, *refused]),
         *(_verified(diff.verified) if diff.verified else ()),
@@ -109,7 +109,8 @@ def _has_costs(diff: GraphDiff) -> bool:
     return any(site.drawing and site.drawing.cost_after for site in diff.rewritten)
 
 
-def _rules(diff: GraphDiff) -> list[tuple[Cell, ...]]:
+def rule_counts(diff: GraphDiff) -> list[tuple[Cell, ...]]:
+    """(rule, sites found, rewritten, refused) for each rule that looked."""
     names = dict.fromkeys([*diff.rules, *(site.rule for site in diff.sites)])
     rows: list[tuple[Cell, ...]] = []
     for name in names:
@@ -157,7 +158,8 @@ def _changes(before: Cost, after: Cost) -> tuple[str, ...]:
     return tuple(text for a, b in pairs for text in (change(a, b), percent(a, b)))
 
 
-def _operators(diff: GraphDiff, full: bool) -> Iterator[Section]:
+def operator_counts(diff: GraphDiff, full: bool) -> Iterator[Section]:
+    """How many there are of each before and after; those unchanged in one line unless ``full``."""
     before, after = diff.before.operators, diff.after.operators
     names = sorted(before.keys() | after.keys(), key=lambda n: (-before.get(n, 0), n))
     rows: list[tuple[Cell, ...]] = []

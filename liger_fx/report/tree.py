@@ -16,31 +16,42 @@ from liger_fx.report.folding import fold, numbers
 
 @dataclass
 class Pair:
-    """One place in the trees: what stands there before and after (None: nothing), and below."""
+    """One place in the trees: what stands there before and after (None: nothing), and below.
+
+    marks: whatever else tells it from other places, of which those alike fold.
+    """
 
     before: str | None = None
     after: str | None = None
+    marks: list[int] = field(default_factory=list)
     children: dict[str, Pair] = field(default_factory=dict)
 
     def signature(self) -> str:
         """Equal for two places exactly if everything in and below them is the same."""
         below = [(name, child.signature()) for name, child in self.children.items()]
-        return repr((self.before, self.after, below))
+        return repr((self.before, self.after, self.marks, below))
+
+    def at(self, path: str) -> Pair:
+        """The place at a path below this one, made if it is not there."""
+        place = self
+        for name in path.split(".") if path else ():
+            place = place.children.setdefault(name, Pair())
+        return place
+
+    def groups(self) -> list[list[tuple[str, Pair]]]:
+        """The children by name, alike members of a list together."""
+        if not all(name.isdigit() for name in self.children):
+            return [[item] for item in self.children.items()]
+        return fold(self.children.items(), key=lambda item: item[1].signature())
 
 
 def aligned(before: tuple[TreeRow, ...], after: tuple[TreeRow, ...]) -> Pair:
     """Both trees in one; a module that only one of them has keeps its place among its siblings."""
     root = Pair()
     for row in before:
-        _at(root, row.path).before = str(row)
+        root.at(row.path).before = str(row)
     for row in after:
-        _at(root, row.path).after = str(row)
-    return root
-
-
-def _at(root: Pair, path: str) -> Pair:
-    for name in path.split(".") if path else ():
-        root = root.children.setdefault(name, Pair())
+        root.at(row.path).after = str(row)
     return root
 
 
@@ -48,15 +59,8 @@ def lines(pair: Pair, full: bool, name: str = "", depth: int = 0) -> Iterator[tu
     """(indented name, before, after) for each place; an unchanged place says "=" for after."""
     after = "=" if pair.before == pair.after else pair.after or ""
     yield "  " * depth + name, pair.before or "", after
-    for names, child in _folded(pair, full):
-        yield from lines(child, full, names, depth + 1)
-
-
-def _folded(pair: Pair, full: bool) -> Iterator[tuple[str, Pair]]:
-    """The children, alike members of a list as one, under a name that counts them."""
-    if full or not all(name.isdigit() for name in pair.children):
-        yield from pair.children.items()
-        return
-    for group in fold(pair.children.items(), key=lambda item: item[1].signature()):
+    groups = [[item] for item in pair.children.items()] if full else pair.groups()
+    for group in groups:
         names = numbers([name for name, _ in group])
-        yield (f"{names} ({len(group)} x)" if len(group) > 1 else names), group[0][1]
+        count = f" ({len(group)} x)" if len(group) > 1 else ""
+        yield from lines(group[0][1], full, names + count, depth + 1)

@@ -9,6 +9,8 @@ import pytest
 from liger_fx.report import GraphDiff, TreeRow
 from tests.report.sample import facts, sample, site
 
+PAGE = sample().html()
+
 
 def visible(markdown: str) -> str:
     """The text that a reader of the Markdown sees."""
@@ -20,6 +22,14 @@ def test_text_and_markdown_show_every_fact(fact: str) -> None:
     text = sample().text(full=True)
     assert " ".join(fact.split()) in unwrapped(text)
     assert fact in visible(sample().markdown(full=True))
+
+
+@pytest.mark.parametrize("fact", facts())
+def test_the_page_shows_every_fact(fact: str) -> None:
+    shown = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", PAGE, flags=re.DOTALL)
+    read = re.sub(r'<[^>]*aria-label="([^"]*)"[^>]*>', r"\1 ", shown)
+    text = " ".join(html.unescape(read).split()).replace("→", "->").replace("−", "-")
+    assert fact.replace("layers.2.norm", "layers.0-2,4.norm") in text or fact in text
 
 
 def unwrapped(text: str) -> str:
