@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+PLACES = ("--out", "--plot")  # options that say where results go
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 
 
@@ -26,12 +27,23 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
         "gpu": gpu,
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _command() -> str:
+    """How this script was called, but for where it and its results lie on this machine."""
+    script, *arguments = sys.argv
+    shown, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in PLACES:
+            shown.append(argument)
+        skip = argument in PLACES
+    return " ".join(["python", f"tools/bench/{Path(script).name}", *shown])
 
 
 def _version(package: str) -> str | None:
