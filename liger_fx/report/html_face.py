@@ -115,8 +115,13 @@ def _data(diff: GraphDiff, found: list[Kind]) -> dict[str, Any]:
     return {
         "tree": _node(tree, ["model"]),
         "kinds": [
-            {"rule": k.example.rule, "refused": k.example.reason is not None, "text": _words(k)}
-            for k in found
+            {
+                "rule": kind.example.rule,
+                "refused": kind.example.reason is not None,
+                "text": _words(kind),
+                "paths": [site.path for site in kind.sites],
+            }
+            for kind in found
         ],
         "verified": _checks(diff),
     }

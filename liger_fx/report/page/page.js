@@ -19,6 +19,14 @@ function kindFits(kind) {
   return (!state.rules.size || state.rules.has(kind.rule)) && (!state.refused || kind.refused);
 }
 
+/* The paths of a kind's sites that the search finds. */
+function pathsFound(kind) {
+  return kind.paths.filter((path) => {
+    const text = (path + " " + kind.text).toLowerCase();
+    return state.words.every((word) => text.includes(word));
+  });
+}
+
 function fits(node, path) {
   const kinds = node.kinds.map((i) => data.kinds[i]).filter(kindFits);
   if ((state.rules.size || state.refused) && !kinds.length) return false;
@@ -155,16 +163,14 @@ function draw(focus) {
   body.replaceChildren(...shown.map(rowElement));
   for (const line of body.rows) line.tabIndex = line.dataset.key === state.active ? 0 : -1;
   if (focus) activeRow().focus();
-  const chosen = [...document.querySelectorAll("#sites tbody tr")];
   let sites = 0;
-  for (const line of chosen) {
+  for (const line of document.querySelectorAll("#sites tbody tr")) {
     const kind = data.kinds[line.dataset.kind];
-    const text = (line.textContent + " " + kind.text).toLowerCase();
-    line.hidden = !kindFits(kind) || !state.words.every((word) => text.includes(word));
-    sites += line.hidden ? 0 : 1;
+    const paths = kindFits(kind) ? pathsFound(kind) : [];
+    line.hidden = !paths.length;
+    sites += paths.length;
   }
-  byId("found").textContent = filtering()
-    ? `${shown.filter((row) => fits(row.node, row.path)).length} modules, ${sites} kinds of site` : "";
+  byId("found").textContent = !filtering() ? "" : sites === 1 ? "1 site" : `${sites} sites`;
 }
 
 const activeRow = () => [...body.rows].find((line) => line.dataset.key === state.active);
@@ -300,8 +306,7 @@ byId("sites")?.addEventListener("click", (event) => {
   const line = event.target.closest("tbody tr");
   if (!line) return;
   const kind = Number(line.dataset.kind);
-  const article = document.querySelector(`#panel article[data-kind="${kind}"]`);
-  choose([kind], article.querySelector(".path").dataset.first);
+  choose([kind], pathsFound(data.kinds[kind])[0]);
   byId("panel").scrollIntoView({ block: "nearest" });
 });
 
@@ -358,9 +363,6 @@ function start() {
   };
   visit(data.tree, "", 1);
 }
-for (const path of document.querySelectorAll("#panel .path")) path.dataset.first = path.textContent;
 start();
 draw();
-const first = document.querySelector("#sites tbody tr");
-if (first) choose([Number(first.dataset.kind)], document.querySelector(
-  `#panel article[data-kind="${first.dataset.kind}"] .path`).dataset.first);
+if (data.kinds.length) choose([0], data.kinds[0].paths[0]);
