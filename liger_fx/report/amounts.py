@@ -46,16 +46,19 @@ def size(count: int) -> str:
     return f"{count:,} B"
 
 
-def change(before: Bytes, after: Bytes | None) -> str:
-    """Both amounts a token, and those a call if they differ or are all there is."""
-    if after is None:
-        return size(before.per_token or before.fixed)
-    parts = []
+def change(before: Bytes, after: Bytes) -> str:
+    """Both amounts for a token; those of a call where a token costs nothing."""
     if before.per_token or after.per_token:
-        parts.append(f"{size(before.per_token)} -> {size(after.per_token)}")
-    if before.fixed != after.fixed or not parts:
-        parts.append(f"{size(before.fixed)} -> {size(after.fixed)} a call")
-    return ", ".join(parts)
+        return f"{size(before.per_token)} -> {size(after.per_token)}"
+    return f"{size(before.fixed)} -> {size(after.fixed)} a call"
+
+
+def full_change(before: Bytes, after: Bytes) -> str:
+    """The same, and what each call costs beside its tokens where that changes."""
+    text = change(before, after)
+    if before.fixed != after.fixed and not text.endswith("a call"):
+        text += f", {size(before.fixed)} -> {size(after.fixed)} a call"
+    return text
 
 
 def percent(before: Bytes, after: Bytes) -> str:

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from liger_fx.engine.site import Site
-from liger_fx.report.amounts import change, percent, totals
+from liger_fx.report.amounts import change, full_change, percent, totals
 from liger_fx.report.facts import GraphDiff
 from liger_fx.report.kinds import Kind, kinds, source_text
 from liger_fx.report.layout import lay_out, lines_of
@@ -72,9 +72,9 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        box_names=box_names, change=change, lay_out=lay_out, lines_of=lines_of, percent=percent,
-        rows_of=_rows, source_text=source_text, spec_text=spec_text, totals_of=totals,
-        verdict=verdict,
+        box_names=box_names, change=change, full_change=full_change, lay_out=lay_out,
+        lines_of=lines_of, percent=percent, rows_of=_rows, source_text=source_text,
+        spec_text=spec_text, totals_of=totals, verdict=verdict,
     )  # fmt: skip
     environment.filters["box_name"] = lambda place, names: names[place]
     environment.filters["printed"] = _printed

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from liger_fx.engine.drawing import Cost
-from liger_fx.report.amounts import ASSUMPTIONS, change, percent, totals
+from liger_fx.report.amounts import ASSUMPTIONS, change, full_change, percent, totals
 from liger_fx.report.facts import GraphDiff
 from liger_fx.report.folding import fold, fold_paths, shape
 from liger_fx.report.kinds import Kind, kinds, source_text
@@ -155,7 +155,7 @@ def _memory(diff: GraphDiff, rewritten: list[Kind]) -> list[tuple[Cell, ...]]:
 
 def _changes(before: Cost, after: Cost) -> tuple[str, ...]:
     pairs = (before.traffic, after.traffic), (before.saved, after.saved)
-    return tuple(text for a, b in pairs for text in (change(a, b), percent(a, b)))
+    return tuple(text for a, b in pairs for text in (full_change(a, b), percent(a, b)))
 
 
 def operator_counts(diff: GraphDiff, full: bool) -> Iterator[Section]:
