@@ -69,7 +69,9 @@ class TreeState:
         self.modes = [
             m.__dict__ for m in followed if m is root or _code_mentions(type(m), "training")
         ]
-        self.hooks = [h for m in followed for h in (m._forward_hooks, m._forward_pre_hooks)]
+        # The root's own hooks run around the graph, as around any forward.
+        below = [m for m in followed if m is not root]
+        self.hooks = [h for m in below for h in (m._forward_hooks, m._forward_pre_hooks)]
         # PyTorch numbers all hooks of the process: while the number stands, no new one does.
         self.hooks_seen = -1
         self.checkpointing = [m.__dict__ for m in followed if hasattr(m, "gradient_checkpointing")]
