@@ -120,7 +120,7 @@ class GraphModel(fx.GraphModule):
             self._warned.add(reason)
             warnings.warn(
                 f"{self.model_class.__name__}: no graph serves this call, so the model's own "
-                f"forward runs, with the named modules in place: {reason}.",
+                f"forward runs, with the named modules in place: {reason.rstrip('.')}.",
                 FallbackWarning,
                 stacklevel=4,
             )
