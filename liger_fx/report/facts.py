@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import fx
 from liger_fx import __version__
 from liger_fx.engine.site import Site
 from liger_fx.errors import UsageError
+from liger_fx.report.changes import SiteChange
 from liger_fx.report.verified import Verified
 
 FACES = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
@@ -71,6 +72,8 @@ class GraphDiff:
     guards: what the trace took for granted, one readable line each.
     opaque: the modules that the trace could not enter, one readable line each.
     verified: what verify() found, None when it was not asked.
+    changes: where the two are both optimised, what is rewritten in one of them alone.
+    versions_before: the versions that the first of two reports was made with.
     """
 
     before: Side
@@ -82,6 +85,8 @@ class GraphDiff:
     opaque: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=lambda: versions())
     verified: Verified | None = None
+    changes: tuple[SiteChange, ...] = ()
+    versions_before: dict[str, str] = field(default_factory=dict)
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -93,24 +98,25 @@ class GraphDiff:
         """The sites that looked like one and were left as they were, each with its reason."""
         return tuple(site for site in self.sites if site.reason is not None)
 
+    @property
+    def lost(self) -> tuple[SiteChange, ...]:
+        """The places at which something was rewritten in the first of two and is not any more."""
+        return tuple(change for change in self.changes if change.lost)
+
     @classmethod
     def between(cls, a: torch.nn.Module, b: torch.nn.Module, inputs: Any = None) -> GraphDiff:
         """Compare any two of: a plain model, a traced one, an optimised one.
 
         A plain model is traced first, with `inputs` as in liger_fx.trace (and raises what that
         raises). The sites, rules, guards and opaque modules are those of b's own report; a site
-        that a's report holds as well is no difference and is left out.
+        that a's report holds as well is no difference and is left out, and `changes` says what is
+        rewritten in one of them alone.
         """
         from liger_fx.api import trace
+        from liger_fx.report.between import Subject, compare
 
         graphs = [m if isinstance(m, fx.GraphModule) else trace(m, inputs) for m in (a, b)]
-        before, after = (Side.of(gm, gm.graph) for gm in graphs)
-        told, known = (getattr(gm, "report", None) for gm in reversed(graphs))
-        if told is None:
-            return cls(before, after)
-        shared = set(known.sites) if known is not None else set()
-        sites = tuple(site for site in told.sites if site not in shared)
-        return replace(told, before=before, after=after, sites=sites)
+        return compare(*map(Subject.of, graphs))
 
     def text(self, full: bool = False, color: bool = False) -> str:
         """The report as text; `full` lists every layer instead of folding alike ones, `color` adds

@@ -23,6 +23,8 @@ from liger_fx.report.kinds import Kind, kinds, source_text
 from liger_fx.report.layout import lay_out, lines_of
 from liger_fx.report.listing import box_names, spec_text
 from liger_fx.report.sections import (
+    CHANGED,
+    LOST,
     Section,
     headline,
     operator_counts,
@@ -55,6 +57,7 @@ def render(diff: GraphDiff) -> str:
             *operator_counts(diff, full=True),
             *(section for section in sections(diff) if section.title in _LISTED),
         ],
+        changed=[s for s in sections(diff) if s.title in (LOST, CHANGED)],
         data=_data(diff, found),
         style=style,
         script=script,

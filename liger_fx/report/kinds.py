@@ -39,10 +39,11 @@ def kinds(sites: Iterable[Site], full: bool = False) -> list[Kind]:
     """The sites by kind, in the order in which each kind first appears; ``full`` folds none."""
     if full:
         return [Kind((site,)) for site in sites]
-    return [Kind(tuple(group)) for group in fold(sites, key=_kind)]
+    return [Kind(tuple(group)) for group in fold(sites, key=kind_of)]
 
 
-def _kind(site: Site) -> Hashable:
+def kind_of(site: Site) -> Hashable:
+    """Equal for alike sites: the same rule, class, nodes and result or reason."""
     nodes = site.drawing or tuple(map(alike, site.before))
     return site.rule, site.before_class, site.after_class, nodes, alike(site.reason or "")
 

@@ -11,9 +11,18 @@ import html
 import re
 
 from liger_fx.report.facts import GraphDiff
-from liger_fx.report.sections import Cell, Section, Subgraph, Table, headline, sections
+from liger_fx.report.sections import (
+    CHANGED,
+    LOST,
+    Cell,
+    Section,
+    Subgraph,
+    Table,
+    headline,
+    sections,
+)
 
-_IN_SIGHT = {"Rules", "Refused", "Sites", "Memory, for one token", "Verified"}
+_IN_SIGHT = {LOST, CHANGED, "Rules", "Refused", "Sites", "Memory, for one token", "Verified"}
 # What Markdown takes for markup; an underscore inside a word is none.
 _MARKUP = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from liger_fx.engine.drawing import Cost
 from liger_fx.report.amounts import ASSUMPTIONS, change, full_change, percent, totals
+from liger_fx.report.changes import SiteChange
 from liger_fx.report.facts import GraphDiff
-from liger_fx.report.folding import fold, fold_paths, shape
+from liger_fx.report.folding import alike, fold, fold_paths, shape
 from liger_fx.report.kinds import Kind, kinds, source_text
 from liger_fx.report.listing import listing
 from liger_fx.report.tree import aligned, lines
@@ -47,6 +48,8 @@ class Subgraph:
 
 
 Section = Table | Lines | Subgraph
+LOST, CHANGED = "No longer rewritten", "Newly or otherwise rewritten"
+_CHANGE = ("rule", "where", "sites", "before", "now", "why")
 _MEMORY = ("where", "node after", "traffic", "change", "kept for backward", "change")
 
 
@@ -55,7 +58,12 @@ def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
     refused, rewritten = kinds(diff.refused, full), kinds(diff.rewritten, full)
     tree = aligned(diff.before.tree, diff.after.tree)
     modules = tuple((name or "model", *rest) for name, *rest in lines(tree, full))
+    lost, other = (
+        [change for change in diff.changes if change.lost is wanted] for wanted in (True, False)
+    )
     found: list[Section] = [
+        Table(LOST, _CHANGE, _changed(lost)),
+        Table(CHANGED, _CHANGE, _changed(other)),
         Table("Rules", ("rule", "found", "rewritten", "refused"), rule_counts(diff)),
         Table("Refused", ("rule", "where", "sites", "why", "model code"), _refused(refused)),
         Table("Sites", ("where", "sites", "in", "nodes before", "node after"), _sites(rewritten)),
@@ -68,7 +76,7 @@ def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
         Lines("Opaque modules", diff.opaque),
         Lines("The graph holds while", _guards(diff)),
         Lines("How bytes are counted", ASSUMPTIONS if _has_costs(diff) else ()),
-        Lines("Versions", (", ".join(f"{name} {v}" for name, v in diff.versions.items()),)),
+        Lines("Versions", _versions(diff)),
     ]
     return [section for section in found if _says_something(section)]
 
@@ -88,6 +96,12 @@ def headline(diff: GraphDiff) -> list[str]:
             f"({percent(a.traffic, b.traffic)}), activations kept {change(a.saved, b.saved)} "
             f"({percent(a.saved, b.saved)})"
         )
+    if diff.changes:
+        lost = len(diff.lost)
+        said.append(
+            f"{lost} {'place is' if lost == 1 else 'places are'} no longer rewritten as before, "
+            f"{len(diff.changes) - lost} changed otherwise"
+        )
     if diff.verified:
         said.append(f"verified: {verdict(diff.verified)}")
     return said
@@ -97,6 +111,32 @@ def verdict(verified: Verified) -> str:
     """What verify found, in a sentence."""
     told = "at least as accurate as the original" if verified.ok else "NOT as promised"
     return f"{told}, in {verified.dtype} on {verified.device}"
+
+
+def _changed(found: list[SiteChange]) -> list[tuple[Cell, ...]]:
+    alike_ones = fold(
+        found, key=lambda c: (c.rule, shape(c.path), c.before, c.after, alike(c.reason or ""))
+    )
+    return [
+        (
+            c.rule,
+            fold_paths(change.path for change in group),
+            len(group),
+            c.before or "-",
+            c.after or "-",
+            c.reason or ("" if c.after else "nothing like it is there any more"),
+        )
+        for group in alike_ones
+        for c in group[:1]
+    ]
+
+
+def _versions(diff: GraphDiff) -> tuple[str, ...]:
+    now, before = (
+        ", ".join(f"{name} {version}" for name, version in found.items())
+        for found in (diff.versions, diff.versions_before)
+    )
+    return (f"before: {before}", f"now: {now}") if before else (now,)
 
 
 def _says_something(section: Section) -> bool:
@@ -198,8 +238,8 @@ def _verified(found: Verified) -> Iterator[Section]:
     headers = ("", "original", "optimised", "ratio", "at most", "")
     yield Lines("Verified", (verdict(found), *found.faults))
     yield Table("Relative L2 error against float64", headers, rows)
-    alike = fold(found.sites, key=lambda s: (shape(s.path), s.rule, s.fault is None))
-    by_site = [_verified_sites(group) for group in alike]
+    groups = fold(found.sites, key=lambda s: (shape(s.path), s.rule, s.fault is None))
+    by_site = [_verified_sites(group) for group in groups]
     yield Table(
         "Each site against float64", ("where", "sites", "outputs", "gradients", ""), by_site
     )

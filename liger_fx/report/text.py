@@ -7,7 +7,7 @@ import textwrap
 from tabulate import tabulate
 
 from liger_fx.report.facts import GraphDiff
-from liger_fx.report.sections import Cell, Lines, Section, Subgraph, headline, sections
+from liger_fx.report.sections import LOST, Cell, Lines, Section, Subgraph, headline, sections
 
 _CELL = 52
 _BOLD, _DIM, _GREEN, _YELLOW = "1", "2", "1;32", "1;33"
@@ -19,7 +19,7 @@ def render(diff: GraphDiff, full: bool = False, color: bool = False) -> str:
     first, *rest = headline(diff)
     parts = ["\n".join([_styled(first, _GREEN if good else _YELLOW, color), *rest])]
     for section in sections(diff, full):
-        style = _YELLOW if section.title == "Refused" else _BOLD
+        style = _YELLOW if section.title in (LOST, "Refused") else _BOLD
         parts.append(f"{_styled(section.title, style, color)}\n{_body(section, color)}")
     return "\n\n".join(parts)
 
