@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from liger_fx.errors import FallbackWarning, LigerFxError
 from liger_fx.plan import Plan
+from liger_fx.refusals import Refusals
 from liger_fx.report import GraphDiff
 from liger_fx.tracing.call import (
     CallSpec,
@@ -65,6 +66,7 @@ class GraphModel(fx.GraphModule):
         self.plans = plans
         self._make_plan = make_plan
         self._warned: set[str] = set()
+        self._refusals = Refusals()
         self.graph = plans[0].graph
 
     @property
@@ -94,18 +96,25 @@ class GraphModel(fx.GraphModule):
             if plan.holds(self, arguments):
                 return plan.run(self, arguments)
         try:
-            plan = self._new_plan(arguments)
+            call = describe_call(self, arguments)
+        except UnsupportedCall as unsupported:
+            return self._run_original(str(unsupported), args, kwargs)
+        known = self._refusals.reason(self, arguments)
+        if known is not None:
+            return self._run_original(known, args, kwargs)
+        try:
+            plan = self._new_plan(call, arguments)
         except (UnsupportedCall, LigerFxError) as reason:
+            self._refusals.remember(self, arguments, str(reason))
             return self._run_original(str(reason), args, kwargs)
         return plan.run(self, arguments)
 
-    def _new_plan(self, arguments: dict[str, Any]) -> Plan:
+    def _new_plan(self, call: CallSpec, arguments: dict[str, Any]) -> Plan:
         if len(self.plans) >= _MAX_PLANS:
             raise UnsupportedCall(
                 f"it is called in more than {_MAX_PLANS} ways, this time with "
                 f"{', '.join(sorted(arguments))}"
             )
-        call = describe_call(self, arguments)
         # Example sizes first; where the model's code asks something of the sizes that these do not
         # answer as the call's do, the call's own.
         for candidate in (call, with_sizes_of(call, arguments)):
@@ -155,6 +164,7 @@ class GraphModel(fx.GraphModule):
             "plans",
             "_make_plan",
             "_warned",
+            "_refusals",
         }
         return {name: value for name, value in self.__dict__.items() if name not in own}
 

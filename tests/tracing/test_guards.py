@@ -159,6 +159,26 @@ def test_gradient_checkpointing_and_hooks_run_the_original() -> None:
     assert seen == [1]
 
 
+def test_a_call_that_no_graph_can_serve_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = liger_fx.trace(llama())
+    make_plan, tries = traced._make_plan, []
+
+    def counting(root: nn.Module, call: object) -> object:
+        tries.append(call)
+        return make_plan(root, call)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(traced, "_make_plan", counting)
+    traced.train()
+    traced.gradient_checkpointing_enable()
+    with pytest.warns(FallbackWarning):
+        for _ in range(3):
+            traced(**CALL, labels=IDS)
+    assert len(tries) == 1
+    traced.gradient_checkpointing_disable()
+    traced(**CALL, labels=IDS)
+    assert len(tries) == 2 and len(traced.plans) == 2
+
+
 def test_a_plain_argument_that_changes_every_time_does_not_pile_up_graphs() -> None:
     class Scales(nn.Module):
         def forward(self, x: torch.Tensor, by: float) -> torch.Tensor:
