@@ -116,7 +116,7 @@ def train(recipe: Recipe, seed: int, with_liger_fx: bool, device: str) -> dict[s
         "liger_fx": with_liger_fx,
         "seed": seed,
         "seconds": seconds,
-        "losses": [loss.item() for loss in losses],
+        "losses": [round(loss.item(), 5) for loss in losses],
         "held_back_loss": held_back,
     }
 
