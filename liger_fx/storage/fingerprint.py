@@ -33,7 +33,7 @@ _LOOK_UPS = "transformers.modeling_utils"
 
 def fingerprint(root: nn.Module, graphs: Iterable[fx.Graph]) -> dict[str, Any]:
     """The files of the classes of ``root`` and of the lines that the graphs' nodes come from, and
-    the functions that wrap a forward; SaveError where code has no file to notice a change in."""
+    the functions that wrap a forward; None for a module whose source is in no file."""
     classes = {class_of(module) for module in root.modules()}
     names = {b.__module__ for cls in classes for b in cls.__mro__ if _is_model_code(b.__module__)}
     for graph in graphs:
@@ -42,14 +42,19 @@ def fingerprint(root: nn.Module, graphs: Iterable[fx.Graph]) -> dict[str, Any]:
         # modeling_utils and liger_fx are where calls pass through, not what computes
         names |= {n for n in traced if n != _LOOK_UPS and not n.startswith("liger_fx.")}
     code = {name: _hash_of_module(name) for name in sorted(names)}
-    for name, digest in code.items():
+    code |= dict(sorted(_wrappers(classes).items()))
+    return {"code": code, "versions": versions()}
+
+
+def require(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint; SaveError where code has no file, so that no change could be noticed."""
+    for name, digest in record["code"].items():
         if digest is None:
             raise SaveError(
                 f"The code of {name} is in no file, so that a later change of it could not be "
                 "noticed: put it into a module."
             )
-    code |= dict(sorted(_wrappers(classes).items()))
-    return {"code": code, "versions": versions()}
+    return dict(record)
 
 
 def _is_model_code(module: str) -> bool:

@@ -22,8 +22,10 @@ from transformers.utils.generic import ModelOutput
 from liger_fx.errors import LoadError
 from liger_fx.storage.json_file import shown
 from liger_fx.storage.targets import (
+    ARITY,
     ENTER_AUTOCAST,
     EXIT_AUTOCAST,
+    OPERATORS,
     PROPERTIES,
     SET_GRAD_ENABLED,
 )
@@ -52,6 +54,8 @@ class Reference(NamedTuple):
 
 def check(name: str, target: Any, args: Args, kwargs: Kwargs) -> Reference | None:
     """LoadError unless these arguments suit the function; a name that is to be resolved, if any."""
+    if target in OPERATORS and (kwargs or len(args) != ARITY.get(target, 2)):
+        raise LoadError(f"takes {ARITY.get(target, 2)} values, not {len(args)}", "args")
     checker = _CHECKERS.get(target)
     if checker is None:
         return None
@@ -159,6 +163,7 @@ def resolve(references: Iterable[Reference], modules: set[str]) -> None:
             fits = isinstance(found, type) and issubclass(found, ModelOutput)
         else:
             fits = isinstance(found, FunctionType) and found.__module__ == module
+            fits = fits and "attention" in name
         if not fits:
             what = "output class" if reference.is_class else "attention function"
             raise LoadError(f"{shown(reference.text)} is no {what} of this model", reference.node)

@@ -67,6 +67,12 @@ def load(
         tree = skeleton.from_model(saved, model)
     else:
         _device(saved.document.device)
+        if saved.document.saved_device.type == "meta":
+            raise LoadError(
+                "was made of a model without weights, so it lacks the tensors that the model's "
+                "code makes: give the model itself, load(path, model=...)",
+                "graph.json",
+            )
         tree = skeleton.from_config(saved)
     places = skeleton.check(tree, saved.document)
     _fill(saved, places, _weights(saved, checkpoint, model), dtype)
@@ -123,8 +129,14 @@ def _fill(
 
 
 def _read(stored: Stored, wanted: list[Tensor]) -> Iterator[tuple[Tensor, torch.Tensor]]:
-    by_name = {next(n for n in t.places if n in stored.entries): t for t in wanted}
-    for name, value in stored.read(by_name):
+    by_name = {name: t for t in wanted for name in t.places if name in stored.entries}
+    there = set(map(id, by_name.values()))
+    lacking = [t.path for t in wanted if id(t) not in there]
+    if lacking:
+        raise LoadError("was saved without values", lacking[0])
+    # tied tensors may be in a checkpoint more than once
+    first = {id(t): name for name, t in reversed(by_name.items())}
+    for name, value in stored.read(first.values()):
         yield by_name[name], value
 
 
@@ -151,8 +163,6 @@ def _dtypes(found: Document, dtype: torch.dtype | None) -> dict[str, torch.dtype
 
 def _finished(saved: Saved, tree: nn.Module) -> GraphModel:
     found = saved.document
-    if any(t.is_meta for t in (*tree.parameters(), *tree.buffers())) and found.has_weights:
-        raise AssertionError("a tensor was left on the meta device")
     _set_modes(tree, found)
     kinds = _kinds(found, tree)
     plans = []

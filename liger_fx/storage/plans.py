@@ -171,10 +171,10 @@ def _read_constants(record: dict[str, Any], devices: Devices) -> dict[str, Any]:
 def _read_autocast(record: dict[str, Any], devices: Devices) -> dict[str, torch.dtype | None]:
     with inside("autocast"):
         for kind in record:
-            if ":" in kind or devices.read(kind).type == "meta":
+            if ":" in kind or Devices().read(kind).type == "meta":
                 raise LoadError(f"{shown(kind)} is no type of device")
         return {
-            devices.type_for(kind): None if dtype is None else read_dtype(dtype)
+            devices.type_for("meta" if devices.from_meta else kind): dtype and read_dtype(dtype)
             for kind, dtype in record.items()
         }
 

@@ -66,6 +66,11 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
         )
     tensors = describe(opt, wanted_tensors(plans))
     document = _document(opt, plans, tensors, weights)
+    if document["device"] == "meta" and weights:
+        raise SaveError(
+            f"This {type(opt).__name__} has no weights, it is on the meta device: save it with "
+            "weights=False."
+        )
     with replacing(Path(path)) as folder:
         write_file(folder / GRAPH, [dump(document)])
         if document["model"]["model_type"] is not None:
@@ -117,7 +122,7 @@ def write_tensors(
     """The safetensors files of these tensors of ``opt``; ``checkpoint``: those of the model too."""
     places = {slot.path: slot.tensor for slot in tree.slots(opt)}
     made = {t.path: places[t.path] for t in tensors if not t.in_checkpoint}
-    if made:
+    if made and not any(tensor.is_meta for tensor in made.values()):
         write_file(folder / BUFFERS, chunks(made))
     if not checkpoint:
         return
@@ -151,7 +156,9 @@ def _document(
             "class": opt.model_class.__name__,
             "model_type": settings.model_type if rebuilt else None,
         },
-        "fingerprint": fingerprint.fingerprint(opt, [plan.graph for plan in plans]),
+        "fingerprint": fingerprint.require(
+            fingerprint.fingerprint(opt, [plan.graph for plan in plans])
+        ),
         "device": str(device),
         "training": opt.training,
         "other_modes": [p for p, m in opt.named_modules() if m.training != opt.training],

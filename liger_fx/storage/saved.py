@@ -54,7 +54,7 @@ def read_saved(folder: Path, device: torch.device | None = None) -> Saved:
     checkpoint = Stored.in_checkpoint(folder) if found.has_weights else None
     if checkpoint is not None:
         checkpoint.check([t for t in found.tensors if t.in_checkpoint], exact=True)
-    made = [t for t in found.tensors if not t.in_checkpoint]
+    made = [t for t in found.tensors if not t.in_checkpoint and found.saved_device.type != "meta"]
     constants = Stored.in_files([folder / BUFFERS] if made else [])
     with inside(BUFFERS):
         constants.check(made, exact=True)

@@ -92,13 +92,14 @@ def check(root: nn.Module, found: Document) -> dict[str, Slot]:
 
 def _compare_modules(saved: list[list[str]], now: list[list[str]]) -> None:
     ours = {path: rest for path, *rest in now}
-    for path, class_name, digest in saved:
+    for path, class_name, _ in saved:
         if path not in ours:
             raise LoadError(f"the model has no module {shown(path)}, a {class_name}", "modules")
-        if ours.pop(path) != [class_name, digest]:
+    for path, *rest in saved:
+        if ours.pop(path) != rest:
             raise LoadError(
-                f"the module {shown(path)} is not the {class_name} that was saved: another class, "
-                "or other attributes",
+                f"the module {shown(path)} is not the {rest[0]} that was saved: another class, "
+                "config or attribute",
                 "modules",
             )
     if ours:

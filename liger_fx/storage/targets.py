@@ -85,6 +85,12 @@ abs add and_ contains eq floordiv ge getitem gt iadd iand ifloordiv ilshift imat
 inv invert ior ipow irshift is_ is_not isub itruediv ixor le lshift lt matmul mod mul ne neg not_
 or_ pos pow rshift setitem sub truediv truth xor
 """
+# How many values an operator takes, where it is not two.
+ARITY = {
+    **dict.fromkeys((operator.abs, operator.inv, operator.invert, operator.neg), 1),
+    **dict.fromkeys((operator.not_, operator.pos, operator.truth), 1),
+    operator.setitem: 3,
+}
 _LEAVES = (
     leaves.attention, leaves.build_mask, leaves.new_cache, leaves.cache_call, leaves.model_output,
 )  # fmt: skip
@@ -137,6 +143,7 @@ def _table() -> dict[str, Any]:
 
 
 FUNCTIONS = _table()
+OPERATORS = frozenset(getattr(operator, name) for name in _OPERATORS.split())
 _NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from liger_fx.graph_model import GraphModel
 from liger_fx.storage.named_modules import is_named
 
 _INTERNALS = frozenset(nn.Module().__dict__)
@@ -23,10 +24,9 @@ _INTERNALS = frozenset(nn.Module().__dict__)
 _PASSING = {
     "gradient_checkpointing", "_gradient_checkpointing_func", "name_or_path", "_is_hf_initialized",
 }  # fmt: skip
-# GraphModule's own, on an optimised model's root.
-_GRAPH_MODEL = {
-    "_graph", "_code", "_lineno_map", "_prologue_start", "plans", "_make_plan", "_warned", "meta",
-    "graph", "shape_env", "_deepcopy_hooks", "_replace_hooks", "_create_node_hooks",
+# What torch.fx.GraphModule keeps on an optimised model's root.
+_GRAPH_MODULE = {
+    "meta", "shape_env", "_deepcopy_hooks", "_replace_hooks", "_create_node_hooks",
     "_erase_node_hooks", "_tracer_cls", "_tracer_extras",
 }  # fmt: skip
 
@@ -95,10 +95,11 @@ def _digest(module: nn.Module, configs: dict[int, str]) -> str:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    skipped = _INTERNALS | _PASSING | _GRAPH_MODEL
+    skipped = _INTERNALS | _PASSING | _GRAPH_MODULE
+    held = module._attributes() if isinstance(module, GraphModel) else vars(module)
     return {
         name: value
-        for name, value in vars(module).items()
+        for name, value in held.items()
         if name not in skipped and not isinstance(value, (torch.Tensor, nn.Module))
     }
 

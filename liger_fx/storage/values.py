@@ -49,6 +49,11 @@ class Devices:
     def __init__(self, moved: Mapping[torch.device, torch.device] | None = None) -> None:
         self.moved = moved or {}
 
+    @property
+    def from_meta(self) -> bool:
+        """Whether the graph was made without a device, for whichever it comes to."""
+        return any(old.type == "meta" for old in self.moved)
+
     def read(self, name: Any, place: str = "") -> torch.device:
         """The device that the file names, or the one in its place."""
         expect(name, STRING, place)
@@ -60,7 +65,8 @@ class Devices:
     def type_for(self, device_type: str) -> str:
         """The type of device in the place of one of this type."""
         types = {old.type: new.type for old, new in self.moved.items()}
-        return types.get(device_type, device_type)
+        moved = types.get(device_type, device_type)
+        return device_type if moved == "meta" else moved  # it computes nothing
 
 
 def dtype_name(dtype: torch.dtype) -> str:

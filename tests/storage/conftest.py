@@ -1,0 +1,39 @@
+"""One thread, transformers kept quiet, and one tiny optimised Llama saved for all tests to read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import liger_fx
+from liger_fx.graph_model import GraphModel
+from tests.support.families import build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_quiet_thread() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def llama() -> GraphModel:
+    """An optimised Llama of one layer, not to be changed."""
+    return liger_fx.optimize(build("llama", num_hidden_layers=1))
+
+
+@pytest.fixture(scope="session")
+def _saved(llama: GraphModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "llama"
+    liger_fx.save(llama, folder)
+    return folder
+
+
+@pytest.fixture
+def saved(_saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved Llama, to be damaged."""
+    return Path(shutil.copytree(_saved, tmp_path / "llama"))

@@ -1,0 +1,43 @@
+"""Small modules that are no transformers models."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+TABLE = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+class Norm(nn.Module):
+    """RMSNorm by hand."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Net(nn.Module):
+    """A norm between two linear layers, with a scale that only an attribute tells."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = scale
+        self.first, self.norm, self.second = nn.Linear(8, 8), Norm(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(self.first(x))) * self.scale
+
+
+class UsesConstants(nn.Module):
+    """Reads a tensor that no module holds, and one that is a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = torch.arange(4.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * TABLE + self.steps
