@@ -98,8 +98,9 @@ def _called(trace: Trace) -> dict[str, tuple[str, Source | None, bool]]:
         if node.op == "call_module":
             leaves.setdefault(str(node.target), node)
     called = {c.path: (c.cls.__name__, first.get(c.index), False) for c in trace.calls if c.path}
+    modules = dict(trace.root.named_modules(remove_duplicate=False))
     for path, node in leaves.items():
-        cls = type(trace.root.get_submodule(path))
+        cls = type(modules[path])
         if not cls.__module__.startswith(("torch.nn", "liger_fx.")):
             called[path] = (cls.__name__, node.meta.get("source"), True)
         else:
