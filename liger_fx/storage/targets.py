@@ -86,11 +86,8 @@ inv invert ior ipow irshift is_ is_not isub itruediv ixor le lshift lt matmul mo
 or_ pos pow rshift setitem sub truediv truth xor
 """
 # How many values an operator takes, where it is not two.
-ARITY = {
-    **dict.fromkeys((operator.abs, operator.inv, operator.invert, operator.neg), 1),
-    **dict.fromkeys((operator.not_, operator.pos, operator.truth), 1),
-    operator.setitem: 3,
-}
+_ONE = ("abs", "inv", "invert", "neg", "not_", "pos", "truth")
+ARITY: dict[Any, int] = {**{getattr(operator, name): 1 for name in _ONE}, operator.setitem: 3}
 _LEAVES = (
     leaves.attention, leaves.build_mask, leaves.new_cache, leaves.cache_call, leaves.model_output,
 )  # fmt: skip
