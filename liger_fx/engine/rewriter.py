@@ -49,9 +49,10 @@ def rewrite(trace: Trace, rules: Iterable[Rule], selection: Selection | None = N
     rules, sites = list(rules), list[Site]()
     with _garbage_kept():
         facts = Facts(trace)
-        drawer = Drawer(facts)
+        drawer, view = Drawer(facts), Terms(trace.root)
         for rule in rules:
-            _Pass(facts, rule, selection or Selection(), drawer).run(sites)
+            if _Pass(facts, view, rule, selection or Selection(), drawer).run(sites):
+                view = Terms(trace.root)
         follow(trace.calls, facts)
         sites += unexplained(trace, rules, sites)
     return Rewriting(trace.graph, trace.root, sites)
@@ -72,13 +73,16 @@ def _garbage_kept() -> Iterator[None]:
 class _Pass:
     """One rule over the whole graph."""
 
-    def __init__(self, facts: Facts, rule: Rule, selection: Selection, drawer: Drawer) -> None:
-        self.facts, self.rule, self.selection, self.drawer = facts, rule, selection, drawer
-        self.view = Terms(facts.root)
-        self.mounting = Mounting(rule, facts, self.view)
+    def __init__(
+        self, facts: Facts, view: Terms, rule: Rule, selection: Selection, drawer: Drawer
+    ) -> None:
+        self.facts, self.view, self.drawer = facts, view, drawer
+        self.rule, self.selection = rule, selection
+        self.mounting = Mounting(rule, facts, view)
         self.plans: dict[fx.Node, Plan] = {}
 
-    def run(self, sites: list[Site]) -> None:
+    def run(self, sites: list[Site]) -> bool:
+        """Append the rule's sites; whether the graph has changed."""
         matches, refusals = search(self.rule, self.facts, self.view, self._allow)
         for refusal in refusals:
             site = refused(self.rule, refusal, self.facts)
@@ -88,6 +92,7 @@ class _Pass:
         if matches:
             erase_unread(self.facts, (n for m in matches for n in (*m.covered, m.root)))
             self.facts.trace.graph.lint()
+        return bool(matches)
 
     def _allow(self, match: Match) -> None:
         """Raises Reject; what was decided is kept for the replacement."""
