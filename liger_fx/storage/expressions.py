@@ -22,6 +22,7 @@ from liger_fx.errors import LoadError
 from liger_fx.storage.json_file import shown
 
 _MAX_LENGTH = 500
+_MAX_DEPTH = 60
 _OPERATORS = (
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.Not,
     ast.And, ast.Or, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Load,
@@ -49,12 +50,14 @@ def _names_in(text: str) -> frozenset[str]:
         raise LoadError(f"{shown(text)} is too long for an expression of sizes")
     try:
         tree = ast.parse(text, mode="eval")
-        return frozenset(_visit(tree))
+        return frozenset(_visit(tree, 0))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise LoadError(f"{shown(text)} is no expression") from None
 
 
-def _visit(node: ast.AST) -> set[str]:
+def _visit(node: ast.AST, depth: int) -> set[str]:
+    if depth > _MAX_DEPTH:
+        raise LoadError("an expression of sizes is nested too deeply")
     if isinstance(node, ast.Name):
         return _size_name(node.id)
     if isinstance(node, ast.Constant):
@@ -63,12 +66,12 @@ def _visit(node: ast.AST) -> set[str]:
             raise LoadError(f"{shown(value)} is no size")
         return set()
     if isinstance(node, ast.Call):
-        return _visit_call(node)
+        return _visit_call(node, depth)
     if not isinstance(node, _FORMS):
         raise LoadError(f"an expression of sizes has no {type(node).__name__}")
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         _check_power(node.right)
-    return set().union(*map(_visit, ast.iter_child_nodes(node)))
+    return set().union(*(_visit(part, depth + 1) for part in ast.iter_child_nodes(node)))
 
 
 def _size_name(name: str) -> set[str]:
@@ -77,14 +80,14 @@ def _size_name(name: str) -> set[str]:
     return {name}
 
 
-def _visit_call(node: ast.Call) -> set[str]:
+def _visit_call(node: ast.Call, depth: int) -> set[str]:
     function = node.func
     known = isinstance(function, ast.Name) and function.id in _FUNCTIONS
     if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
         known = function.value.id == "math" and function.attr in _MATH
     if not known or node.keywords:
         raise LoadError(f"{shown(ast.unparse(function))} is no function of sizes")
-    return set().union(*map(_visit, node.args))
+    return set().union(*(_visit(part, depth + 1) for part in node.args))
 
 
 def _check_power(exponent: ast.expr) -> None:
