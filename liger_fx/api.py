@@ -66,7 +66,7 @@ def optimize(
     if verify:
         optimized = _without_faults(model, inputs, selection, optimized)
     assert optimized.report is not None
-    _judge(model, optimized.report, strict)
+    _judge(model, optimized.report, selection, strict)
     return optimized
 
 
@@ -137,13 +137,15 @@ def _selection(model: nn.Module, rules: Iterable[str] | None, exclude: Iterable[
     return selection
 
 
-def _judge(model: nn.Module, report: GraphDiff, strict: bool) -> None:
+def _judge(model: nn.Module, report: GraphDiff, selection: Selection, strict: bool) -> None:
     name = type(model).__name__
     refused = len(report.refused)
-    if strict and refused:
-        first = report.refused[0]
+    # What the caller chose to leave alone is not missed.
+    missed = [s for s in report.refused if selection.refusal(s.rule, s.path) is None]
+    if strict and missed:
+        first = missed[0]
         raise MissedSiteError(
-            f"{name}: {refused} of {len(report.sites)} sites were not rewritten; the first is "
+            f"{name}: {len(missed)} of {len(report.sites)} sites were not rewritten; the first is "
             f"{first.path} ({first.rule}): {first.reason}"
         )
     if report.rewritten:

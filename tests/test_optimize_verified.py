@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import liger_fx
-from liger_fx.errors import UsageError, VerificationError, VerificationWarning
+from liger_fx.errors import MissedSiteError, UsageError, VerificationError, VerificationWarning
 from liger_fx.modules import LigerRMSNorm, LigerRotaryEmbedding
 from liger_fx.tiny import tiny_model
 
@@ -70,3 +70,10 @@ def test_one_rule_at_one_place_can_be_left_alone() -> None:
     assert kinds["model.layers.0.self_attn.rotary_embedding"] == "LigerRotaryEmbedding"
     with pytest.raises(UsageError, match="rms_norm@nowhere"):
         liger_fx.optimize(tiny_model("llama"), exclude=["rms_norm@nowhere"])
+
+
+def test_strict_does_not_count_what_was_left_alone_on_purpose() -> None:
+    opt = liger_fx.optimize(tiny_model("llama"), exclude=["gated_mlp"], strict=True)
+    assert {site.rule for site in opt.report.refused} == {"gated_mlp"}
+    with pytest.raises(MissedSiteError, match="LayerNorm"):
+        liger_fx.optimize(tiny_model("cohere2"), exclude=["gated_mlp"], strict=True)
