@@ -18,10 +18,10 @@ from pathlib import Path
 
 from torch import nn
 
-from liger_fx import __version__
 from liger_fx.errors import SaveError
 from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
+from liger_fx.report.facts import versions
 from liger_fx.storage import named_modules
 from liger_fx.storage.directory import replacing, write_file
 from liger_fx.storage.model_class import is_known
@@ -109,7 +109,7 @@ def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str)
     return _MODULE.format(
         name=class_name,
         base=opt.model_class.__name__,
-        version=__version__,
+        version=versions()["liger_fx"],
         # the graph's own regions leave the caller's grad mode as it is
         guards="\n".join(f"    {t}" for t in plan.guards.describe() if "grad mode" not in t),
         imports="\n".join(_import_lines(opt, statements)),
