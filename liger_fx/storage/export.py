@@ -43,10 +43,11 @@ def export(
 ) -> torch.export.ExportedProgram:
     """Export what ``liger_fx.optimize`` returned for inference, and write it to ``path`` (.pt2).
 
-    Batch and length may vary, as may every size of an input that is a name in the graph's guards;
-    what the model's code asks of them is checked when the program runs. A program of a transformers
-    model takes the tensors by name and returns a dictionary of those its output has; it keeps no
-    cache. The model is exported in eval mode and stays as it is.
+    Batch and length may vary; what the model's code asks of them is checked when the program runs.
+    A program of a transformers model takes the tensors by name and returns a dictionary of those
+    its output has; it keeps no cache. The model is exported in eval mode and stays as it is.
+    (Experts of transformers bring an operator of their own along: import
+    transformers.integrations.moe as well before such a program is loaded.)
 
     inputs: the kind of call, as for ``liger_fx.optimize``.
 
@@ -131,12 +132,16 @@ def _examples(call: CallSpec) -> dict[str, torch.Tensor]:
 
 
 def _dynamic(call: CallSpec) -> dict[str, Any]:
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = {
-        name: {i: dynamic for i, size in enumerate(spec.sizes) if isinstance(size, str)}
+    """Batch and length must stay free; of other sizes torch.export finds out which can."""
+    dim = torch.export.Dim
+    return {
+        name: {
+            i: dim.DYNAMIC if size in ("batch", "sequence") else dim.AUTO
+            for i, size in enumerate(spec.sizes)
+            if isinstance(size, str)
+        }
         for name, spec in call.tensors.items()
     }
-    return shapes
 
 
 def _write(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -69,6 +69,7 @@ def _hash_of_module(name: str) -> str | None:
     return _hash_of_file(file) if isinstance(file, str) else None
 
 
+@functools.lru_cache(maxsize=256)
 def _hash_of_file(file: str) -> str | None:
     lines = _lines(file)
     return _hash(lines) if lines else None

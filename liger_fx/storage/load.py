@@ -25,7 +25,7 @@ from liger_fx.storage import skeleton
 from liger_fx.storage.checks import inside
 from liger_fx.storage.document import Document
 from liger_fx.storage.saved import Saved, read_saved
-from liger_fx.storage.sources import locate
+from liger_fx.storage.sources import locate, located
 from liger_fx.storage.stored import Stored
 from liger_fx.storage.tree import PARAMETER, Slot
 from liger_fx.storage.weights import Tensor, total_bytes
@@ -170,7 +170,9 @@ def _finished(saved: Saved, tree: nn.Module) -> GraphModel:
         for node in part.graph.nodes:
             if node.meta["source"] is not None:
                 node.meta["source"] = locate(node.meta["source"])
-        plan = Plan.restored(part.graph, part.guards, part.opaque, part.followed, report)
+        plan = Plan.restored(
+            part.graph, part.guards, part.opaque, part.followed, report and located(report)
+        )
         plan.assume(tree, kinds)
         plans.append(plan)
     if not any(plan.fits(tree) for plan in plans):

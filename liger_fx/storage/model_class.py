@@ -9,6 +9,7 @@ none larger, are made than the saved graph has.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -72,13 +74,29 @@ def build(
     LoadError if it cannot be, or has more ``modules`` or a tensor of more elements than given.
     """
     try:
-        with torch.device("meta"), _at_most(modules, largest):
+        with torch.device("meta"), _NoInit(), _at_most(modules, largest):
             model: PreTrainedModel = cls._from_config(config)
             return model
     except LoadError:
         raise
     except Exception as error:  # a config class may accept what its model cannot be built from
         raise LoadError(f"gives no {cls.__name__}: {one_line(error)}") from None
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out what would initialise tensors without memory: a third of the time they take."""
+
+    _initialising = frozenset(filter(inspect.isfunction, vars(nn.init).values()))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._initialising:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 @contextmanager

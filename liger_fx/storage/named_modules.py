@@ -134,7 +134,7 @@ def _make(record: Mapping[str, Any], original: nn.Module | None) -> nn.Module:
             taken = {"weight": held[names[0]]}
     try:
         made: nn.Module = CLASSES[record["class"]](**taken, **record["options"])
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # options of the right types may still make no sense together
         raise LoadError(f"make no {record['class']}: {error}", "options") from None
     registered = [name for name, p in made._parameters.items() if p is not None]
     if registered != record["parameters"] or list(made._modules) != record["children"]:

@@ -96,9 +96,9 @@ class Statements:
         if _is_boundary(node) or module == self._module:
             return
         self._module = module
-        if self._dead:
-            yield f"del {', '.join(self._dead)}"
-            self._dead = []
+        for i in range(0, len(self._dead), 4):
+            yield f"del {', '.join(self._dead[i : i + 4])}"
+        self._dead = []
         yield ""
         yield f"# {module or 'the model'}"
 

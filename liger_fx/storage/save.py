@@ -37,6 +37,7 @@ from liger_fx.storage.json_file import dump
 from liger_fx.storage.model_class import is_known
 from liger_fx.storage.plans import encode_plan
 from liger_fx.storage.saved import read_saved
+from liger_fx.storage.sources import portable
 from liger_fx.storage.tensors import chunks
 from liger_fx.storage.tree import ATTRIBUTE, Slot
 from liger_fx.storage.weights import Tensor, describe, encode, index_of, shards
@@ -77,7 +78,7 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
             write_configs(opt, folder)
         for i, plan in enumerate(plans):
             if plan.report is not None:
-                write_file(folder / report_name(i), [plan.report.json().encode()])
+                write_file(folder / report_name(i), [portable(plan.report).json().encode()])
         write_tensors(opt, folder, tensors, checkpoint=weights)
         problem = _problem(opt, folder)
         if problem is not None and weights:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from liger_fx.errors import LoadError
+from liger_fx.report import GraphDiff
 from liger_fx.tracing.trace import Source
 
 _NAME = re.compile(r"[\w.<>/-]{1,300}")
@@ -47,3 +50,22 @@ def locate(source: Source) -> Source:
     """File and line, where the module of that name is imported; else the same."""
     file = getattr(sys.modules.get(source[0]), "__file__", None)
     return (file if isinstance(file, str) else source[0]), source[1]
+
+
+def portable(report: GraphDiff) -> GraphDiff:
+    """The report with its sites' sources as ``write_source`` writes them."""
+
+    def named(source: Source) -> Source:
+        return module_of(source[0]), source[1]
+
+    return _with_sources(report, named)
+
+
+def located(report: GraphDiff) -> GraphDiff:
+    """A ``portable`` report with the files of this machine."""
+    return _with_sources(report, locate)
+
+
+def _with_sources(report: GraphDiff, change: Callable[[Source], Source]) -> GraphDiff:
+    sites = (replace(site, source=site.source and change(site.source)) for site in report.sites)
+    return replace(report, sites=tuple(sites))
