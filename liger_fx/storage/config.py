@@ -22,6 +22,7 @@ from liger_fx.storage.json_file import shown
 from liger_fx.storage.tree import config_facts as facts
 
 _KEY = re.compile(r"(?!__)[A-Za-z_][\w.-]{0,199}|\d{1,9}", re.ASCII)
+_ELSEWHERE = re.compile(r"(hf[-_]hub|local-dir|file|https?|ftp):", re.IGNORECASE)
 _REFUSED = {
     "auto_map": "code of a hub",
     "quantization_config": "quantised weights",
@@ -29,6 +30,7 @@ _REFUSED = {
     "trust_remote_code": "code of a hub",
     "compile_config": "compilation",
     "custom_generate": "code of a hub",
+    "backbone": "a model by its name",
 }
 # Sizes and counts are far below; a list of this many is still no harm.
 _LARGEST = 2**24
@@ -64,6 +66,8 @@ def _check_entry(key: str, item: Any, place: str) -> None:
         raise LoadError(f"asks for {_REFUSED[key]}, which is not loaded", key)
     if key.endswith("_implementation") and isinstance(item, str) and "/" in item:
         raise LoadError(f"asks for code of a hub: {shown(item)}", key)
+    if isinstance(item, str) and _ELSEWHERE.match(item):
+        raise LoadError(f"asks for something from elsewhere: {shown(item)}", key)
     if type(item) is int and abs(item) > _LARGEST and not _is_base(key):
         raise LoadError(f"{shown(item)} is larger than any size of a model", key)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from liger_fx.errors import LoadError, RetraceWarning, UsageError, one_line
 from liger_fx.graph_model import GraphModel, graph_class
@@ -61,6 +61,8 @@ def load(
     """
     if model is not None and (checkpoint, device, dtype) != (None, None, None):
         raise UsageError("load(model=...) takes the weights as they are: give no other argument.")
+    if isinstance(model, fx.GraphModule):
+        raise UsageError("load(model=...) takes the model itself, not an optimised one.")
     target = _device(device) if model is None else _device_of(model)
     saved = read_saved(Path(path), target)
     if model is not None:
@@ -93,7 +95,10 @@ def _device(device: torch.device | str | None) -> torch.device | None:
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
-    return next((p.device for p in model.parameters()), None)
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        raise UsageError(f"The model is on several devices: {', '.join(map(str, devices))}.")
+    return devices.pop() if devices else None
 
 
 def _weights(saved: Saved, checkpoint: StrPath | None, model: nn.Module | None) -> Stored | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers import PreTrainedConfig
 
 from liger_fx.graph_model import GraphModel
@@ -24,11 +24,8 @@ _INTERNALS = frozenset(nn.Module().__dict__)
 _PASSING = {
     "gradient_checkpointing", "_gradient_checkpointing_func", "name_or_path", "_is_hf_initialized",
 }  # fmt: skip
-# What torch.fx.GraphModule keeps on an optimised model's root.
-_GRAPH_MODULE = {
-    "meta", "shape_env", "_deepcopy_hooks", "_replace_hooks", "_create_node_hooks",
-    "_erase_node_hooks", "_tracer_cls", "_tracer_extras",
-}  # fmt: skip
+# What torch.fx keeps on an optimised model's root.
+_GRAPH_MODULE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 
 PARAMETER, BUFFER, CONSTANT, ATTRIBUTE = "parameter", "buffer", "constant", "attribute"
 # In a checkpoint are parameters and persistent buffers, the rest belongs to the model's code.

@@ -1,4 +1,4 @@
-"""Architectures with habits of their own: encoders and decoders, scans, constants, complex tables."""
+"""Architectures with habits of their own: decoders with encoders, scans, constants, complex."""
 
 from __future__ import annotations
 

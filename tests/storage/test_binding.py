@@ -109,6 +109,8 @@ def test_another_class_and_another_checkpoint_are_refused(bare: Path, tmp_path: 
         liger_fx.load(bare, checkpoint=tmp_path / "thin")
     with pytest.raises(UsageError, match="no other argument"):
         liger_fx.load(bare, model=build("llama"), device="cpu")
+    with pytest.raises(UsageError, match="not an optimised one"):
+        liger_fx.load(bare, model=liger_fx.load(bare, model=build("llama", num_hidden_layers=1)))
 
 
 def test_a_changed_module_is_refused(bare: Path) -> None:
