@@ -158,14 +158,9 @@ def read_generation(raw: Mapping[str, Any]) -> GenerationConfig:
         raise LoadError(f"is no generation config: {one_line(error)}") from None
 
 
-def compare(wanted: PreTrainedConfig, model: PreTrainedConfig, *, attention: bool) -> None:
-    """LoadError, naming the field, unless both say the same.
-
-    attention: whether their attention implementations must be the same, too.
-    """
+def compare(wanted: PreTrainedConfig, model: PreTrainedConfig) -> None:
+    """LoadError, naming the field, unless both say the same, attention implementations aside."""
     ours, theirs = facts(wanted), facts(model)
-    if attention:
-        ours["attention"], theirs["attention"] = implementations(wanted), implementations(model)
     different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     if different:
         key = different[0]

@@ -40,14 +40,15 @@ def is_known(cls: type, config: Any) -> bool:
 
 
 @functools.cache
-def _class_names() -> frozenset[str]:
-    """Names of all model classes in transformers' tables."""
-    found: set[str] = set()
+def _class_names() -> dict[str, set[str]]:
+    """The model types for which transformers' tables have each class."""
+    found: dict[str, set[str]] = {}
     for table, names in vars(modeling_auto).items():
         if table.startswith("MODEL_") and table.endswith("_MAPPING_NAMES"):
-            for name in names.values():
-                found.update([name] if isinstance(name, str) else name)
-    return frozenset(found)
+            for kind, name in names.items():
+                for each in [name] if isinstance(name, str) else name:
+                    found.setdefault(each, set()).add(kind)
+    return found
 
 
 def find_class(model_type: str, name: str) -> type[PreTrainedModel]:
@@ -61,7 +62,8 @@ def find_class(model_type: str, name: str) -> type[PreTrainedModel]:
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise LoadError(f"{shown(name)} is no model class", "class")
     wanted = getattr(cls, "config_class", None)
-    if wanted is None or not issubclass(CONFIG_MAPPING[model_type], wanted):
+    fits = wanted is not None and issubclass(CONFIG_MAPPING[model_type], wanted)
+    if not fits and model_type not in _class_names()[name]:
         raise LoadError(f"{name} is not made from {model_type} configs", "class")
     return cls
 

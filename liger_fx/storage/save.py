@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError, SaveError, UsageError
@@ -79,7 +80,7 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
         for i, plan in enumerate(plans):
             if plan.report is not None:
                 write_file(folder / report_name(i), [portable(plan.report).json().encode()])
-        write_tensors(opt, folder, tensors, checkpoint=weights)
+        write_tensors(opt, folder, [t for t in tensors if not t.in_checkpoint])
         problem = _problem(opt, folder)
         if problem is not None and weights:
             raise SaveError(
@@ -88,12 +89,14 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
             )
         if problem is not None:
             _make_bindable_only(folder, document)
+        if weights:
+            write_tensors(opt, folder, [t for t in tensors if t.in_checkpoint])
 
 
 def _problem(opt: GraphModel, folder: Path) -> str | None:
     """Why the model cannot be made again from what was written; None if it can."""
     try:
-        saved = read_saved(folder)
+        saved = read_saved(folder, checkpoint=False)
     except LoadError as error:
         raise SaveError(f"This {type(opt).__name__} has no form in a file: {error}") from error
     try:
@@ -117,16 +120,12 @@ def write_configs(opt: Any, folder: Path) -> None:
         write_file(folder / GENERATION_CONFIG, [config.generation_text(opt.generation_config)])
 
 
-def write_tensors(
-    opt: nn.Module, folder: Path, tensors: list[Tensor], *, checkpoint: bool = True
-) -> None:
-    """The safetensors files of these tensors of ``opt``; ``checkpoint``: those of the model too."""
+def write_tensors(opt: nn.Module, folder: Path, tensors: list[Tensor]) -> None:
+    """The safetensors files of these tensors of ``opt``."""
     places = {slot.path: slot.tensor for slot in tree.slots(opt)}
     made = {t.path: places[t.path] for t in tensors if not t.in_checkpoint}
     if made and not any(tensor.is_meta for tensor in made.values()):
         write_file(folder / BUFFERS, chunks(made))
-    if not checkpoint:
-        return
     files = shards({t.path: places[t.path] for t in tensors if t.in_checkpoint})
     for name, group in files.items():
         write_file(folder / name, chunks(group))
@@ -165,12 +164,16 @@ def _document(
         "other_modes": [p for p, m in opt.named_modules() if m.training != opt.training],
         "weights": with_weights,
         "selection": _encode_selection(opt._make_plan),
-        "implementations": config.implementations(settings) if rebuilt else {},
+        "implementations": _implementations(settings),
         "modules": tree.digests(opt),
         "named_modules": named_modules.describe(opt),
         "tensors": encode(tensors),
         "plans": [encode_plan(plan, device) for plan in plans],
     }
+
+
+def _implementations(settings: Any) -> dict[str, Any]:
+    return config.implementations(settings) if isinstance(settings, PreTrainedConfig) else {}
 
 
 def _encode_selection(make_plan: Any) -> dict[str, Any] | None:

@@ -35,8 +35,13 @@ class Saved:
     reports: list[GraphDiff | None]
 
 
-def read_saved(folder: Path, device: torch.device | None = None) -> Saved:
-    """Everything but the tensors themselves; LoadError, naming file and field, if it is damaged."""
+def read_saved(
+    folder: Path, device: torch.device | None = None, *, checkpoint: bool = True
+) -> Saved:
+    """Everything but the tensors themselves; LoadError, naming file and field, if it is damaged.
+
+    checkpoint: whether to look into the model's weights, if they were saved.
+    """
     if not (folder / GRAPH).is_file():
         raise LoadError("there is no saved graph (graph.json)", str(folder))
     with inside(GRAPH):
@@ -51,15 +56,15 @@ def read_saved(folder: Path, device: torch.device | None = None) -> Saved:
         with inside(GENERATION_CONFIG):
             generation = parse(read_file(folder / GENERATION_CONFIG))
             config.check_plain(generation)
-    checkpoint = Stored.in_checkpoint(folder) if found.has_weights else None
-    if checkpoint is not None:
-        checkpoint.check([t for t in found.tensors if t.in_checkpoint], exact=True)
+    stored = Stored.in_checkpoint(folder) if checkpoint and found.has_weights else None
+    if stored is not None:
+        stored.check([t for t in found.tensors if t.in_checkpoint], exact=True)
     made = [t for t in found.tensors if not t.in_checkpoint and found.saved_device.type != "meta"]
     constants = Stored.in_files([folder / BUFFERS] if made else [])
     with inside(BUFFERS):
         constants.check(made, exact=True)
     reports = _read_reports(folder, len(found.plans), found.selection is not None)
-    return Saved(found, raw, generation, checkpoint, constants, reports)
+    return Saved(found, raw, generation, stored, constants, reports)
 
 
 def _read_reports(folder: Path, count: int, there: bool) -> list[GraphDiff | None]:

@@ -56,11 +56,14 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
     name = type(model).__name__
     if name != found.class_name:
         raise LoadError(f"the graph is one of a {found.class_name}, not of a {name}", "model")
+    settings: Any = getattr(model, "config", None)
     if saved.config is not None:
-        attention = any(plan.guards.attention_fixed for plan in found.plans)
         with inside(CONFIG):
-            wanted = config.read_config(saved.config, found.implementations)
-            config.compare(wanted, model.config, attention=attention)
+            config.compare(config.read_config(saved.config, found.implementations), settings)
+    if found.implementations and any(plan.guards.attention_fixed for plan in found.plans):
+        now = config.implementations(settings)
+        if now != found.implementations:
+            raise LoadError(f"are {now} in the model", f"{GRAPH}.implementations")
     bound = copy_tree(model)
     _install(bound, found)
     return bound

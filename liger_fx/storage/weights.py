@@ -126,7 +126,7 @@ def _read_own(record: Any, path: str, kind: str) -> Tensor:
 
 
 def shards(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The files to write, by name: one, or several of at most SHARD_BYTES."""
+    """The files to write, by name: none for no tensors, one, or several of at most SHARD_BYTES."""
     groups: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -137,7 +137,7 @@ def shards(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Ten
         groups[-1][name] = tensor
         size += bytes_
     if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
+        return {WEIGHTS: groups[0]} if tensors else {}
     count = len(groups)
     return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
 
