@@ -98,6 +98,7 @@ def _without_faults(
         selection = replace(selection, excluded=(*selection.excluded, *entries))
         optimized = _rewritten(model, inputs, selection)
         optimized.plans[0].explain(dropped)
+    optimized.plans[0].note(found.summary())
     return optimized
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from liger_fx.engine.site import Site
     from liger_fx.report import GraphDiff
+    from liger_fx.report.verified import Verified
 
 
 class Plan:
@@ -85,6 +86,11 @@ class Plan:
         if self.report is not None:
             sites = [replace(s, reason=reasons.get((s.rule, s.path), s.reason)) for s in self.sites]
             self.report = replace(self.report, sites=tuple(sites))
+
+    def note(self, found: Verified) -> None:
+        """Keep with the report what verify found."""
+        if self.report is not None:
+            self.report = self.report.with_verified(found)
 
     def holds(self, root: nn.Module, arguments: Mapping[str, Any]) -> bool:
         """Whether the guards hold for a call of ``root`` with these named arguments."""

@@ -25,7 +25,7 @@ from liger_fx.engine.terms import Terms
 
 def find(pattern: p.Pattern, root: fx.Node, view: Terms) -> Iterator[Match | Miss]:
     """Every way in which ``pattern`` computes the value of ``root``; the furthest miss if none."""
-    attempt, fits = _Attempt(view, root.meta.get("call")), False
+    attempt, fits = Attempt(view, root.meta.get("call")), False
     for _ in attempt.match(pattern, view(root)):
         fits = True
         yield Match(root, dict(attempt.bound), tuple(attempt.covered), view)
@@ -33,7 +33,7 @@ def find(pattern: p.Pattern, root: fx.Node, view: Terms) -> Iterator[Match | Mis
         yield attempt.furthest
 
 
-class _Attempt:
+class Attempt:
     """One search. Each ``_match_*`` yields once for every way to fit, and undoes it after."""
 
     def __init__(self, view: Terms, home: int | None) -> None:
@@ -43,6 +43,7 @@ class _Attempt:
         self.furthest: Miss | None = None
 
     def match(self, pattern: p.Pattern, term: Term) -> Iterable[None]:
+        """Every way in which the term fits; names are bound and nodes covered while it does."""
         if pattern.heads is not None:
             bare = term
             while is_transparent(bare):
@@ -53,6 +54,7 @@ class _Attempt:
         return _MATCHERS[type(pattern)](self, pattern, term)
 
     def missed(self, wanted: p.Pattern, found: Term, why: str | None = None) -> None:
+        """Remember what did not fit if nothing came further."""
         if self.furthest is None or len(self.covered) > len(self.furthest.covered):
             self.furthest = Miss(tuple(self.covered), wanted, found, why)
 
@@ -194,14 +196,14 @@ class _Attempt:
         yield
 
 
-_MATCHERS: dict[type, Callable[[_Attempt, Any, Term], Iterable[None]]] = {
-    p.Op: _Attempt._match_op,
-    p.Chain: _Attempt._match_chain,
-    p.Part: _Attempt._match_part,
-    p.Either: _Attempt._match_either,
-    p.Choice: _Attempt._match_choice,
-    p.Tensor: _Attempt._match_tensor,
-    p.Constant: _Attempt._match_constant,
-    p.Number: _Attempt._match_number,
-    p.Anything: _Attempt._match_anything,
+_MATCHERS: dict[type, Callable[[Attempt, Any, Term], Iterable[None]]] = {
+    p.Op: Attempt._match_op,
+    p.Chain: Attempt._match_chain,
+    p.Part: Attempt._match_part,
+    p.Either: Attempt._match_either,
+    p.Choice: Attempt._match_choice,
+    p.Tensor: Attempt._match_tensor,
+    p.Constant: Attempt._match_constant,
+    p.Number: Attempt._match_number,
+    p.Anything: Attempt._match_anything,
 }

@@ -10,7 +10,7 @@ Each rule is one pass: search, decide, replace, drop what nothing reads any more
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -40,17 +40,25 @@ class Rewriting:
     sites: list[Site]
 
 
-def rewrite(trace: Trace, rules: Iterable[Rule], selection: Selection | None = None) -> Rewriting:
+def rewrite(
+    trace: Trace,
+    rules: Iterable[Rule],
+    selection: Selection | None = None,
+    watch: Callable[[Rule, Facts, Terms], None] | None = None,
+) -> Rewriting:
     """Apply the rules one after the other to the graph and the module tree of ``trace``, in place.
 
-    ``selection`` leaves sites out, which are then listed as refused. The graph is linted after
-    every rule that changed it; ``trace.calls`` follow the new nodes.
+    ``selection`` leaves sites out, which are then listed as refused. ``watch`` sees what each rule
+    sees, before it. The graph is linted after every rule that changed it; ``trace.calls`` follow
+    the new nodes.
     """
     rules, sites = list(rules), list[Site]()
     with _garbage_kept():
         facts = Facts(trace)
         drawer, view = Drawer(facts), Terms(trace.root)
         for rule in rules:
+            if watch is not None:
+                watch(rule, facts, view)
             if _Pass(facts, view, rule, selection or Selection(), drawer).run(sites):
                 view = Terms(trace.root)
         follow(trace.calls, facts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,10 @@ class GraphDiff:
         """The places at which something was rewritten in the first of two and is not any more."""
         return tuple(change for change in self.changes if change.lost)
 
+    def with_verified(self, found: Verified) -> GraphDiff:
+        """The report with what verify found: ``report.with_verified(verify(...).summary())``."""
+        return replace(self, verified=found)
+
     @classmethod
     def between(cls, a: torch.nn.Module, b: torch.nn.Module, inputs: Any = None) -> GraphDiff:
         """Compare any two of: a plain model, a traced one, an optimised one.
@@ -160,14 +164,20 @@ class GraphDiff:
 
         UsageError for any other name; OSError where the file cannot be written.
         """
-        path = Path(path)
-        if path.suffix not in FACES:
-            known = ", ".join(sorted(FACES))
-            raise UsageError(f"{path} names no kind of report: its end should be one of {known}.")
-        path.write_text(self.face(FACES[path.suffix]), encoding="utf-8")
+        style = check_name(path)
+        Path(path).write_text(self.face(style), encoding="utf-8")
 
     def __str__(self) -> str:
         return self.text()
+
+
+def check_name(path: str | Path) -> str:
+    """The face that a file's name asks for; UsageError for a name that asks for none."""
+    suffix = Path(path).suffix
+    if suffix not in FACES:
+        known = ", ".join(sorted(FACES))
+        raise UsageError(f"{path} names no kind of report: its end should be one of {known}.")
+    return FACES[suffix]
 
 
 def operator_name(node: fx.Node, modules: dict[str, torch.nn.Module]) -> str:

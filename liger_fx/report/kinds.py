@@ -50,7 +50,12 @@ def kind_of(site: Site) -> Hashable:
 
 def source_text(site: Site) -> str:
     """The file's name and the line: modeling_llama.py:67; empty when unknown."""
-    if site.source is None:
+    return line_text(site.source)
+
+
+def line_text(source: tuple[str, int] | None) -> str:
+    """The same for a file and a line."""
+    if source is None:
         return ""
-    file, line = site.source
+    file, line = source
     return f"{file.replace(chr(92), '/').rpartition('/')[2]}:{line}"

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from liger_fx.errors import UsageError
 from liger_fx.report.folding import fold
+from liger_fx.report.verified import Verified
 from liger_fx.verification.accuracy import ROUNDING, Comparison
 from liger_fx.verification.graph import check_graph
 from liger_fx.verification.inputs import SHAPES, example_inputs
@@ -57,6 +58,12 @@ class Verification:
     def ok(self) -> bool:
         """Whether the optimised model keeps promise 6."""
         return not self.faults
+
+    def summary(self) -> Verified:
+        """The same for a report, which keeps it: ``report.with_verified(found.summary())``."""
+        from liger_fx.verification.summary import summarise
+
+        return summarise(self)
 
     def __str__(self) -> str:
         from liger_fx.verification.text import render
