@@ -50,7 +50,7 @@ class Subgraph:
 Section = Table | Lines | Subgraph
 LOST, CHANGED = "No longer rewritten", "Newly or otherwise rewritten"
 _CHANGE = ("rule", "where", "sites", "before", "now", "why")
-_MEMORY = ("where", "node after", "traffic", "change", "kept for backward", "change")
+_MEMORY = ("where", "traffic", "change", "kept for backward", "change")
 
 
 def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
@@ -68,12 +68,12 @@ def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
         Table("Refused", ("rule", "where", "sites", "why", "model code"), _refused(refused)),
         Table("Sites", ("where", "sites", "in", "nodes before", "node after"), _sites(rewritten)),
         Table("Memory, for one token", _MEMORY, _memory(diff, rewritten)),
-        *operator_counts(diff, full),
-        Table("Modules", ("module", "before", "after"), modules),
-        *_subgraphs([*rewritten, *refused]),
         *(_verified(diff.verified) if diff.verified else ()),
-        Lines("Traced with", tuple(f"{name}: {text}" for name, text in diff.inputs.items())),
         Lines("Opaque modules", diff.opaque),
+        Table("Modules", ("module", "before", "after"), modules),
+        *operator_counts(diff, full),
+        *_subgraphs([*rewritten, *refused]),
+        Lines("Traced with", tuple(f"{name}: {text}" for name, text in diff.inputs.items())),
         Lines("The graph holds while", _guards(diff)),
         Lines("How bytes are counted", ASSUMPTIONS if _has_costs(diff) else ()),
         Lines("Versions", _versions(diff)),
@@ -93,7 +93,10 @@ def headline(diff: GraphDiff) -> list[str]:
         a, b = totals(diff.rewritten)
         said.append(
             f"memory traffic of these sites {change(a.traffic, b.traffic)} a token "
-            f"({percent(a.traffic, b.traffic)}), activations kept {change(a.saved, b.saved)} "
+            f"({percent(a.traffic, b.traffic)})"
+        )
+        said.append(
+            f"kept for the backward pass {change(a.saved, b.saved)} a token "
             f"({percent(a.saved, b.saved)})"
         )
     if diff.changes:
@@ -187,9 +190,9 @@ def _memory(diff: GraphDiff, rewritten: list[Kind]) -> list[tuple[Cell, ...]]:
     for kind in rewritten:
         a, b = totals(kind.sites)
         if a.traffic.per_token or a.traffic.fixed:
-            rows.append((kind.where, kind.example.after_class or "", *_changes(a, b)))
+            rows.append((kind.where, *_changes(a, b)))
     if len(rows) > 1:
-        rows.append(("all together", "", *_changes(*totals(diff.rewritten))))
+        rows.append(("all together", *_changes(*totals(diff.rewritten))))
     return rows
 
 

@@ -4,10 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from tabulate import tabulate
 from torch import fx, nn
 
+import liger_fx
 from liger_fx.engine.site import Site
 from liger_fx.report import GraphDiff, Side
+from liger_fx.report.fitting import fitted
+from liger_fx.tiny import tiny_model
 
 
 class Norm(nn.Module):
@@ -108,6 +112,21 @@ where              sites  in    nodes before                                    
 ---------------  -------  ----  ----------------------------------------------------  ------------
 layers.0-2.norm        3  Norm  pow(x_0, 2); mean; add(mean, 1e-06); rsqrt; mul; mul  FusedNorm
 
+Opaque modules
+layers.9.scan: Scan stays a module that is called, it branches on data
+
+Modules
+module         before      after
+-------------  ----------  --------------------------
+model          Model       =
+  layers       ModuleList  =
+    0-2 (3 x)  Layer       =
+      norm     Norm        FusedNorm((4,), eps=1e-06)
+      linear   Linear      =
+    3          Layer       =
+      norm     Norm        =
+      linear   Linear      =
+
 Operators
 operator                   before    after  change
 -----------------------  --------  -------  --------
@@ -118,21 +137,6 @@ pow                             4        1  -3
 rsqrt                           4        1  -3
 FusedNorm                       0        3  +3
 1 other kind, unchanged         4        4  =
-
-Modules
-module         before                                             after
--------------  -------------------------------------------------  --------------------------
-model          Model                                              =
-  layers       ModuleList                                         =
-    0-2 (3 x)  Layer                                              =
-      norm     Norm                                               FusedNorm((4,), eps=1e-06)
-      linear   Linear(in_features=4, out_features=4, bias=False)  =
-    3          Layer                                              =
-      norm     Norm                                               =
-      linear   Linear(in_features=4, out_features=4, bias=False)  =
-
-Opaque modules
-layers.9.scan: Scan stays a module that is called, it branches on data
 
 The graph holds while
 x is float32
@@ -149,7 +153,8 @@ def test_full_unfolds_every_layer(diff: GraphDiff) -> None:
     text = diff.text(full=True)
     for layer in range(3):
         assert f"layers.{layer}.norm " in text
-    assert text.count("Norm                                               FusedNorm((4,)") == 3
+    assert text.count("FusedNorm((4,), eps=1e-06)") == 3
+    assert text.count("Linear(in_features=4, out_features=4, bias=False)  =") == 4
 
 
 def test_alike_reasons_of_different_layers_fold_into_one_line(diff: GraphDiff) -> None:
@@ -196,3 +201,35 @@ def test_nothing_changed_says_so() -> None:
     text = str(GraphDiff(same, same, versions={}))
     assert "0 sites rewritten, 0 refused, 16 -> 16 operators" in text
     assert "the same 16 operators in both" in text
+
+
+NARROW = """\
+where                  sites  nodes
+-------------------  -------  ----------------
+model.layers.0-1           9  pow, mean, mul,
+  .input_layernorm,           add(mean, 1e-06)
+  .post_layernorm,
+model.norm"""
+
+
+def test_a_table_is_broken_where_paths_and_arguments_end() -> None:
+    where = "model.layers.0-1.input_layernorm, model.layers.0-1.post_layernorm, model.norm"
+    headers, row = ("where", "sites", "nodes"), (where, 9, "pow, mean, mul, add(mean, 1e-06)")
+    (cells,) = fitted(headers, [[str(cell) for cell in row]], 48)
+    assert tabulate([cells], headers, colalign=("left", "right", "left")) == NARROW
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "deepseek_v3"])
+def test_a_hundred_columns_are_enough(model_type: str) -> None:
+    report = liger_fx.optimize(tiny_model(model_type, 2)).report
+    assert report is not None
+    whole, _, rest = report.text().partition("\n\nOperators\n")
+    assert max(map(len, whole.splitlines())) <= 100
+    assert rest.endswith(whole.partition("\n\n")[0]), "the main facts are on the last screen"
+
+
+def test_colours_say_what_stands_there_now_and_what_is_wrong(diff: GraphDiff) -> None:
+    text = diff.text(color=True)
+    assert text.startswith("\x1b[1;33mModel: 3 sites rewritten, 1 refused")
+    assert "\x1b[32mFusedNorm\x1b[0m" in text and "\x1b[2m=\x1b[0m" in text
+    assert "\x1b[33mlayers.3.norm.weight is read by add_3 as well\x1b[0m" in text
