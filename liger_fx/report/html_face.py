@@ -54,8 +54,8 @@ def render(diff: GraphDiff) -> str:
         rules=rule_counts(diff),
         kinds=found,
         sections=[
-            *operator_counts(diff, full=True),
             *(section for section in sections(diff) if section.title in _LISTED),
+            *operator_counts(diff, full=True),
         ],
         changed=[s for s in sections(diff) if s.title in (LOST, CHANGED)],
         data=_data(diff, found),

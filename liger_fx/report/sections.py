@@ -89,6 +89,14 @@ def headline(diff: GraphDiff) -> list[str]:
         f"{diff.after.class_name}: {count} rewritten, {len(diff.refused)} refused, "
         f"{before} -> {after} operators"
     ]
+    if diff.changes:
+        lost = len(diff.lost)
+        said.append(
+            f"{lost} {'place is' if lost == 1 else 'places are'} no longer rewritten as before, "
+            f"{len(diff.changes) - lost} changed otherwise"
+        )
+    if diff.verified:
+        said.append(f"verified: {verdict(diff.verified)}")
     if _has_costs(diff):
         a, b = totals(diff.rewritten)
         said.append(
@@ -99,14 +107,6 @@ def headline(diff: GraphDiff) -> list[str]:
             f"kept for the backward pass {change(a.saved, b.saved)} a token "
             f"({percent(a.saved, b.saved)})"
         )
-    if diff.changes:
-        lost = len(diff.lost)
-        said.append(
-            f"{lost} {'place is' if lost == 1 else 'places are'} no longer rewritten as before, "
-            f"{len(diff.changes) - lost} changed otherwise"
-        )
-    if diff.verified:
-        said.append(f"verified: {verdict(diff.verified)}")
     return said
 
 

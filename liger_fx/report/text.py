@@ -70,9 +70,12 @@ def _table(table: Table, full: bool, paint: _Paint) -> str:
     if table.title == "Modules" and not full:
         rows = [_short(*row) for row in rows]
     cells = [
-        [paint(text, _style(table.headers[i], text)) for i, text in enumerate(row)]
+        [paint(text, _style(header, text)) for header, text in zip(table.headers, row, strict=True)]
         for row in fitted(table.headers, rows, _WIDTH)
     ]
+    if table.headers[-1] == "":  # a verdict
+        for row in cells:
+            row[-1] = paint(row[-1], _GREEN if row[-1] == "ok" else _RED)
     align = ["right" if isinstance(cell, int) else "left" for cell in table.rows[0]]
     return tabulate(
         cells, table.headers, disable_numparse=True, colalign=align, preserve_whitespace=True
@@ -86,13 +89,11 @@ def _short(name: str, before: str, after: str) -> list[str]:
 
 def _style(header: str, text: str) -> str:
     """The colour of a cell, by what stands in its column."""
-    if text in ("=", "0"):
+    if text in ("=", "0", "-"):
         return _DIM
-    if header in ("rewritten", "node after", "after", "now") or (header, text) == ("", "ok"):
+    if header in ("rewritten", "node after", "after", "now"):
         return _GREEN
-    if header in ("refused", "why"):
-        return _YELLOW
-    return _RED if header == "" and text == "FAILS" else ""
+    return _YELLOW if header in ("refused", "why") else ""
 
 
 def _subgraph(section: Subgraph, paint: _Paint) -> str:

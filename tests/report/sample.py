@@ -5,6 +5,7 @@ from dataclasses import replace
 from liger_fx.engine.drawing import Box, Bytes, Cost, Drawing
 from liger_fx.engine.site import Site
 from liger_fx.report import GraphDiff, Side, TreeRow
+from liger_fx.report.changes import SiteChange
 from liger_fx.report.verified import Measured, Verified, VerifiedSite
 
 X = Box("input", "hidden", "", "bfloat16", ("batch", "sequence", 8), (), False)
@@ -85,6 +86,28 @@ def sample(layers: int = 5) -> GraphDiff:
             (
                 VerifiedSite("layers.0.norm", "rms_norm", None, measured("out", 0.91, 1.5), None),
             ),
+        ),
+    )  # fmt: skip
+
+
+def everything() -> GraphDiff:
+    """``sample()`` after an upgrade that lost one site and found another, with a fault in it."""
+    diff = sample()
+    assert diff.verified is not None
+    fault = "gradient of scale: 7.50 times the original's error, at most 1.5"
+    wrong = VerifiedSite("layers.4.norm", "rms_norm", fault, None, measured("out", 7.5, 1.5))
+    reason = diff.refused[0].reason
+    return replace(
+        diff,
+        changes=(
+            SiteChange("rms_norm", "layers.3.norm", "FusedNorm", None, reason, True),
+            SiteChange("gated_mlp", "layers.2.mlp", "FusedMLP", None, None, True),
+            SiteChange("rms_norm", "layers.4.norm", None, "FusedNorm", None, False),
+        ),
+        versions_before={"liger_fx": "0.0.9", "torch": "2.11.0"},
+        verified=replace(
+            diff.verified, ok=False, faults=(f"layers.4.norm: {fault}",),
+            sites=(*diff.verified.sites, wrong),
         ),
     )  # fmt: skip
 
