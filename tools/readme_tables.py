@@ -2,6 +2,7 @@
 
     <!-- table: training_step llama1b -->     the table of tools/bench/results/training_step.json
     <!-- output: print(opt) -->               what that line of the example prints
+    <!-- output: $ liger-fx rules -->         what that command prints
 
     python tools/readme_tables.py             writes both
     python tools/readme_tables.py --check     fails if a table is not what its result file says
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from liger_fx.cli import main as main_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
@@ -118,11 +121,20 @@ def printed(text: str) -> str:
         exec(compile(code[1], "README.md", "exec"), scope)
 
     def output(line: str) -> str:
+        if line.startswith("$ liger-fx "):
+            return command_output(line.split()[2:])
         value = str(eval(line.removeprefix("print(").removesuffix(")"), scope))
         first, *rest = value.split("\n\n")
         return "\n\n".join([first, *(s for s in rest if s.startswith(SHOWN))]) + "\n"
 
     return PRINTED.sub(lambda m: f"{m[1]}{output(m[2])}{m[3]}", text)
+
+
+def command_output(arguments: list[str]) -> str:
+    """What a command of liger-fx prints on standard output."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main_command(arguments)
+    return out.getvalue()
 
 
 def main() -> int:

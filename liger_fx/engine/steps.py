@@ -98,7 +98,7 @@ def _course(form: p.Pattern, root: fx.Node, view: Terms) -> Course:
         str(form),
         _in_words(recording.steps),
         len(set(miss.covered)),
-        tuple(dict.fromkeys(map(str, recording.wanted))),
+        tuple(dict.fromkeys(str(one) for wanted in recording.wanted for one in forms(wanted))),
         Value.of(miss.found),
         miss.why,
     )
