@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from liger_fx.engine.drawing import Drawing
-from liger_fx.errors import UsageError
+from liger_fx.errors import UsageError, one_line
 from liger_fx.report.amounts import totals
 from liger_fx.report.facts import GraphDiff
 from liger_fx.report.plain import Malformed, decode, encode
@@ -40,11 +40,14 @@ def from_json(text: str | bytes, name: str = "the report") -> GraphDiff:
     """
     try:
         whole = json.loads(text, parse_constant=_no_number)
+        json.dumps(whole, ensure_ascii=False).encode()  # ValueError for half a character
         return _diff(whole)
     except Malformed as error:
-        raise UsageError(f"{name} is no report that this version reads: {error}.") from None
+        raise UsageError(
+            f"{name} is no report that this version reads: {one_line(error)}."
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name} is no JSON: {error or 'it is nested too deeply'}.") from None
+        raise UsageError(f"{name} is no JSON: {one_line(error)}.") from None
 
 
 def summary(diff: GraphDiff) -> dict[str, Any]:
@@ -84,8 +87,10 @@ def _diff(whole: Any) -> GraphDiff:
 
 
 def _check_drawings(drawings: tuple[Drawing, ...]) -> None:
-    """A box reads boxes that come before it, so that a drawing ends somewhere."""
+    """Something stood at each site, and a box reads boxes that come before it."""
     for i, drawing in enumerate(drawings):
+        if not drawing.before:
+            raise Malformed(f"drawings[{i}].before is empty")
         for side, boxes in (("before", drawing.before), ("after", drawing.after)):
             for j, box in enumerate(boxes):
                 wrong = [place for place in box.reads if not 0 <= place < j]

@@ -49,7 +49,7 @@ def decode(
     if origin is dict:
         entries = _expect(value, dict, where)
         inner = get_args(kind)[1]
-        return {key: decode(inner, v, f"{where}.{key}", tables) for key, v in entries.items()}
+        return {key: decode(inner, v, _below(where, key), tables) for key, v in entries.items()}
     if tables and kind in tables:
         place = _expect(value, int, where)
         if not 0 <= place < len(tables[kind]):
@@ -100,7 +100,9 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 def _below(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+    """The place of a field; a name that would not show as it is stands in quotes."""
+    shown = name if name.isprintable() else repr(name)
+    return f"{where}.{shown}" if where else shown
 
 
 def _expect(value: Any, kind: type, where: str) -> Any:

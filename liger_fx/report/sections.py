@@ -239,7 +239,7 @@ def _guards(diff: GraphDiff) -> tuple[str, ...]:
 def _verified(found: Verified) -> Iterator[Section]:
     rows = [_measured(m) for m in (*found.together, *((found.worst,) if found.worst else ()))]
     headers = ("", "original", "optimised", "ratio", "at most", "")
-    yield Lines("Verified", (verdict(found), *found.faults))
+    yield Lines("Verified", (verdict(found), f"inputs: {found.inputs}", *found.faults))
     yield Table("Relative L2 error against float64", headers, rows)
     groups = fold(found.sites, key=lambda s: (shape(s.path), s.rule, s.fault is None))
     by_site = [_verified_sites(group) for group in groups]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import liger_fx
 from liger_fx.errors import UsageError
 from liger_fx.report import GraphDiff
+from liger_fx.report.facts import FACES
 from liger_fx.report.json_face import SCHEMA
 from liger_fx.tiny import tiny_model
 from tests.report.sample import DRAWING, sample
@@ -85,9 +86,12 @@ BAD = [
     ("drawings/0/before/1/shape", [[8]], r"drawings\[0\].before\[1\].shape\[0\] is a list"),
     ("drawings/0/before/1/reads", [7], r"drawings\[0\].before\[1\] reads 7"),
     ("drawings/0/before/1/reads", [1], r"drawings\[0\].before\[1\] reads 1"),
+    ("drawings/1/before", [], r"drawings\[1\].before is empty"),
     ("verified/ok", 1, "verified.ok is a int, not bool"),
     ("rules", "rms_norm", "rules is a str, not list"),
     ("__class__", "os.system", "__class__ is unknown"),
+    ("inputs/a\n\x1b[31m", 7, r"inputs.'a\\n\\x1b\[31m' is a int, not str"),
+    ("before/\n", None, r"before.'\\n' is unknown"),
 ]
 
 
@@ -101,7 +105,18 @@ def test_what_does_not_fit_is_named_in_one_error(path: str, value: Any, said: st
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nothing", "[" * 100_000, '{"format": NaN}', "[]", "null", b"\xff\xfe", "1e999"]
+    "text",
+    [
+        "",
+        "nothing",
+        "[" * 100_000,
+        '{"format": NaN}',
+        "[]",
+        "null",
+        b"\xff\xfe",
+        "1e999",
+        '["\\ud800"]',
+    ],
 )
 def test_what_is_no_json_is_one_error(text: str | bytes) -> None:
     with pytest.raises(UsageError, match="^the report is no "):
@@ -143,5 +158,5 @@ def test_a_mutated_report_is_read_or_is_one_error(text: str) -> None:
     except UsageError as error:
         assert "\n" not in str(error)
     else:
-        for shown in (read.text(), read.markdown(), read.json()):
+        for shown in map(read.face, FACES.values()):
             assert isinstance(shown, str)
