@@ -6,6 +6,7 @@
     liger-fx diff old.json new.json  what differs between models, saved graphs or reports
     liger-fx explain llama --site model.layers.0.mlp
                                      why a site did or did not match, step by step
+    liger-fx bench ./my-model        a training step of it and of its optimised twin, timed
     liger-fx rules                   the rules there are
 
 Exit codes: 0 done; 1 done, and the answer is no (verify failed; --strict and a site was missed;
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from liger_fx.commands import diff, explain, optimize, rules, verify
+from liger_fx.commands import bench, diff, explain, optimize, rules, verify
 from liger_fx.commands.console import say
 from liger_fx.errors import LigerFxError, LigerFxWarning
 
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (optimize, verify, diff, explain, rules):
+    for command in (optimize, verify, diff, explain, bench, rules):
         command.add_parser(commands)
     return parser
 

@@ -32,7 +32,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_making(parser: argparse.ArgumentParser) -> None:
     """How models are made."""
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's, else float32")
-    parser.add_argument("--layers", type=_positive, metavar="N", help="make it N layers deep")
+    parser.add_argument("--layers", type=positive, metavar="N", help="make it N layers deep")
 
 
 def add_choosing(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +56,11 @@ def strictly(arguments: argparse.Namespace, report: GraphDiff) -> int:
     return 1
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number from 1 on, of an option."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of layers")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return number
 
 
