@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -179,11 +180,10 @@ class Fuzzer:
 
 
 def _kind(error: LoadError) -> str:
-    """The place of an error without numbers and names of its own."""
-    place = error.place.split(" (")[0]
-    parts = [part.partition("[")[0] for part in place.split(".")]
-    known = [part for part in parts if part and not part.startswith(("'", '"', "/"))]
-    return ".".join(known[:4]) or "the whole"
+    """The file that an error is about; of a graph, the field too."""
+    file = next((name for name in FILES if error.place.startswith(name)), "another file, or none")
+    field = re.match(r"graph\.json\.([a-z_]+)(?:\[\d+\]\.([a-z_]+))?", error.place)
+    return ".".join([file, *filter(None, field.groups())]) if field else file
 
 
 def main() -> int:

@@ -61,8 +61,7 @@ def read_saved(
         stored.check([t for t in found.tensors if t.in_checkpoint], exact=True)
     made = [t for t in found.tensors if not t.in_checkpoint and found.saved_device.type != "meta"]
     constants = Stored.in_files([folder / BUFFERS] if made else [])
-    with inside(BUFFERS):
-        constants.check(made, exact=True)
+    constants.check(made, exact=True)
     reports = _read_reports(folder, len(found.plans), found.selection is not None)
     return Saved(found, raw, generation, stored, constants, reports)
 

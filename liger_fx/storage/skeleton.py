@@ -36,7 +36,7 @@ def from_config(saved: Saved) -> nn.Module:
             "load(path, model=...)",
             "model",
         )
-    with inside("model"):
+    with inside(f"{GRAPH}.model"):
         cls = model_class.find_class(found.model_type, found.class_name)
     largest = max((math.prod(t.shape) for t in found.tensors), default=0)
     with inside(CONFIG):

@@ -14,7 +14,7 @@ import torch
 
 from liger_fx.errors import LoadError
 from liger_fx.storage.checks import OBJECT, expect, inside
-from liger_fx.storage.directory import INDEX, WEIGHTS
+from liger_fx.storage.directory import GRAPH, INDEX, WEIGHTS
 from liger_fx.storage.json_file import parse, shown
 from liger_fx.storage.tensors import Entry, read_header, read_tensor
 from liger_fx.storage.weights import Tensor
@@ -77,18 +77,20 @@ class Stored:
         for tensor in tensors:
             names = [name for name in tensor.places if name in left]
             if not names:
-                raise LoadError("the weights lack it", shown(tensor.path))
-            _, entry = left[names[0]]
+                raise LoadError("the weights lack it", f"{GRAPH}.tensors.{shown(tensor.path)}")
+            file, entry = left[names[0]]
             if entry.shape != tensor.shape or (exact and entry.dtype != tensor.dtype):
                 raise LoadError(
                     f"is {_kind(entry.dtype, entry.shape)} in the weights and "
                     f"{_kind(tensor.dtype, tensor.shape)} in the graph",
-                    shown(tensor.path),
+                    f"{file.name}.{shown(names[0])}",
                 )
             for name in names:
                 del left[name]
         if left:
-            raise LoadError("the graph has no such tensor, but the weights do", shown(min(left)))
+            name = min(left)
+            place = f"{left[name][0].name}.{shown(name)}"
+            raise LoadError("the graph has no such tensor, but the weights do", place)
 
 
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

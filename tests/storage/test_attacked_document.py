@@ -30,11 +30,17 @@ DOCUMENT: dict[str, tuple[Change, str]] = {
     "no object": (lambda d: [d], "graph.json: is a list"),
     "no plans": (lambda d: put(d, plans=[]), "graph.json.plans"),
     "many plans": (lambda d: put(d, plans=d["plans"] * 17), "graph.json.plans"),
-    "class of Python": (lambda d: put(d["model"], **{"class": "os"}), "model.class"),
-    "no model class": (lambda d: put(d["model"], **{"class": "Trainer"}), "model.class"),
-    "base class": (lambda d: put(d["model"], **{"class": "PreTrainedModel"}), "model.class"),
-    "auto class": (lambda d: put(d["model"], **{"class": "AutoModel"}), "model.class"),
-    "another class": (lambda d: put(d["model"], **{"class": "MistralForCausalLM"}), "model.class"),
+    "class of Python": (lambda d: put(d["model"], **{"class": "os"}), "graph.json.model.class"),
+    "no model class": (lambda d: put(d["model"], **{"class": "Trainer"}), "graph.json.model.class"),
+    "base class": (
+        lambda d: put(d["model"], **{"class": "PreTrainedModel"}),
+        "graph.json.model.class",
+    ),
+    "auto class": (lambda d: put(d["model"], **{"class": "AutoModel"}), "graph.json.model.class"),
+    "another class": (
+        lambda d: put(d["model"], **{"class": "MistralForCausalLM"}),
+        "graph.json.model.class",
+    ),
     "another head": (
         lambda d: put(d["model"], **{"class": "LlamaForSequenceClassification"}),
         "graph.json.modules",
@@ -91,20 +97,23 @@ DOCUMENT: dict[str, tuple[Change, str]] = {
     ),
     "huge tensor": (
         lambda d: put(d["tensors"][0], shape=[2**40, 2**40]),
-        "'model.embed_tokens.weight'",
+        "model.safetensors.'model.embed_tokens.weight'",
     ),
     "negative tensor": (
         lambda d: put(d["tensors"][0], shape=[-1, 56]),
         "graph.json.tensors[0].shape",
     ),
-    "other dtype": (lambda d: put(d["tensors"][0], dtype="float16"), "'model.embed_tokens.weight'"),
+    "other dtype": (
+        lambda d: put(d["tensors"][0], dtype="float16"),
+        "model.safetensors.'model.embed_tokens.weight'",
+    ),
     "no dtype": (lambda d: put(d["tensors"][0], dtype="object"), "graph.json.tensors[0].dtype"),
     "tensor twice": (lambda d: d["tensors"].append(d["tensors"][0]), "graph.json.tensors["),
     "tensor path": (
         lambda d: put(d["tensors"][0], path="a.__dict__"),
         "graph.json.tensors[0].path",
     ),
-    "tensor gone": (lambda d: d["tensors"].pop(0), "'model.embed_tokens.weight'"),
+    "tensor gone": (lambda d: d["tensors"].pop(0), "model.safetensors.'model.embed_tokens.weight'"),
     "tie to a later one": (
         lambda d: d["tensors"].insert(
             0, {"path": "x", "kind": "parameter", "same_as": "lm_head.weight"}

@@ -93,7 +93,10 @@ WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         header(lambda h: h[NORM].update(dtype="os.system")),
         f"model.safetensors.'{NORM}'",
     ),
-    "other dtype": (header(lambda h: h[NORM].update(dtype="I32")), f"'{NORM}': is int32"),
+    "other dtype": (
+        header(lambda h: h[NORM].update(dtype="I32")),
+        f"model.safetensors.'{NORM}': is int32",
+    ),
     "huge shape": (
         header(lambda h: h[NORM].update(shape=[2**40, 2**40])),
         f"model.safetensors.'{NORM}'",
@@ -102,7 +105,10 @@ WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         header(lambda h: h[NORM].update(shape=[-56, -1])),
         f"model.safetensors.'{NORM}'",
     ),
-    "other shape": (header(lambda h: h[NORM].update(shape=[7, 8])), f"'{NORM}': is float32"),
+    "other shape": (
+        header(lambda h: h[NORM].update(shape=[7, 8])),
+        f"model.safetensors.'{NORM}': is float32",
+    ),
     "negative offset": (
         header(lambda h: h[NORM].update(data_offsets=[-224, 0])),
         f"model.safetensors.'{NORM}'",
@@ -113,7 +119,10 @@ WEIGHTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "overlap": (header(lambda h: h[NORM].update(data_offsets=[0, 224])), "model.safetensors"),
     "field": (header(lambda h: h[NORM].update(code="x")), f"model.safetensors.'{NORM}'"),
-    "renamed": (header(lambda h: h.update({"x": h.pop(NORM)})), f"'{NORM}': the weights lack it"),
+    "renamed": (
+        header(lambda h: h.update({"x": h.pop(NORM)})),
+        f"graph.json.tensors.'{NORM}': the weights lack it",
+    ),
 }
 
 

@@ -43,7 +43,7 @@ def _command() -> str:
         if not skip and argument not in PLACES:
             shown.append(argument)
         skip = argument in PLACES
-    return " ".join(["python", f"tools/bench/{Path(script).name}", *shown])
+    return " ".join(["python", Path(script).resolve().relative_to(ROOT).as_posix(), *shown])
 
 
 def _version(package: str) -> str | None:
