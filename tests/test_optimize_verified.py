@@ -42,10 +42,27 @@ def test_faulty_sites_are_dropped_and_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_fault_of_no_site_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from liger_fx.verification import verdict
+    from liger_fx.verification.graph import GraphCheck
 
-    monkeypatch.setattr(verdict, "check_graph", lambda *_: ([], ["the graph lost a node"]))
+    found = GraphCheck(faults=["the graph lost a node"])
+    monkeypatch.setattr(verdict, "check_graph", lambda *_: found)
     with pytest.raises(VerificationError, match="lost a node"):
         liger_fx.optimize(tiny_model("llama", layers=2), verify=True)
+
+
+def test_a_fault_that_shows_in_train_mode_alone_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = LigerRMSNorm.forward
+
+    def wrong_in_training(self, x, weight=None):  # type: ignore[no-untyped-def]
+        return right(self, x, weight) * (1.01 if self.training else 1)
+
+    monkeypatch.setattr(LigerRMSNorm, "forward", wrong_in_training)
+    with pytest.warns(VerificationWarning, match="rms_norm"):
+        opt = liger_fx.optimize(tiny_model("llama", layers=2).train(), verify=True)
+    assert {site.rule for site in opt.report.refused} == {"rms_norm"}
+    assert len(opt.report.rewritten) == 4
 
 
 def test_verify_in_another_dtype_leaves_the_models_alone() -> None:

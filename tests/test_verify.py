@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -171,6 +172,88 @@ def test_a_fault_that_no_site_holds_is_found_in_the_whole() -> None:
         found = liger_fx.verify(model, opt)
     assert not any(site.fault for site in found.sites)
     assert any(fault.startswith("outputs: ") for fault in found.faults)
+
+
+def test_the_graph_that_is_there_is_run_not_only_new_ones() -> None:
+    model = tiny_model("llama", layers=2)
+    opt = liger_fx.optimize(model)  # traced without labels; verify's own inputs have labels
+    adds = [n for n in opt.graph.nodes if n.name.startswith("add") and len(n.all_input_nodes) == 2]
+    residual = next(n for n in reversed(adds) if n.meta["module"].startswith("model.layers."))
+    residual.op, residual.target = "call_function", operator.sub
+    opt.recompile()
+    found = liger_fx.verify(model, opt)
+    assert any(fault.startswith("outputs: ") for fault in found.faults)
+    assert "input_ids attention_mask 2 x 7; " in found.inputs + "; "
+
+
+def test_the_graphs_of_other_modes_are_run_in_their_modes() -> None:
+    model = tiny_model("llama", layers=2).train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    opt = liger_fx.optimize(model)
+    with torch.no_grad():
+        opt.eval()(**example_inputs(model, 2, 5))
+    found = liger_fx.verify(model, opt)
+    assert found.ok, str(found)
+    assert "in train mode" in found.inputs and "without gradients" in found.inputs
+    assert model.training and not opt.training and found.remarks == ()
+    opt.model.norm.__class__ = _wrong_when(lambda norm, x: norm.training, opt.model.norm)
+    found = liger_fx.verify(model, opt)
+    assert {site.path for site in found.sites if site.fault} == {"model.norm"}
+
+
+def _wrong_when(applies: Callable[..., bool], module: nn.Module) -> type:
+    right = type(module)
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return right.forward(self, x) * (1.01 if applies(self, x) else 1)
+
+    return type(right.__name__, (right,), {"forward": forward})
+
+
+def test_a_fault_of_long_inputs_alone_is_named() -> None:
+    model = tiny_model("llama", layers=2)
+    opt = liger_fx.optimize(model)
+    opt.model.norm.__class__ = _wrong_when(lambda norm, x: x.shape[1] > 20, opt.model.norm)
+    found = liger_fx.verify(model, opt)
+    assert {site.path for site in found.sites if site.fault} == {"model.norm"}
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_inputs_that_another_graph_serves(positional: bool) -> None:
+    model = tiny_model("llama", layers=2)
+    opt = liger_fx.optimize(model)  # for input_ids and attention_mask
+    ids = torch.randint(3, 200, (2, 9))
+    found = liger_fx.verify(model, opt, (ids,) if positional else {"input_ids": ids})
+    assert found.ok, str(found)
+    assert len(found.sites) == 9 and len(opt.plans) == 2
+    embeds = model.get_input_embeddings()(ids).detach()
+    found = liger_fx.verify(model, opt, {"inputs_embeds": embeds})
+    assert found.ok and len(found.sites) == 9, str(found)
+
+
+def test_graphs_for_which_no_call_can_be_made_are_told_of() -> None:
+    model = tiny_model("llama", layers=2)
+    ids = torch.randint(3, 200, (2, 9))
+    given = {"input_ids": ids, "cache_position": torch.arange(9)}
+    opt = liger_fx.optimize(model, given)
+    found = liger_fx.verify(model, opt)
+    assert any("cache_position was not run" in remark for remark in found.remarks)
+    assert "Not looked at" in str(found) and found.ok
+    assert liger_fx.verify(model, opt, given).remarks == ()
+
+
+def test_what_cannot_be_verified_is_one_error() -> None:
+    model, opt = pair("llama")
+    with pytest.raises(UsageError, match="The optimised model is a int"):
+        liger_fx.verify(model, 3)  # type: ignore[arg-type]
+    for dtype in (torch.int8, "bfloat16"):
+        with pytest.raises(UsageError, match="verify works in torch.float64"):
+            liger_fx.verify(model, opt, dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="The original comes first"):
+        liger_fx.verify(opt, model)
+    with pytest.raises(UsageError, match="The original LlamaForCausalLM itself fails on these"):
+        liger_fx.verify(model, opt, {})
 
 
 def test_a_call_that_runs_the_original_proves_nothing() -> None:

@@ -51,3 +51,16 @@ def example_inputs(model: nn.Module, batch: int, length: int, seed: int = 0) -> 
         made["labels"] = ids.masked_fill(mask == 0, -100)
     device = embeddings.weight.device
     return {name: tensor.to(device) for name, tensor in made.items() if name in names}
+
+
+def further_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What else a language model's forward may take for these ids, (batch, length) int64 each but
+    for inputs_embeds, which are (batch, length, width) and the ids' own."""
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids)
+    return {
+        "inputs_embeds": embedded,
+        "position_ids": places,
+        "token_type_ids": torch.zeros_like(ids),
+    }

@@ -31,13 +31,14 @@ class Run:
         return cls({name: tensor.detach() for name, tensor in outputs.items()}, found)
 
 
-def run(model: nn.Module, parameters: Tensors, call: Any) -> Run:
-    """One forward and backward of `model(*args, **kwargs)`, where `call` is the pair of both.
+def run(
+    model: nn.Module, parameters: Tensors, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Run:
+    """One forward and backward of `model(*args, **kwargs)`.
 
     The gradient is the loss's where the model gives one, else that of the outputs' product with
     fixed random numbers. No .grad is touched.
     """
-    args, kwargs = call
     return Run.of(floating(model(*args, **kwargs)), parameters)
 
 

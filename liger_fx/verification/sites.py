@@ -10,8 +10,8 @@ sign cannot hide behind bfloat16. In the dtype the module's error may not be lar
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -46,38 +46,89 @@ class SiteCheck:
     gradients: Comparison | None = None
 
 
-def check_sites(
-    traced: Trace, rewritten: fx.Graph, opt: nn.Module, inputs: Mapping[str, Any]
-) -> list[SiteCheck]:
-    """Check every node of `rewritten` (its targets are paths below `opt`) that a rule made.
+class SiteChecks:
+    """The sites of one model on the tensors of several calls, by the path of the named module."""
 
-    inputs: keyword arguments of a call that `traced`, the same model's graph before, serves.
-    Raises LookupError where the two graphs do not fit together.
-    """
-    places = [Place.of(pair) for pair in pairs(traced.graph, rewritten)]
-    wanted = {node for place in places for node in place.read()}
-    values = Capture(traced, wanted).values_for(inputs)
-    exactly = in_float64(traced.root)
-    return [_check(place, traced.root, exactly, opt, values) for place in places]
+    def __init__(self, opt: nn.Module) -> None:
+        self.opt = opt
+        self._found: dict[str, _Found] = {}
+
+    def run(self, traced: Trace, rewritten: fx.Graph, calls: Iterable[Mapping[str, Any]]) -> None:
+        """Run every node of `rewritten` (its targets are paths below the model) that a rule made.
+
+        calls: keyword arguments of calls that `traced`, the same model's graph before, serves.
+        Raises LookupError where the two graphs do not fit together.
+        """
+        places = [Place.of(pair) for pair in pairs(traced.graph, rewritten)]
+        wanted = {node for place in places for node in place.read()}
+        exactly = in_float64(traced.root)
+        for inputs in calls:
+            values = Capture(traced, wanted).values_for(inputs)
+            for place in places:
+                path = str(place.pair.call.target)
+                module = self.opt.get_submodule(path)
+                rule = place.pair.call.meta["rewrite"].rule
+                found = self._found.setdefault(path, _Found(path, rule, type(module).__name__))
+                if found.fault is None:
+                    found.fault = _run(place, traced.root, exactly, module, values, found)
+
+    def judged(self) -> list[SiteCheck]:
+        """A check of each site, in the graph's order."""
+        return [found.judged() for found in self._found.values()]
 
 
-def _check(
-    place: Place, traced: nn.Module, exactly: nn.Module, opt: nn.Module, values: Values
-) -> SiteCheck:
-    path, rule = str(place.pair.call.target), place.pair.call.meta["rewrite"].rule
-    module = opt.get_submodule(path)
-    check = functools.partial(SiteCheck, path, rule, type(module).__name__)
+@dataclass
+class _Found:
+    """What was measured at one site so far: in the dtype, and in float64."""
+
+    path: str
+    rule: str
+    class_name: str
+    fault: str | None = None
+    short: Totals = field(default_factory=Totals)
+    long: Totals = field(default_factory=Totals)
+    rounding: float = 0.0
+
+    def judged(self) -> SiteCheck:
+        check = functools.partial(SiteCheck, self.path, self.rule, self.class_name)
+        if self.fault is not None:
+            return check(self.fault)
+        both = [*self.long.outputs.values(), *self.long.gradients.values()]
+        gap = Comparison.of("gap", merged(both), 1.0, 0.0).optimised
+        outputs, grads = (
+            Comparison.of(name, merged(squares.values()), SINGLE, self.rounding)
+            for name, squares in (
+                ("outputs", self.short.outputs),
+                ("gradients", self.short.gradients),
+            )
+        )
+        return check(_fault(self.short, gap, outputs, grads), gap, outputs, grads)
+
+
+def _run(
+    place: Place,
+    traced: nn.Module,
+    exactly: nn.Module,
+    module: nn.Module,
+    values: Values,
+    found: _Found,
+) -> str | None:
+    """Add one call's runs of a site to what was found; why that cannot be, if it cannot."""
     parameters = place.parameters(traced)
     names = {id(p): name for name, p in module.named_parameters(remove_duplicate=False)}
     for name, parameter in parameters.items():
         if id(parameter) not in names:
-            return check(f"the model's {name} is no parameter of the module")
+            return f"the model's {name} is no parameter of the module"
     own = {path: names[id(parameter)] for path, parameter in parameters.items()}
     try:
         runs = _four_runs(place, own, traced, exactly, module, values)
     except Exception as error:  # a faulty module may fail in any way it likes
-        return check(f"it raises {type(error).__name__}: {one_line(error)}")
-    return check(*_judge(*runs))
+        return f"it raises {type(error).__name__}: {one_line(error)}"
+    original, optimised, original_64, optimised_64 = runs
+    found.short.add(original_64, original, optimised)
+    found.long.add(original_64, original_64, optimised_64)
+    found.rounding = max(ROUNDING[result.dtype] for result in original.outputs.values())
+    return None
 
 
 def _four_runs(
@@ -105,21 +156,6 @@ def _four_runs(
     with exact():
         long = to_float64(values)
         return *short, original(exactly, long), optimised(in_float64(module), long)
-
-
-def _judge(
-    original: Run, optimised: Run, original_64: Run, optimised_64: Run
-) -> tuple[str | None, float, Comparison, Comparison]:
-    """(fault, gap, outputs, gradients) from the four runs of a site."""
-    totals, exact_totals = Totals(), Totals()
-    totals.add(original_64, original, optimised)
-    exact_totals.add(original_64, original_64, optimised_64)
-    both = [*exact_totals.outputs.values(), *exact_totals.gradients.values()]
-    gap = Comparison.of("gap", merged(both), 1.0, 0.0).optimised
-    rounding = max(ROUNDING[result.dtype] for result in original.outputs.values())
-    outputs = Comparison.of("outputs", merged(totals.outputs.values()), SINGLE, rounding)
-    grads = Comparison.of("gradients", merged(totals.gradients.values()), SINGLE, rounding)
-    return _fault(totals, gap, outputs, grads), gap, outputs, grads
 
 
 def _fault(totals: Totals, gap: float, outputs: Comparison, grads: Comparison) -> str | None:

@@ -27,6 +27,7 @@ def render(found: Verification) -> str:
         "Relative L2 error against float64\n" + _whole(found),
         "Sites, each on the tensors that arrive there\n" + _sites(found) if found.sites else "",
         "Inputs\n" + textwrap.fill(found.inputs, 100),
+        "Not looked at\n" + "\n".join(found.remarks) if found.remarks else "",
     ]
     return "\n\n".join(section for section in sections if section)
 

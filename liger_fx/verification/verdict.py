@@ -6,23 +6,21 @@ model, opt   ->   Verification: ok, the faults in words, a table of errors and t
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from liger_fx.errors import UsageError
+from liger_fx.graph_model import GraphModel
 from liger_fx.report.folding import fold
 from liger_fx.report.verified import Verified
 from liger_fx.verification.accuracy import ROUNDING, Comparison
+from liger_fx.verification.calls import Call, calls_of, calls_of_plans, in_dtype
 from liger_fx.verification.graph import check_graph
-from liger_fx.verification.inputs import SHAPES, example_inputs
 from liger_fx.verification.sites import SiteCheck
-from liger_fx.verification.whole import dtype_of, evaluating, measure
+from liger_fx.verification.whole import dtype_of, measure
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Verification:
 
     together: the outputs, and all gradients, each as one; single: each parameter's gradient.
     sites: the named modules one by one; empty when `opt` does not come from liger_fx.
-    notes: what is wrong apart from accuracy, as sentences.
+    notes: what is wrong apart from accuracy, as sentences. remarks: what was not looked at.
     """
 
     class_name: str
@@ -42,6 +40,7 @@ class Verification:
     single: tuple[Comparison, ...]
     sites: tuple[SiteCheck, ...]
     notes: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -86,18 +85,25 @@ def verify(
         labels where the model takes them, judged together.
     dtype: verify copies of both in this floating dtype instead of the models' own.
 
-    Both run in eval mode and in the caller's autocast; the float64 reference is a copy of `model`
-    (with the gradients of all three 24 bytes a parameter while it lasts, in float32). Nothing of
-    either model is changed, .grad included. Raises UsageError when no inputs can be made.
+    These calls are made in eval mode, and one more for each graph that `opt` has and that none of
+    them is for, in the modes of that graph; in train mode dropout is left out. Autocast is the
+    caller's. In another dtype the graphs are new ones, traced for it. The float64 reference is a
+    copy of `model` (with the gradients of all three 24 bytes a parameter while it lasts, in
+    float32). Nothing of either model is changed, .grad included. Raises UsageError when no inputs
+    can be made, when the original fails on them, and for arguments of other kinds.
     """
-    calls = _calls(model, inputs)
+    _check_arguments(model, opt, dtype)
+    calls = calls_of(model, inputs)
+    remarks: list[str] = []
     if dtype is not None:
         model, opt = copy.deepcopy((model, opt))  # together: they share their parameters
         model, opt = model.to(dtype), opt.to(dtype)
-        calls = pytree.tree_map_only(torch.Tensor, functools.partial(_in_dtype, dtype), calls)
-    with evaluating(model, opt), torch.enable_grad():
-        totals = measure(model, opt, calls)
-        sites, notes = check_graph(model, opt, calls)
+        calls = [in_dtype(call, dtype) for call in calls]
+    if isinstance(opt, GraphModel):
+        more, remarks = calls_of_plans(opt, calls)
+        calls += more
+    totals = measure(model, opt, calls)
+    graph = check_graph(model, opt, calls)
     dtype = dtype_of(model)
     together, single = totals.comparisons(ROUNDING[dtype])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -108,32 +114,29 @@ def verify(
         "; ".join(map(_describe, calls)),
         tuple(together),
         tuple(single),
-        tuple(sites),
-        (*totals.faults, *notes),
+        tuple(graph.sites),
+        (*totals.faults, *graph.faults),
+        (*remarks, *graph.remarks),
     )
 
 
-def _calls(model: nn.Module, inputs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    if inputs is None:
-        return [((), example_inputs(model, *shape, seed=i)) for i, shape in enumerate(SHAPES)]
-    if isinstance(inputs, Mapping):
-        return [((), dict(inputs))]
-    if isinstance(inputs, tuple):
-        return [(inputs, {})]
-    raise UsageError(
-        f"inputs are a {type(inputs).__name__}; pass keyword arguments as a mapping, or a tuple."
-    )
+def _check_arguments(model: Any, opt: Any, dtype: Any) -> None:
+    for which, value in (("original", model), ("optimised model", opt)):
+        if not isinstance(value, nn.Module):
+            raise UsageError(f"The {which} is a {type(value).__name__}, not a torch.nn.Module.")
+    if isinstance(model, GraphModel) and not isinstance(opt, GraphModel):
+        raise UsageError("The original comes first: verify(model, opt).")
+    if dtype is not None and dtype not in ROUNDING:
+        known = ", ".join(map(str, ROUNDING))
+        raise UsageError(f"dtype is {dtype!r}; verify works in {known}.")
 
 
-def _in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _describe(call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
-    args, kwargs = call
-    named = [*((f"input {i}", value) for i, value in enumerate(args)), *kwargs.items()]
-    alike = fold(named, key=lambda item: _short(item[1]))
-    return ", ".join(" ".join([*(n for n, _ in group), _short(group[0][1])]) for group in alike)
+def _describe(call: Call) -> str:
+    positional = ((f"input {i}", value) for i, value in enumerate(call.args))
+    alike = fold([*positional, *call.kwargs.items()], key=lambda item: _short(item[1]))
+    texts = [" ".join([*(n for n, _ in group), _short(group[0][1])]) for group in alike]
+    texts += ["in train mode"] * call.training + ["without gradients"] * (not call.grad)
+    return ", ".join(texts)
 
 
 def _dtype_text(dtype: torch.dtype, device: torch.device) -> str:

@@ -6,15 +6,14 @@ model, opt, a few batches   ->   outputs 0.97 x, all gradients 0.99 x, one param
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-from liger_fx.errors import one_line
+from liger_fx.errors import UsageError, one_line
 from liger_fx.verification.accuracy import ROUNDING, Comparison, Squares
+from liger_fx.verification.calls import Call, called_as
 from liger_fx.verification.measure import Run, Tensors, run
 from liger_fx.verification.reference import exact, in_float64, to_float64
 
@@ -95,8 +94,11 @@ def _sizes(shape: torch.Size) -> str:
     return " x ".join(map(str, shape)) or "a scalar"
 
 
-def measure(model: nn.Module, opt: nn.Module, calls: Sequence[Any]) -> Totals:
-    """Run every call (a pair of args and kwargs) through both models and the float64 one."""
+def measure(model: nn.Module, opt: nn.Module, calls: Sequence[Call]) -> Totals:
+    """Run every call through both models and the float64 one.
+
+    Raises UsageError where the original itself fails.
+    """
     totals = Totals()
     parameters = dict(model.named_parameters())
     ours = {name: p for name, p in opt.named_parameters() if name in parameters}
@@ -104,11 +106,14 @@ def measure(model: nn.Module, opt: nn.Module, calls: Sequence[Any]) -> Totals:
         totals.faults.append(f"the optimised model has no parameter {name}")
     reference = in_float64(model)
     for call in calls:
-        with exact():
-            exactly = run(reference, dict(reference.named_parameters()), to_float64(call))
-        original = run(model, parameters, call)
+        with called_as(call, model, opt, reference):
+            original = _original(model, parameters, call)
+        with called_as(call, model, opt, reference), exact():
+            args, kwargs = to_float64((call.args, call.kwargs))
+            exactly = run(reference, dict(reference.named_parameters()), args, kwargs)
         try:
-            optimised = run(opt, ours, call)
+            with called_as(call, model, opt, reference):
+                optimised = run(opt, ours, call.args, call.kwargs)
         except Exception as error:  # a faulty module may fail in any way it likes
             totals.fault(f"the optimised model raises {type(error).__name__}: {one_line(error)}")
         else:
@@ -116,17 +121,14 @@ def measure(model: nn.Module, opt: nn.Module, calls: Sequence[Any]) -> Totals:
     return totals
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, then as it was: dropout would draw other numbers in float64."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+def _original(model: nn.Module, parameters: Tensors, call: Call) -> Run:
     try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        return run(model, parameters, call.args, call.kwargs)
+    except Exception as error:  # nor can anything be said of a call that the model does not take
+        raise UsageError(
+            f"The original {type(model).__name__} itself fails on these inputs: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
