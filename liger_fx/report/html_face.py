@@ -23,6 +23,7 @@ from liger_fx.report.kinds import Kind, kinds, source_text
 from liger_fx.report.layout import lay_out, lines_of
 from liger_fx.report.listing import box_names, spec_text
 from liger_fx.report.sections import (
+    ALIKE,
     CHANGED,
     LOST,
     Section,
@@ -48,6 +49,7 @@ def render(diff: GraphDiff) -> str:
     style, script = (_source(name) for name in ("page.css", "page.js"))
     return _template().render(
         diff=diff,
+        alike=ALIKE,
         headline=headline(diff)[0],
         operators=[sum(side.operators.values()) for side in (diff.before, diff.after)],
         totals=totals(diff.rewritten),

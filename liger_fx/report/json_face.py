@@ -41,13 +41,23 @@ def from_json(text: str | bytes, name: str = "the report") -> GraphDiff:
     try:
         whole = json.loads(text, parse_constant=_no_number)
         json.dumps(whole, ensure_ascii=False).encode()  # ValueError for half a character
-        return _diff(whole)
     except Malformed as error:
         raise UsageError(
             f"{name} is no report that this version reads: {one_line(error)}."
         ) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is no JSON: {one_line(error)}.") from None
+    return from_data(whole, name)
+
+
+def from_data(whole: Any, name: str = "the report") -> GraphDiff:
+    """The report of parsed JSON, with the same errors as ``from_json``."""
+    try:
+        return _diff(whole)
+    except (Malformed, RecursionError) as error:
+        raise UsageError(
+            f"{name} is no report that this version reads: {one_line(error)}."
+        ) from None
 
 
 def summary(diff: GraphDiff) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -49,7 +50,8 @@ def decode(
     if origin is dict:
         entries = _expect(value, dict, where)
         inner = get_args(kind)[1]
-        return {key: decode(inner, v, _below(where, key), tables) for key, v in entries.items()}
+        found = {key: decode(inner, v, _below(where, key), tables) for key, v in entries.items()}
+        return {_shown(key, _below(where, key)): item for key, item in found.items()}
     if tables and kind in tables:
         place = _expect(value, int, where)
         if not 0 <= place < len(tables[kind]):
@@ -110,4 +112,11 @@ def _expect(value: Any, kind: type, where: str) -> Any:
         return float(value)
     if type(value) is not kind:
         raise Malformed(f"{where or 'the whole'} is a {type(value).__name__}, not {kind.__name__}")
-    return value
+    return _shown(value, where) if kind is str else value
+
+
+def _shown(text: str, where: str) -> str:
+    """``text``, of characters that a terminal shows; others it would obey."""
+    if not (text.isprintable() or re.sub(r"[\n\t]", "", text).isprintable()):
+        raise Malformed(f"{where} has characters that are not printable")
+    return text

@@ -48,6 +48,7 @@ class Subgraph:
 
 
 Section = Table | Lines | Subgraph
+ALIKE = "what both have alike is left out"
 LOST, CHANGED = "No longer rewritten", "Newly or otherwise rewritten"
 _CHANGE = ("rule", "where", "sites", "before", "now", "why")
 _MEMORY = ("where", "traffic", "change", "kept for backward", "change")
@@ -89,11 +90,11 @@ def headline(diff: GraphDiff) -> list[str]:
         f"{diff.after.class_name}: {count} rewritten, {len(diff.refused)} refused, "
         f"{before} -> {after} operators"
     ]
-    if diff.changes:
+    if diff.versions_before:
         lost = len(diff.lost)
         said.append(
             f"{lost} {'place is' if lost == 1 else 'places are'} no longer rewritten as before, "
-            f"{len(diff.changes) - lost} changed otherwise"
+            f"{len(diff.changes) - lost} changed otherwise; {ALIKE}"
         )
     if diff.verified:
         said.append(f"verified: {verdict(diff.verified)}")

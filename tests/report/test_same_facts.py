@@ -163,6 +163,12 @@ FACTS = [
         ("Newly or otherwise rewritten", "rms_norm layers.4.norm 1 - FusedNorm"),
     ),
     Fact(
+        "how many changed", (2, 1),
+        lambda d: (len(d.lost), len(d.changes) - len(d.lost)),
+        lambda j: tuple(sum(c["lost"] is lost for c in j["changes"]) for lost in (True, False)),
+        ("what both have alike is left out", "No longer rewritten"),
+    ),
+    Fact(
         "versions", "2.13.0", lambda d: d.versions["torch"], lambda j: j["versions"]["torch"],
         ("liger_fx 0.1.0, torch 2.13.0",),
     ),
