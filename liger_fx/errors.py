@@ -44,12 +44,13 @@ class SaveError(LigerFxError):
 class LoadError(LigerFxError):
     """A saved graph that is damaged, not to be trusted, or not for this model or machine.
 
-    cause: what is wrong. place: the file, and the node or the field in it, as far as known.
+    cause: what is wrong. place: the file, and the node or the field in it, as far as known. Both
+    may hold text of the file: they are one line each, printable, and not too long.
     """
 
     def __init__(self, cause: str, place: str = "") -> None:
-        self.cause, self.place = cause, place
-        super().__init__(f"{place}: {cause}" if place else cause)
+        self.cause, self.place = printable(cause, 330), printable(place, 160)
+        super().__init__(f"{self.place}: {self.cause}" if place else self.cause)
 
     def inside(self, place: str) -> "LoadError":
         """The same error with the place completed from outside: "args[1]" in "nodes[3]"."""
@@ -78,6 +79,16 @@ class FallbackWarning(LigerFxWarning):
 
 class RetraceWarning(LigerFxWarning):
     """A saved graph was loaded with other dtypes than it holds for: its calls are traced anew."""
+
+
+def printable(text: str, longest: int) -> str:
+    """``text`` as one line that a terminal only shows: what is not printable escaped, what is too
+    long left out in the middle."""
+    if len(text) > 8 * longest:
+        text = text[: 4 * longest] + text[-4 * longest :]
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    half = longest // 2 - 3
+    return line if len(line) <= longest else f"{line[:half]} ... {line[-half:]}"
 
 
 def one_line(error: BaseException) -> str:

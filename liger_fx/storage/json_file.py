@@ -1,6 +1,6 @@
 """JSON as saved graphs use it: read strictly, written so that equal data give equal bytes.
 
-{"a": 1, "a": 2}, NaN, 1e999, [[[[...]]]], a file of gigabytes    ->  LoadError
+{"a": 1, "a": 2}, NaN, 1e999, "\\ud800", [[[[...]]]], gigabytes    ->  LoadError
 {"nodes": [{"name": "x", ...}, {"name": "y", ...}]}               ->  a line for each node
 """
 
@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from liger_fx.errors import LoadError
 
-_MAX_BYTES = 256 * 2**20
+GRAPH_BYTES = 256 * 2**20
+REPORT_BYTES = 64 * 2**20
+CONFIG_BYTES = 4 * 2**20
 _MAX_DEPTH = 100
+# Sixty or more in what is saved. An empty list of two bytes would take sixty in memory.
+_BYTES_A_NEST = 8
+_HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 _WIDTH = 100
 
 
-def parse(data: bytes, max_bytes: int = _MAX_BYTES) -> Any:
+def parse(data: bytes, max_bytes: int = GRAPH_BYTES) -> Any:
     """The value of a JSON text; LoadError, without the file's name, for what is not plain JSON."""
     if len(data) > max_bytes:
         raise LoadError(f"has {len(data):,} bytes, more than the {max_bytes:,} that are read")
+    if data.count(b"[") + data.count(b"{") > len(data) // _BYTES_A_NEST + 1000:
+        raise LoadError("has far more lists and objects than values in them")
     try:
+        text = data.decode("utf-8")
         value = json.loads(
-            data.decode("utf-8"),
+            text,
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
@@ -34,14 +44,25 @@ def parse(data: bytes, max_bytes: int = _MAX_BYTES) -> Any:
     except ValueError as error:  # JSON, UTF-8, or a number of too many digits
         raise LoadError(f"is no JSON text: {error}") from None
     _check_depth(value)
+    if _HALF.search(text) and not _is_encodable(value):
+        raise LoadError("has half of a pair of surrogates, which is no character")
     return value
+
+
+def _is_encodable(value: Any) -> bool:
+    """Whether all its strings are text; an escape in JSON may be half of a character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        count = Counter(name for name, _ in pairs)
+        twice = count.most_common(1)[0][0]
         raise LoadError(f"has the field {shown(twice)} twice in one object")
     return found
 

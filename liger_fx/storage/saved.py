@@ -10,11 +10,12 @@ import torch
 
 from liger_fx.errors import LigerFxError, LoadError
 from liger_fx.report import GraphDiff
+from liger_fx.report.json_face import from_data
 from liger_fx.storage import config, document
 from liger_fx.storage.checks import inside
 from liger_fx.storage.directory import BUFFERS, CONFIG, GENERATION_CONFIG, GRAPH, report_name
 from liger_fx.storage.document import Document
-from liger_fx.storage.json_file import parse
+from liger_fx.storage.json_file import CONFIG_BYTES, REPORT_BYTES, parse
 from liger_fx.storage.stored import Stored, read_file
 
 
@@ -49,12 +50,12 @@ def read_saved(
     raw = generation = None
     if found.model_type is not None:
         with inside(CONFIG):
-            raw = config.check_config(parse(read_file(folder / CONFIG)))
+            raw = config.check_config(parse(read_file(folder / CONFIG), CONFIG_BYTES))
             if raw["model_type"] != found.model_type:
                 raise LoadError(f"is no {found.model_type}", "model_type")
     if (folder / GENERATION_CONFIG).exists():
         with inside(GENERATION_CONFIG):
-            generation = parse(read_file(folder / GENERATION_CONFIG))
+            generation = parse(read_file(folder / GENERATION_CONFIG), CONFIG_BYTES)
             config.check_plain(generation)
     stored = Stored.in_checkpoint(folder) if checkpoint and found.has_weights else None
     if stored is not None:
@@ -74,7 +75,7 @@ def _read_reports(folder: Path, count: int, there: bool) -> list[GraphDiff | Non
             reports.append(None)
             continue
         try:
-            reports.append(GraphDiff.from_json(read_file(folder / name), "it"))
+            reports.append(from_data(parse(read_file(folder / name), REPORT_BYTES), "it"))
         except LoadError as error:
             raise error.inside(name) from None
         except LigerFxError as error:
