@@ -8,6 +8,7 @@ What a config may ask for beyond plain values (code of a hub, quantisation) is r
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from liger_fx.errors import LoadError, one_line
 from liger_fx.storage.checks import OBJECT, OPTIONAL_STRING, expect, fields
 from liger_fx.storage.json_file import shown
 from liger_fx.storage.tree import config_facts as facts
+from liger_fx.storage.values import read_dtype
 
 _KEY = re.compile(r"(?!__)[A-Za-z_][\w.-]{0,199}|\d{1,9}", re.ASCII)
 _ELSEWHERE = re.compile(r"(hf[-_]hub|local-dir|file|https?|ftp):", re.IGNORECASE)
@@ -32,8 +34,9 @@ _REFUSED = {
     "custom_generate": "code of a hub",
     "backbone": "a model by its name",
 }
-# Sizes and counts are far below; a list of this many is still no harm.
-_LARGEST = 2**24
+# Sizes of a model are below. Counts, which something is made for each of, are far below.
+_LARGEST, _LARGEST_COUNT = 2**24, 2**16
+_COUNT = re.compile(r"(?!.*size)(num_|n_(?!positions|ctx)|.*(layer|label|head|expert|block))")
 _IMPLEMENTATION = {"attention": OPTIONAL_STRING, "experts": OPTIONAL_STRING}
 
 
@@ -60,7 +63,7 @@ def check_plain(value: Any, place: str = "") -> None:
 
 
 def _check_entry(key: str, item: Any, place: str) -> None:
-    if key != "__float__" and (not _KEY.fullmatch(key) or _is_method(key)):
+    if key != "__float__" and (not _KEY.fullmatch(key) or _is_taken(key)):
         raise LoadError(f"{shown(key)} is no field of a config", place)
     if key in _REFUSED and item:
         raise LoadError(f"asks for {_REFUSED[key]}, which is not loaded", key)
@@ -68,13 +71,23 @@ def _check_entry(key: str, item: Any, place: str) -> None:
         raise LoadError(f"asks for code of a hub: {shown(item)}", key)
     if isinstance(item, str) and _ELSEWHERE.match(item):
         raise LoadError(f"asks for something from elsewhere: {shown(item)}", key)
-    if type(item) is int and abs(item) > _LARGEST and not _is_base(key):
+    if key in ("dtype", "torch_dtype") and isinstance(item, str):
+        read_dtype(item.removeprefix("torch."), key)  # transformers looks it up in torch
+    largest = _LARGEST_COUNT if _COUNT.match(key) else _LARGEST
+    if type(item) is int and abs(item) > largest and not _is_base(key):
         raise LoadError(f"{shown(item)} is larger than any size of a model", key)
 
 
-def _is_method(key: str) -> bool:
-    """Whether a config object has a method of that name, which the value would hide."""
-    return any(callable(getattr(cls, key, None)) for cls in (PreTrainedConfig, GenerationConfig))
+def _is_taken(key: str) -> bool:
+    """Whether a config's class has a method or a table of that name, which the value would hide."""
+    for cls in (PreTrainedConfig, GenerationConfig):
+        found = inspect.getattr_static(cls, key, None)
+        if isinstance(found, property):
+            if found.fset is None:
+                return True
+        elif callable(getattr(cls, key, None)) or isinstance(found, dict):
+            return True
+    return False
 
 
 def _is_base(key: str) -> bool:
@@ -98,7 +111,7 @@ def generation_text(config: GenerationConfig) -> bytes:
 def implementations(config: PreTrainedConfig) -> dict[str, dict[str, str | None]]:
     """Attention and experts implementation of a config and its parts: no config.json has them."""
     found = {"": _implementation_of(config)}
-    for name in config.sub_configs:
+    for name in type(config).sub_configs:
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
             found[name] = _implementation_of(part)
@@ -121,12 +134,22 @@ def check_implementations(record: Mapping[str, Any]) -> None:
                 raise LoadError(f"{shown(name)} is no implementation", shown(part))
 
 
+def check_parts(record: Mapping[str, Any], model_type: str) -> None:
+    """LoadError unless each part is one that configs of this type have."""
+    known = CONFIG_MAPPING[model_type].sub_configs
+    for part in record:
+        if part and part not in known:
+            raise LoadError(f"{shown(part)} is no part of a {model_type} config")
+
+
 def read_config(raw: Mapping[str, Any], chosen: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of a checked ``raw``, with the implementations that were ``chosen``."""
     cls: Any = CONFIG_MAPPING[raw["model_type"]]
     try:
         config: PreTrainedConfig = cls.from_dict(_special_floats(raw))
         choose(config, chosen)
+    except LoadError:
+        raise
     except Exception as error:  # a config class may refuse its fields in any way it likes
         raise LoadError(f"is no {raw['model_type']} config: {one_line(error)}") from None
     return config
@@ -135,10 +158,17 @@ def read_config(raw: Mapping[str, Any], chosen: Mapping[str, Any]) -> PreTrained
 def choose(config: PreTrainedConfig, chosen: Mapping[str, Any]) -> None:
     """Set the implementations that ``implementations`` wrote down."""
     for part, names in chosen.items():  # the whole first: it sets those of its parts, too
-        inner: Any = getattr(config, part) if part else config
+        inner: Any = _part(config, part) if part else config
         inner._attn_implementation = names["attention"]
         if hasattr(inner, "_experts_implementation"):
             inner._experts_implementation = names["experts"]
+
+
+def _part(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    found = getattr(config, name) if name in type(config).sub_configs else None
+    if not isinstance(found, PreTrainedConfig):
+        raise LoadError(f"has no part {shown(name)}")
+    return found
 
 
 def _special_floats(value: Any) -> Any:

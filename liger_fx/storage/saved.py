@@ -53,6 +53,8 @@ def read_saved(
             raw = config.check_config(parse(read_file(folder / CONFIG), CONFIG_BYTES))
             if raw["model_type"] != found.model_type:
                 raise LoadError(f"is no {found.model_type}", "model_type")
+        with inside(f"{GRAPH}.implementations"):
+            config.check_parts(found.implementations, found.model_type)
     if (folder / GENERATION_CONFIG).exists():
         with inside(GENERATION_CONFIG):
             generation = parse(read_file(folder / GENERATION_CONFIG), CONFIG_BYTES)
