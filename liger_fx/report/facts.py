@@ -123,8 +123,11 @@ class GraphDiff:
         return compare(*map(Subject.of, graphs))
 
     def text(self, full: bool = False, color: bool = False) -> str:
-        """The report as text; `full` lists every layer instead of folding alike ones, `color` adds
-        the escapes of a terminal."""
+        """The report as text of a hundred columns where its longest words allow.
+
+        `full` lists every layer instead of folding alike ones, and the settings of modules that did
+        not change; `color` adds the escapes of a terminal.
+        """
         from liger_fx.report.text import render
 
         return render(self, full, color)

@@ -112,7 +112,7 @@ def _expect(value: Any, kind: type, where: str) -> Any:
         return float(value)
     if type(value) is not kind:
         raise Malformed(f"{where or 'the whole'} is a {type(value).__name__}, not {kind.__name__}")
-    return _shown(value, where) if kind is str else value
+    return _shown(value, where) if isinstance(value, str) else value
 
 
 def _shown(text: str, where: str) -> str:

@@ -90,8 +90,9 @@ class Page:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
-    def set_width(self, width: int) -> None:
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    def set_size(self, width: int, height: int = 900) -> None:
+        """The part of the page that is to be seen, in pixels."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def complaints(self) -> list[str]:

@@ -14,7 +14,7 @@ from liger_fx.engine.drawing import Box
 from liger_fx.report import GraphDiff
 from liger_fx.report.layout import lines_of
 from tests.report.browser import Page, needs_browser, started
-from tests.report.sample import DRAWING, sample
+from tests.report.sample import DRAWING, everything, sample
 from tests.report.test_faces import hostile
 from tests.support.families import build
 
@@ -30,7 +30,11 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture(scope="module")
 def llama() -> GraphDiff:
-    report = liger_fx.optimize(build("llama", num_hidden_layers=LAYERS)).report
+    return made(LAYERS)
+
+
+def made(layers: int) -> GraphDiff:
+    report = liger_fx.optimize(build("llama", num_hidden_layers=layers)).report
     assert report is not None
     return report
 
@@ -54,7 +58,13 @@ def small(chrome: Chrome, tmp_path: Path) -> Page:
     return Page(chrome, tmp_path / "small.html")
 
 
-def test_it_opens_at_128_layers_in_two_seconds(chrome: Chrome, llama_file: Path) -> None:
+@pytest.mark.parametrize("layers", [32, LAYERS])
+def test_it_is_small_and_opens_in_two_seconds(
+    chrome: Chrome, llama_file: Path, tmp_path: Path, layers: int
+) -> None:
+    if layers != LAYERS:
+        llama_file = tmp_path / "report.html"
+        made(layers).save(llama_file)
     assert llama_file.stat().st_size < 5_000_000
     times = []
     for _ in range(3):
@@ -67,7 +77,11 @@ def test_it_opens_at_128_layers_in_two_seconds(chrome: Chrome, llama_file: Path)
     assert page.complaints() == []
     assert page.run("return performance.getEntriesByType('resource').length") == 0
     assert page.one("h1").text == "LlamaForCausalLM"
-    assert page.one(".facts").text.split("\n")[:3] == ["Sites rewritten", "513", "of 513 found"]
+    sites = str(4 * layers + 1)
+    assert page.one(".facts").text.split("\n")[:3] == [
+        "Sites rewritten", sites, f"of {sites} found",
+    ]  # fmt: skip
+    print(f"{layers} layers: {llama_file.stat().st_size} bytes, {min(times):.3f} s")
 
 
 def test_alike_layers_are_one_row_that_unfolds(page: Page) -> None:
@@ -226,6 +240,22 @@ def test_filters_by_rule_and_by_refused(small: Page) -> None:
     assert not small.one('.filter[data-rule="rotary_embedding"]').is_enabled()
 
 
+def test_what_was_lost_is_said_at_the_top(chrome: Chrome, tmp_path: Path) -> None:
+    everything().save(tmp_path / "diff.html")
+    page = Page(chrome, tmp_path / "diff.html")
+    assert page.one(".facts .bad:first-child dd:not(.quiet)").text == "2"
+    lost, other = page.all("section.changed")
+    assert [row.text for row in lost.find_elements("css selector", "tbody tr")] == [
+        "rms_norm layers.3.norm 1 FusedNorm - "
+        "wanted mean(square(x)), found sum(pow) at modeling_tiny.py:43",
+        "gated_mlp layers.2.mlp 1 FusedMLP - nothing like it is there any more",
+    ]
+    assert (
+        other.find_element("css selector", "tbody").text == "rms_norm layers.4.norm 1 - FusedNorm"
+    )
+    assert lost.location["y"] < page.one("#tree").location["y"]
+
+
 def test_what_verify_found_stands_at_its_site(small: Page) -> None:
     small.row("layers.0.norm").click()
     assert small.one("#panel .verified").text.startswith("verified: outputs 0.91 x")
@@ -249,7 +279,7 @@ def test_colours_follow_the_system_and_the_button(small: Page) -> None:
 
 @pytest.mark.parametrize("width", [360, 600, 1280])
 def test_nothing_sticks_out_sideways(page: Page, width: int) -> None:
-    page.set_width(width)
+    page.set_size(width)
     try:
         assert page.run("return document.scrollingElement.scrollWidth") <= width
         page.row("model.layers.0.self_attn").click()

@@ -17,7 +17,8 @@ from liger_fx.report.facts import FACES
 from liger_fx.report.json_face import FORMAT, SCHEMA, summary
 from tests.report.sample import everything, sample
 
-PAGE = (Path(__file__).parents[2] / "docs" / "report-schema.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "report-schema.md").read_text(encoding="utf-8")
 HEAD = {"format": "text", "schema": "integer", "summary": "Summary", "drawings": "list of Drawing"}
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
 
@@ -122,3 +123,12 @@ def test_a_later_schema_is_refused_in_a_sentence() -> None:
         f"new.json is no report that this version reads: its schema is version {SCHEMA + 1}, and "
         f"versions up to {SCHEMA} are known."
     )
+
+
+def test_the_example_of_the_page_on_reports_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "reports.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert "Verified" in (tmp_path / "report.html").read_text(encoding="utf-8")
