@@ -23,6 +23,7 @@ from liger_fx.engine.matcher import find
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import describe
 from liger_fx.engine.terms import Terms
+from liger_fx.modules.origin import remember
 from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.trace import ModuleCall
 
@@ -163,6 +164,7 @@ class Mounting:
         if plan.owner is None:
             return self._mount(plan.path, plan.replacement.name, module)
         module.train(plan.owner.module.training)
+        remember(module, plan.owner.module)
         for parent, name in self._places(plan.owner.module):
             parent.add_module(name, module)
         return plan.path

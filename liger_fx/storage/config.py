@@ -19,8 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from liger_fx.errors import LoadError, one_line
 from liger_fx.storage.checks import OBJECT, OPTIONAL_STRING, expect, fields
+from liger_fx.storage.facts import config_facts as facts
 from liger_fx.storage.json_file import shown
-from liger_fx.storage.tree import config_facts as facts
 from liger_fx.storage.values import read_dtype
 
 _KEY = re.compile(r"(?!__)[A-Za-z_][\w.-]{0,199}|\d{1,9}", re.ASCII)

@@ -23,7 +23,6 @@ from liger_fx.storage.checks import (
     STRING,
     expect,
     fields,
-    identifier,
     inside,
     module_path,
     strings,
@@ -65,7 +64,7 @@ class Document:
     has_weights: bool
     selection: Selection | None
     implementations: dict[str, Any]
-    modules: list[list[str]]
+    modules: list[list[Any]]
     named_modules: list[dict[str, Any]]
     tensors: list[Tensor]
     plans: list[SavedPlan] = field(repr=False)
@@ -136,17 +135,19 @@ def _read_selection(record: Any) -> Selection | None:
         return Selection(chosen, tuple(strings(record["excluded"], "excluded")))
 
 
-def _read_modules(records: list[Any]) -> list[list[str]]:
+def _read_modules(records: list[Any]) -> list[list[Any]]:
     seen: set[str] = set()
     for i, record in enumerate(records):
         with inside(f"modules[{i}]"):
-            if len(strings(record, "")) != 3:
-                raise LoadError("is no path, class and digest")
-            module_path(record[0], "[0]", root=True)
-            identifier(record[1], "[1]")
-            if record[0] in seen:
-                raise LoadError(f"{record[0]} is described twice")
-            seen.add(record[0])
+            if len(expect(record, LIST)) != 3:
+                raise LoadError("is no path, class and attributes")
+            path = module_path(record[0], "[0]", root=True)
+            expect(record[1], STRING, "[1]")
+            for name, text in expect(record[2], OBJECT, "[2]").items():
+                expect(text, STRING, f"[2].{shown(name)}")
+            if path in seen:
+                raise LoadError(f"{shown(path)} is described twice")
+            seen.add(path)
     return records
 
 

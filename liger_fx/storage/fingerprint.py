@@ -1,6 +1,7 @@
 """What a graph was traced from: the text of the model's code, and the versions that ran it.
 
     {"code": {"transformers.models.llama.modeling_llama": "9c1f...", ...},
+     "names": {"transformers.models.llama.modeling_llama.DynamicCache": "...", ...},
      "versions": {"transformers": "5.23.0", "torch": "2.13.0", ...}}
 
 A graph says what the code did when it was traced. Where that code is another now, the graph is not
@@ -10,40 +11,54 @@ loaded. Other versions with the same code are fine.
 from __future__ import annotations
 
 import functools
-import hashlib
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from types import CodeType
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.report.facts import versions
 from liger_fx.storage.checks import OBJECT, STRING, expect, fields
+from liger_fx.storage.facts import Describer
 from liger_fx.storage.json_file import shown
+from liger_fx.storage.model_code import (
+    hash_of_module,
+    hash_of_running,
+    home_of,
+    is_as_written,
+    is_model_code,
+    layers_of,
+    text_of,
+)
+from liger_fx.storage.reach import Reach
 from liger_fx.storage.sources import locate, module_of
-from liger_fx.storage.tree import class_of
+from liger_fx.storage.tree import full_name, parts
 
-# Of transformers, besides the modelling files: what models are built of.
-_PARTS = {"transformers.modeling_layers", "transformers.activations", "transformers.pytorch_utils"}
 _LOOK_UPS = "transformers.modeling_utils"
 
 
 def fingerprint(root: nn.Module, graphs: Iterable[fx.Graph]) -> dict[str, Any]:
-    """The files of the classes of ``root`` and of the lines that the graphs' nodes come from, and
-    the functions that wrap a forward; None for a module whose source is in no file."""
-    classes = {class_of(module) for module in root.modules()}
-    names = {b.__module__ for cls in classes for b in cls.__mro__ if _is_model_code(b.__module__)}
+    """The files of the classes of ``root``, of the functions that their forwards reach and of the
+    lines that the graphs' nodes come from; what the names in them stand for.
+
+    None stands for the code of a module whose source is in no file.
+    """
+    found = parts(root)
+    reach = Reach(found)
+    names = {b.__module__ for cls in reach.classes for b in cls.__mro__}
+    names |= {home_of(function) for function in reach.functions.values()}
+    names |= reach.modules
+    names = {name for name in names if is_model_code(name)}
     for graph in graphs:
         sources = {node.meta["source"] for node in graph.nodes if node.meta.get("source")}
         traced = {module_of(locate(source)[0]) for source in sources}
         # modeling_utils and liger_fx are where calls pass through, not what computes
         names |= {n for n in traced if n != _LOOK_UPS and not n.startswith("liger_fx.")}
-    code = {name: _hash_of_module(name) for name in sorted(names)}
-    code |= dict(sorted(_wrappers(classes).items()))
-    return {"code": code, "versions": versions()}
+    code = {name: hash_of_module(name) for name in sorted(names)}
+    code |= dict(sorted(_functions(reach).items()))
+    return {"code": code, "names": dict(sorted(_names(reach).items())), "versions": versions()}
 
 
 def require(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,60 +72,51 @@ def require(record: Mapping[str, Any]) -> dict[str, Any]:
     return dict(record)
 
 
-def _is_model_code(module: str) -> bool:
-    package = module.partition(".")[0]
-    if package == "transformers":
-        return module.startswith("transformers.models.") or module in _PARTS
-    return package not in ("torch", "builtins", "liger_fx")
-
-
-def _hash_of_module(name: str) -> str | None:
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return _hash_of_file(file) if isinstance(file, str) else None
-
-
-@functools.lru_cache(maxsize=256)
-def _hash_of_file(file: str) -> str | None:
-    lines = _lines(file)
-    return _hash(lines) if lines else None
-
-
-@functools.lru_cache(maxsize=256)
-def _lines(file: str) -> tuple[str, ...]:
-    """The lines of a source file, none where it cannot be read."""
-    try:
-        return tuple(Path(file).read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):
-        return ()
-
-
-def _hash(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def _wrappers(classes: Iterable[type[nn.Module]]) -> dict[str, str]:
-    """The functions around each class's forward (they fill in arguments from the config)."""
-    found: dict[str, str] = {}
-    for cls in classes:
-        function: Any = cls.forward
-        while hasattr(function, "__wrapped__"):
-            code = function.__code__  # its own: it bears the name of what it wraps
-            module = module_of(code.co_filename)
-            if not module.startswith("torch."):
-                lines = _lines(code.co_filename)[code.co_firstlineno - 1 : _last_line(code)]
-                found[f"{module}:{code.co_qualname}"] = _hash(lines)
-            function = function.__wrapped__
+def _functions(reach: Reach) -> dict[str, str | None]:
+    """What the files of model code do not tell: functions of transformers around a forward, and
+    functions that run otherwise than they are written."""
+    found: dict[str, str | None] = {}
+    for function in reach.functions.values():
+        home = home_of(function)
+        name = f"{home}:{function.__code__.co_qualname}"
+        if not is_model_code(home):
+            if not home.startswith("torch"):
+                found[name] = text_of(function)
+        elif not is_as_written(function):
+            found[f"{name} as it runs"] = hash_of_running(function)
     return found
 
 
-def _last_line(code: CodeType) -> int:
-    inner = (_last_line(const) for const in code.co_consts if isinstance(const, CodeType))
-    return max([code.co_firstlineno, *(line for *_, line in code.co_lines() if line), *inner])
+def _names(reach: Reach) -> dict[str, str]:
+    """What global names stand for that model code reads, and methods that another function serves,
+    but for a module's own functions and classes."""
+    describer, found = Describer(), {}
+    for key, value in reach.globals.items():
+        if isinstance(value, ModuleType) or key.rpartition(".")[2].startswith("__"):
+            continue
+        text = _name_of(value)
+        if text is None:
+            ours = is_model_code(type(value).__module__) or type(value).__module__ == "builtins"
+            text = describer.text_or_type(value) if ours else torch.typename(value)
+        if text.replace(":", ".") != key:
+            found[key] = text
+    for key, method in reach.methods.items():
+        text = _name_of(method)
+        if text is not None and text.replace(":", ".") != key and not key.startswith("torch."):
+            found[key] = text
+    return found
+
+
+def _name_of(value: Any) -> str | None:
+    layers = layers_of(value)
+    if layers and not isinstance(value, functools.partial):
+        return f"{home_of(layers[-1])}:{layers[-1].__code__.co_qualname}"
+    return full_name(value) if isinstance(value, type) else None
 
 
 def check(record: Any) -> None:
     """LoadError unless it has the form of a fingerprint."""
-    fields(record, {"code": OBJECT, "versions": OBJECT})
+    fields(record, {"code": OBJECT, "names": OBJECT, "versions": OBJECT})
     for name, part in record.items():
         for key, value in part.items():
             expect(value, STRING, f"{name}.{shown(key)}")
@@ -118,7 +124,7 @@ def check(record: Any) -> None:
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """LoadError, naming what changed, unless the code is what it was."""
-    then, code = saved["code"], now["code"]
+    then, code = ({**record["names"], **record["code"]} for record in (saved, now))
     changed = sorted(name for name in then.keys() | code.keys() if then.get(name) != code.get(name))
     if not changed:
         return

@@ -17,6 +17,7 @@ from torch import nn
 
 import liger_fx.modules
 from liger_fx.errors import LoadError
+from liger_fx.modules.origin import remember
 from liger_fx.storage.checks import (
     LIST,
     OBJECT,
@@ -104,13 +105,21 @@ def install(root: nn.Module, record: Mapping[str, Any]) -> None:
     original = parent._modules.get(name)
     if original is None and (hasattr(parent, name) or record["parameters"] or record["children"]):
         raise LoadError(f"the model has no module {record['path']}", "path")
+    if original is not None and is_named(original) and not _is_alike(record, original):
+        raise LoadError(f"{record['path']} is another {type(original).__name__}", "options")
     module = _make(record, original)
+    if original is not None:
+        remember(module, original)
     parent.add_module(name, module)
     for path in record.get("also", ()):
         other, _, name = path.rpartition(".")
         if original is not None and _at(root, other)._modules.get(name) is not original:
             raise LoadError(f"{path} is not the same module as {record['path']}", "also")
         _at(root, other).add_module(name, module)
+
+
+def _is_alike(record: Mapping[str, Any], named: Any) -> bool:
+    return bool(type(named).__name__ == record["class"] and named.options() == record["options"])
 
 
 def _at(root: nn.Module, path: str) -> nn.Module:

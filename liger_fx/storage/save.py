@@ -165,7 +165,7 @@ def _document(
         "weights": with_weights,
         "selection": _encode_selection(opt._make_plan),
         "implementations": _implementations(settings),
-        "modules": tree.digests(opt),
+        "modules": tree.describe(opt, {path for plan in plans for path in plan.paths}),
         "named_modules": named_modules.describe(opt),
         "tensors": encode(tensors),
         "plans": [encode_plan(plan, device) for plan in plans],

@@ -71,6 +71,7 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
 
 def _install(root: nn.Module, found: Document) -> None:
     with inside(GRAPH):
+        _compare_modules(found.modules, tree.describe(root))
         for i, record in enumerate(found.named_modules):
             with inside(f"named_modules[{i}]"):
                 named_modules.install(root, record)
@@ -79,12 +80,10 @@ def _install(root: nn.Module, found: Document) -> None:
 def check(root: nn.Module, found: Document) -> dict[str, Slot]:
     """The tree's places of tensors by path; LoadError unless it is the tree that was saved."""
     with inside(GRAPH):
-        _compare_modules(found.modules, tree.digests(root))
         places = _compare_tensors(root, found.tensors)
         graphs = [plan.graph for plan in found.plans]
         modules = dict(root.named_modules(remove_duplicate=False))
-        homes = {type(module).__module__ for module in modules.values()}
-        homes.add(tree.class_of(root).__module__)
+        homes = {tree.class_of(module).__module__ for module in modules.values()}
         for i, plan in enumerate(found.plans):
             with inside(f"plans[{i}].nodes"):
                 _check_targets(plan.graph, modules.keys(), places.keys())
@@ -93,20 +92,40 @@ def check(root: nn.Module, found: Document) -> dict[str, Slot]:
     return places
 
 
-def _compare_modules(saved: list[list[str]], now: list[list[str]]) -> None:
-    ours = {path: rest for path, *rest in now}
-    for path, class_name, _ in saved:
-        if path not in ours:
-            raise LoadError(f"the model has no module {shown(path)}, a {class_name}", "modules")
-    for path, *rest in saved:
-        if ours.pop(path) != rest:
-            raise LoadError(
-                f"the module {shown(path)} is not the {rest[0]} that was saved: another class, "
-                "config or attribute",
-                "modules",
-            )
+def _compare_modules(saved: list[list[Any]], now: list[list[Any]]) -> None:
+    ours = {path: (name, texts) for path, name, texts in now}
+    for i, (path, name, texts) in enumerate(saved):
+        with inside(f"modules[{i}]"):
+            if path not in ours:
+                raise LoadError(f"the model has no module {shown(path)}, a {_last(name)}")
+            _compare_module(path, name, texts, *ours.pop(path))
     if ours:
         raise LoadError(f"the graph knows no module {shown(next(iter(ours)))}", "modules")
+
+
+def _compare_module(
+    path: str, name: str, texts: dict[str, str], name_now: str, texts_now: dict[str, str]
+) -> None:
+    if name_now != name:
+        raise LoadError(
+            f"the module {shown(path)} is not the {_plain(name)} that was saved but a "
+            f"{_plain(name_now)}"
+        )
+    for key in sorted(texts.keys() | texts_now.keys()):
+        if texts.get(key) != texts_now.get(key):
+            here, there = (_plain(t[key]) if key in t else "absent" for t in (texts_now, texts))
+            raise LoadError(
+                f"the module {shown(path)} is not the {_last(name)} that was saved: its attribute "
+                f"{_plain(key)} is {here} in the model, {there} here"
+            )
+
+
+def _plain(name: str) -> str:
+    return shown(name)[1:-1]
+
+
+def _last(name: str) -> str:
+    return _plain(name.rpartition(".")[2])
 
 
 def _compare_tensors(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Slot]:

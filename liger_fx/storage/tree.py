@@ -1,25 +1,25 @@
 """What a saved graph keeps of a module tree, to know the tree again: modules and tensors.
 
-model.layers.0.mlp.gate_proj   Linear(in_features=56, ...)   ->   its class and a digest
+model.layers.0.self_attn   LlamaAttention(...)   ->   its class and what forward reads of it
 model.embed_tokens.weight, lm_head.weight, one tensor        ->   one record, and "same_as"
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from transformers import PreTrainedConfig
 
+from liger_fx.errors import SaveError
 from liger_fx.graph_model import GraphModel
+from liger_fx.modules.origin import Origin, origins, plain_attributes
+from liger_fx.storage.facts import Describer, Indescribable
 from liger_fx.storage.named_modules import is_named
+from liger_fx.storage.reach import Reach
 
-_INTERNALS = frozenset(nn.Module().__dict__)
 # Set while a model is used, or where it was read from: no part of what it computes.
 _PASSING = {
     "gradient_checkpointing", "_gradient_checkpointing_func", "name_or_path", "_is_hf_initialized",
@@ -65,18 +65,55 @@ def slots(root: nn.Module) -> Iterator[Slot]:
                 yield Slot(prefix + name, ATTRIBUTE, vars(module), name)
 
 
-def digests(root: nn.Module) -> list[list[str]]:
-    """[path, class name, digest] of each module that is not a named one.
+def parts(root: nn.Module) -> list[Origin]:
+    """The modules of the model as it was before named modules came in, at each of their paths."""
+    found: list[Origin] = []
+    for path, module in root.named_modules(remove_duplicate=False):
+        if not is_named(module):
+            found.append(Origin(path, class_of(module), _attributes(module)))
+            continue
+        for origin in origins(module):
+            inner = f"{path}.{origin.path}" if origin.path else path
+            found.append(Origin(inner, origin.cls, origin.attributes))
+    return found
 
-    The digest tells two modules apart that differ in their class, their config or a plain
-    attribute: an eps, a scale, an activation function.
+
+def describe(root: nn.Module, followed: Container[str] = ()) -> list[list[Any]]:
+    """[path, class, {attribute: its text}] of each module of the model as it was.
+
+    The attributes are those that the code of the model's classes can read: an eps, a scale, an
+    activation function. SaveError where one of a ``followed`` module has no text.
     """
-    configs: dict[int, str] = {}
-    return [
-        [path, class_of(module).__name__, _digest(module, configs)]
-        for path, module in root.named_modules()
-        if not is_named(module)
-    ]
+    found = parts(root)
+    reach = Reach(found)
+    describer = Describer({id(module) for module in root.modules()})
+    records = []
+    for part in found:
+        texts: dict[str, str] = {}
+        for name, value in sorted(part.attributes.items()):
+            if name in _PASSING or not reach.reads(name):
+                continue
+            try:
+                texts[name] = describer.text(value)
+            except Indescribable as kind:
+                if part.path in followed:
+                    raise _no_text(part, name, kind) from None
+                texts[name] = f"a {kind}"
+        records.append([part.path, full_name(part.cls), texts])
+    return records
+
+
+def _no_text(part: Origin, name: str, kind: Indescribable) -> SaveError:
+    where = part.path or "the model"
+    return SaveError(
+        f"The attribute {name} of {where} ({part.cls.__name__}) is a {kind}: nothing tells whether "
+        "it is the same when the graph is loaded. Make it a number, a function or a dataclass."
+    )
+
+
+def full_name(cls: type) -> str:
+    """A class with its module."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -84,44 +121,9 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return getattr(module, "model_class", type(module))
 
 
-def _digest(module: nn.Module, configs: dict[int, str]) -> str:
-    cls = class_of(module)
-    plain = {name: _fact(value, configs) for name, value in _attributes(module).items()}
-    text = repr((cls.__module__, cls.__qualname__, sorted(plain.items())))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    skipped = _INTERNALS | _PASSING | _GRAPH_MODULE
-    held = module._attributes() if isinstance(module, GraphModel) else vars(module)
-    return {
-        name: value
-        for name, value in held.items()
-        if name not in skipped and not isinstance(value, (torch.Tensor, nn.Module))
-    }
-
-
-def config_facts(config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of a config that a model computes by."""
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
-        found.pop(name, None)
-    return {**found, "experts": getattr(config, "_experts_implementation", None)}
-
-
-def _fact(value: Any, configs: dict[int, str]) -> str:
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        return repr(value)
-    if isinstance(value, PreTrainedConfig):
-        if id(value) not in configs:
-            configs[id(value)] = repr(sorted(config_facts(value).items()))
-        return configs[id(value)]
-    if isinstance(value, (list, tuple)):
-        return f"list({', '.join(_fact(item, configs) for item in value)})"
-    if isinstance(value, dict):
-        items = sorted(f"{key!r}: {_fact(item, configs)}" for key, item in value.items())
-        return f"dict({', '.join(items)})"
-    if callable(value):
-        kind = value if hasattr(value, "__qualname__") else type(value)
-        return f"{kind.__module__}.{kind.__qualname__}"
-    return type(value).__qualname__
+    if not isinstance(module, GraphModel):
+        return plain_attributes(vars(module))
+    # A graph was traced from the class's forward: one set on the object since is a wrapper's.
+    held = plain_attributes(module._attributes())
+    return {n: v for n, v in held.items() if n not in _GRAPH_MODULE and n != "forward"}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -41,3 +45,63 @@ class UsesConstants(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * TABLE + self.steps
+
+
+@dataclass
+class Settings:
+    """A config of one's own."""
+
+    scale: float = 1.0
+
+
+class Slots:
+    """The same without a __dict__."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+class Plain:
+    """A scale that a list decides, found by a method."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    @property
+    def scale(self) -> float:
+        return sum(self.values)
+
+
+class Opaque(deque[float]):
+    """Holds what no field tells."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__([scale])
+
+    @property
+    def scale(self) -> float:
+        return self[0]
+
+
+class Held(nn.Module):
+    """Scales by what an object says."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.settings.scale
+
+
+class Applies(nn.Module):
+    """Applies a function that it was given."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)

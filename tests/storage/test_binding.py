@@ -116,7 +116,7 @@ def test_another_class_and_another_checkpoint_are_refused(bare: Path, tmp_path: 
 def test_a_changed_module_is_refused(bare: Path) -> None:
     model = build("llama", num_hidden_layers=1)
     model.model.layers[0].self_attn.scaling = 0.5
-    with pytest.raises(LoadError, match=r"layers\.0\.self_attn' is not the LlamaAttention"):
+    with pytest.raises(LoadError, match=r"layers\.0\.self_attn' is not.*attribute scaling is 0\.5"):
         liger_fx.load(bare, model=model)
 
 
@@ -133,7 +133,7 @@ def test_a_module_that_is_no_transformers_model(tmp_path: Path) -> None:
     loaded = liger_fx.load(tmp_path / "a", model=model)
     assert torch.equal(loaded(x), opt(x)) and "LigerRMSNorm" in str(loaded)
     assert len(loaded.plans) == 1
-    with pytest.raises(LoadError, match="'' is not the Net"):
+    with pytest.raises(LoadError, match="'' is not the Net.*scale is 0.25 in the model, 0.5 here"):
         liger_fx.load(tmp_path / "a", model=custom.Net(scale=0.25).eval())
 
 
@@ -162,7 +162,7 @@ def test_adapters_are_bound_to_a_model_with_adapters(tmp_path: Path) -> None:
     loaded = liger_fx.load(tmp_path / "a", model=adapted())
     inputs = make_inputs(opt)
     assert torch.equal(loaded(**inputs).logits, opt(**inputs).logits)
-    with pytest.raises(LoadError, match="q_proj.base_layer"):
+    with pytest.raises(LoadError, match=r"q_proj' is not the peft\..* but a torch\."):
         liger_fx.load(tmp_path / "a", model=build("llama"))
 
 

@@ -42,8 +42,6 @@ def import_net(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> Modu
     (folder / "changing_net.py").write_text(text)
     monkeypatch.syspath_prepend(folder)
     sys.modules.pop("changing_net", None)
-    fingerprint._lines.cache_clear()
-    fingerprint._hash_of_file.cache_clear()
     importlib.invalidate_caches()
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
     try:

@@ -1,0 +1,61 @@
+"""What stood where a named module is: classes and plain attributes, without weights.
+
+    LigerSwiGLUMLP at model.layers.0.mlp
+ ->
+    Origin("", LlamaMLP, {"config": ..., ...}), Origin("act_fn", SiLU, {"inplace": False})
+
+A saved graph is bound to a model only where the same stands: its eps and its activation are part of
+the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_INTERNALS = frozenset(vars(nn.Module()))
+_NAME = "_origins"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A module that is no longer in the tree; ``path`` leads to it from the one replaced."""
+
+    path: str
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+
+
+def remember(named: nn.Module, original: nn.Module) -> None:
+    """Note with ``named`` what it replaces: ``original``, and below it what is not kept."""
+    if named is original:  # another call of a module that was replaced already
+        return
+    kept = set(named.modules())
+    found: list[Origin] = []
+    for path, module in original.named_modules():
+        if module in kept:
+            continue
+        if _NAME in vars(module):  # a named module itself
+            inner = origins(module)
+            found += [Origin(f"{path}.{o.path}".strip("."), o.cls, o.attributes) for o in inner]
+        else:
+            found.append(Origin(path, type(module), plain_attributes(vars(module))))
+    vars(named)[_NAME] = tuple(found)
+
+
+def origins(named: nn.Module) -> tuple[Origin, ...]:
+    """What the named module replaces; nothing for one that was mounted beside."""
+    found: tuple[Origin, ...] = vars(named).get(_NAME, ())
+    return found
+
+
+def plain_attributes(held: dict[str, Any]) -> dict[str, Any]:
+    """Of a module's ``__dict__``, what is no tensor, no module and nothing of PyTorch's own."""
+    return {
+        name: value
+        for name, value in held.items()
+        if name not in _INTERNALS and not isinstance(value, (torch.Tensor, nn.Module))
+    }
