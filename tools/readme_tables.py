@@ -15,15 +15,18 @@ import contextlib
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from liger_fx.cli import main as main_command
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from liger_fx.cli import main as main_command  # noqa: E402
+
 RESULTS = ROOT / "tools" / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 MARKED = re.compile(r"(<!-- table: (\S+)((?: \S+)*?) -->\n).*?(<!-- end -->)", re.DOTALL)

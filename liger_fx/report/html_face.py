@@ -39,6 +39,7 @@ _NEGATIVE = re.compile(r"(?<![\w.])-(?=\d)")
 _FOLDER = Path(__file__).parent / "page"
 _LISTED = {  # the sections below the tree; the tree and the site's panel show the others
     "Rules", "Verified", "Relative L2 error against float64", "Each site against float64",
+    "Not looked at by verify",
     "Traced with", "The graph holds while", "Opaque modules", "How bytes are counted", "Versions",
 }  # fmt: skip
 

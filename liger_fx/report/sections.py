@@ -85,17 +85,17 @@ def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
 def headline(diff: GraphDiff) -> list[str]:
     """The main facts, a sentence each."""
     before, after = sum(diff.before.operators.values()), sum(diff.after.operators.values())
-    count = f"{len(diff.rewritten)} site{'' if len(diff.rewritten) == 1 else 's'}"
-    said = [
-        f"{diff.after.class_name}: {count} rewritten, {len(diff.refused)} refused, "
-        f"{before} -> {after} operators"
-    ]
+    operators, name = f"{before} -> {after} operators", diff.after.class_name
     if diff.versions_before:
         lost = len(diff.lost)
-        said.append(
-            f"{lost} {'place is' if lost == 1 else 'places are'} no longer rewritten as before, "
-            f"{len(diff.changes) - lost} changed otherwise; {ALIKE}"
-        )
+        said = [
+            f"{name}: {lost} {'place is' if lost == 1 else 'places are'} no longer rewritten as "
+            f"before, {len(diff.changes) - lost} changed otherwise, {operators}",
+            f"in these tables {ALIKE}",
+        ]
+    else:
+        count = f"{len(diff.rewritten)} site{'' if len(diff.rewritten) == 1 else 's'}"
+        said = [f"{name}: {count} rewritten, {len(diff.refused)} refused, {operators}"]
     if diff.verified:
         said.append(f"verified: {verdict(diff.verified)}")
     if _has_costs(diff):
@@ -247,6 +247,7 @@ def _verified(found: Verified) -> Iterator[Section]:
     yield Table(
         "Each site against float64", ("where", "sites", "outputs", "gradients", ""), by_site
     )
+    yield Lines("Not looked at by verify", found.remarks)
 
 
 def _verified_sites(group: list[VerifiedSite]) -> tuple[Cell, ...]:

@@ -39,7 +39,7 @@ class Verified:
     """The verdict, what it was reached with, and what was measured.
 
     together: the outputs, and all gradients, each as one. worst: the parameter whose gradient came
-    off worst.
+    off worst. remarks: what was not looked at, a sentence each.
     """
 
     ok: bool
@@ -50,3 +50,4 @@ class Verified:
     together: tuple[Measured, ...]
     worst: Measured | None
     sites: tuple[VerifiedSite, ...]
+    remarks: tuple[str, ...] = ()

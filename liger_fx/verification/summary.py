@@ -28,6 +28,7 @@ def summarise(found: Verification) -> Verified:
         together=tuple(map(_measured, found.together)),
         worst=None if single is None else _measured(single),
         sites=tuple(map(_site, found.sites)),
+        remarks=found.remarks,
     )
 
 

@@ -86,6 +86,7 @@ def sample(layers: int = 5) -> GraphDiff:
             (
                 VerifiedSite("layers.0.norm", "rms_norm", None, measured("out", 0.91, 1.5), None),
             ),
+            ("the graph for position_ids was not run",),
         ),
     )  # fmt: skip
 

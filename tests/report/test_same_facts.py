@@ -137,6 +137,11 @@ FACTS = [
         (f"layers.4.norm: {FAULT}",),
     ),
     Fact(
+        "what verify did not look at", "the graph for position_ids was not run",
+        lambda d: d.verified.remarks[0], lambda j: j["verified"]["remarks"][0],
+        ("the graph for position_ids was not run",),
+    ),
+    Fact(
         "a site that was verified", ("layers.0.norm", None, 0.91),
         lambda d: (lambda s: (s.path, s.fault, s.outputs.ratio))(d.verified.sites[0]),
         lambda j: (lambda s: (s["path"], s["fault"], s["outputs"]["ratio"]))(
