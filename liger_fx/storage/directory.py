@@ -13,12 +13,14 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from liger_fx.errors import SaveError
+from liger_fx.storage.unfinished import held, remove_abandoned
 
 GRAPH = "graph.json"
 CONFIG = "config.json"
@@ -46,13 +48,17 @@ def replacing(path: Path, mark: str = GRAPH) -> Iterator[Path]:
     _check_replaceable(path, mark)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path, OWN_FILES)
         new = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
-        new.mkdir()
+        mode = _make_like(new, path)
     except OSError as error:
         raise SaveError(f"{path} cannot be made: {error.strerror}.") from error
     try:
-        yield new
-        _sync(new)
+        with held(new):
+            yield new
+            _sync(new)
+        if mode is not None:
+            new.chmod(mode)
         _put_in_place(new, path)
     except OSError as error:
         raise SaveError(
@@ -61,6 +67,25 @@ def replacing(path: Path, mark: str = GRAPH) -> Iterator[Path]:
     finally:
         # the unfinished one after an error, else what stood at path before
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _make_like(new: Path, path: Path) -> int | None:
+    """Make ``new`` with the owner and group of ``path``; returns the mode it is to have in the end,
+    None where there is nothing at ``path``: then the process's own habits decide."""
+    if not path.exists():
+        new.mkdir()
+        return None
+    old = path.stat()
+    new.mkdir(mode=0o700)
+    mode = stat.S_IMODE(old.st_mode)
+    made = new.stat()
+    if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
+        try:
+            os.chown(new, old.st_uid, old.st_gid)
+        except OSError:  # what its group might do is not for another group
+            mode &= ~(stat.S_IRWXG | stat.S_ISGID)
+    new.chmod(mode | stat.S_IRWXU)
+    return mode
 
 
 def _check_replaceable(path: Path, mark: str) -> None:

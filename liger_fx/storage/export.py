@@ -56,6 +56,10 @@ def export(
     """
     if not isinstance(opt, GraphModel):
         raise UsageError(f"Expected what optimize() returned, got a {type(opt).__name__}.")
+    if not isinstance(inputs, Mapping | tuple | None):
+        raise UsageError(
+            f"export takes inputs by name or in a tuple, not a {type(inputs).__name__}."
+        )
     call = example_call(opt, inputs)
     if is_transformers(opt) and "use_cache" in inspect.signature(type(opt).forward).parameters:
         call = CallSpec(call.tensors, {**call.constants, "use_cache": False}, call.hints)

@@ -26,12 +26,13 @@ from liger_fx.storage.checks import inside
 from liger_fx.storage.document import Document
 from liger_fx.storage.saved import Saved, read_saved
 from liger_fx.storage.sources import locate, located
-from liger_fx.storage.stored import Stored
+from liger_fx.storage.stored import Stored, unreplaced
 from liger_fx.storage.tree import PARAMETER, Slot
 from liger_fx.storage.weights import Tensor, total_bytes
 from liger_fx.tracing.tree_state import Kind, telling_parameters
 
 StrPath = str | PathLike[str]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load(
@@ -51,34 +52,53 @@ def load(
         class, config and shapes that were saved.
     checkpoint: take the weights from this directory: model.safetensors, or its shards and index.
     device: where the weights and the graph go; by default where they were saved.
-    dtype: of the weights; those of the dtype that most have are converted. Graphs hold for the
-        dtypes they were traced with: for others, each kind of call is traced anew, after a
-        RetraceWarning.
+    dtype: of the weights, float32, bfloat16, float16 or float64; those of the dtype that most have
+        are converted. Graphs hold for the dtypes they were traced with: for others, each kind of
+        call is traced anew, after a RetraceWarning.
 
     Raises LoadError, naming the file and the node or field, for files that are damaged, of a later
     version or not to be trusted, for model code that has changed since, and for what does not fit;
-    UsageError for arguments that exclude each other.
+    UsageError for arguments that exclude each other or are of another kind.
     """
+    for given in (path, checkpoint or path):
+        if not isinstance(given, str | PathLike):
+            raise UsageError(f"load takes a directory, not a {type(given).__name__}.")
+    _check_arguments(model, checkpoint, device, dtype)
+    target = _device(device) if model is None else _device_of(model)
+    with unreplaced(Path(path)):
+        saved = read_saved(Path(path), target)
+        if model is not None:
+            tree = skeleton.from_model(saved, model)
+        else:
+            _check_loadable(saved)
+            tree = skeleton.from_config(saved)
+        places = skeleton.check(tree, saved.document)
+        _fill(saved, places, _weights(saved, checkpoint, model), dtype)
+        return _finished(saved, tree)
+
+
+def _check_arguments(model: Any, checkpoint: Any, device: Any, dtype: Any) -> None:
     if model is not None and (checkpoint, device, dtype) != (None, None, None):
         raise UsageError("load(model=...) takes the weights as they are: give no other argument.")
     if isinstance(model, fx.GraphModule):
         raise UsageError("load(model=...) takes the model itself, not an optimised one.")
-    target = _device(device) if model is None else _device_of(model)
-    saved = read_saved(Path(path), target)
-    if model is not None:
-        tree = skeleton.from_model(saved, model)
-    else:
-        _device(saved.document.device)
-        if saved.document.saved_device.type == "meta":
-            raise LoadError(
-                "was made of a model without weights, so it lacks the tensors that the model's "
-                "code makes: give the model itself, load(path, model=...)",
-                "graph.json",
-            )
-        tree = skeleton.from_config(saved)
-    places = skeleton.check(tree, saved.document)
-    _fill(saved, places, _weights(saved, checkpoint, model), dtype)
-    return _finished(saved, tree)
+    if model is not None and not isinstance(model, nn.Module):
+        raise UsageError(f"load(model=...) takes a model, not a {type(model).__name__}.")
+    if dtype is not None and dtype not in _DTYPES:
+        names = ", ".join(map(str, _DTYPES))
+        raise UsageError(f"load(dtype=...) takes one of {names}, not {dtype!r}.")
+    if device is not None and not isinstance(device, str | torch.device):
+        raise UsageError(f"load(device=...) takes a device or its name, not {device!r}.")
+
+
+def _check_loadable(saved: Saved) -> None:
+    _device(saved.document.device)
+    if saved.document.saved_device.type == "meta":
+        raise LoadError(
+            "was made of a model without weights, so it lacks the tensors that the model's "
+            "code makes: give the model itself, load(path, model=...)",
+            "graph.json",
+        )
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:

@@ -5,10 +5,14 @@ model.safetensors, or model.safetensors.index.json and the shards it names   -> 
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -19,26 +23,33 @@ from liger_fx.storage.json_file import parse, shown
 from liger_fx.storage.tensors import Entry, read_header, read_tensor
 from liger_fx.storage.weights import Tensor
 
+State = tuple[int, int, int, int]
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of some safetensors files, by name: the file, and the place in it."""
+    """The tensors of some safetensors files, by name: the file, and the place in it.
+
+    states: what each file was when it was looked into; it must be the same when it is read.
+    """
 
     entries: dict[str, tuple[Path, Entry]]
+    states: dict[Path, State]
 
     @classmethod
     def in_files(cls, files: Iterable[Path]) -> Stored:
         """Those of these files; LoadError, naming the file, for one that is damaged."""
         entries: dict[str, tuple[Path, Entry]] = {}
+        states: dict[Path, State] = {}
         for file in files:
             with inside(file.name):
+                states[file] = _state(file)
                 for name, entry in _header(file).items():
                     if name in entries:
                         raise LoadError("is in another file, too", shown(name))
                     entries[name] = (file, entry)
-        return cls(entries)
+        return cls(entries, states)
 
     @classmethod
     def in_checkpoint(cls, folder: Path) -> Stored:
@@ -65,10 +76,12 @@ class Stored:
         for name in wanted:
             by_file.setdefault(self.entries[name][0], []).append(name)
         for path, inside_it in by_file.items():
-            with path.open("rb", buffering=0) as file:
+            with _opened(path) as file:
                 for name in inside_it:
                     with inside(f"{path.name}.{shown(name)}"):
                         tensor = read_tensor(file, self.entries[name][1])
+                    with inside(path.name):
+                        _check_state(self.states[path], file)
                     yield name, tensor
 
     def check(self, tensors: Iterable[Tensor], *, exact: bool) -> None:
@@ -93,8 +106,57 @@ class Stored:
             raise LoadError("the graph has no such tensor, but the weights do", place)
 
 
+@contextmanager
+def unreplaced(path: Path) -> Iterator[None]:
+    """LoadError if another directory takes the place of ``path`` during the block: what was read
+    would be half of one and half of the other."""
+    if sys.platform == "win32" or not path.is_dir():
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)  # while it is open, no other gets its number
+    replaced = LoadError("was replaced while it was read: load it again", str(path))
+    try:
+        yield
+        if not _is_at(handle, path):
+            raise replaced
+    except LoadError:
+        if not _is_at(handle, path):
+            raise replaced from None
+        raise
+    finally:
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise LoadError(f"cannot be read: {error.strerror or error}", path.name) from None
+
+
+def _state(file: Path | BinaryIO) -> State:
+    """Tells a file from another in its place, and from itself after it was written to."""
+    try:
+        now = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
+    except OSError as error:
+        raise LoadError(f"cannot be read: {error.strerror or error}") from None
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+
+
+def _check_state(then: State, file: BinaryIO) -> None:
+    if _state(file) != then:
+        raise LoadError("was written to while it was read: load it again")
 
 
 def _header(file: Path) -> dict[str, Entry]:

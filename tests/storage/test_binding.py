@@ -234,3 +234,27 @@ def test_from_the_cpu_to_a_gpu_and_back_without_a_trace(name: str, tmp_path: Pat
     back = liger_fx.load(tmp_path / "b", device="cpu")
     inputs = make_inputs(back, pad=True)
     assert torch.equal(back(**inputs).logits, opt(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"dtype": torch.int32}, r"dtype=.*float32, torch\.bfloat16.*not torch\.int32"),
+        ({"dtype": torch.complex64}, "not torch.complex64"),
+        ({"dtype": torch.float8_e4m3fn}, "not torch.float8_e4m3fn"),
+        ({"dtype": "bfloat16"}, "not 'bfloat16'"),
+        ({"device": 0.5}, "a device or its name, not 0.5"),
+        ({"model": 3}, "takes a model, not a int"),
+        ({"checkpoint": 3}, "takes a directory, not a int"),
+    ],
+)
+def test_arguments_of_another_kind(given: dict[str, Any], said: str, saved: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        liger_fx.load(saved, **given)
+    with pytest.raises(UsageError, match="takes a directory"):
+        liger_fx.load(None, **given)  # type: ignore[arg-type]
+
+
+def test_inputs_of_another_kind(llama: GraphModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a int"):
+        liger_fx.export(llama, tmp_path / "a.pt2", 3)  # type: ignore[arg-type]
