@@ -50,7 +50,9 @@ def load(
 
     model: take the weights of this model, and share them, as ``optimize`` does. It must be of the
         class, config and shapes that were saved.
-    checkpoint: take the weights from this directory: model.safetensors, or its shards and index.
+    checkpoint: take the weights from this directory: model.safetensors, or its shards and index,
+        under the names that the model has. (Checkpoints of mixtures of experts have others, which
+        transformers converts: read the model with ``from_pretrained`` and give ``model=``.)
     device: where the weights and the graph go; by default where they were saved.
     dtype: of the weights, float32, bfloat16, float16 or float64; those of the dtype that most have
         are converted. Graphs hold for the dtypes they were traced with: for others, each kind of

@@ -23,6 +23,12 @@ from liger_fx.storage.json_file import parse, shown
 from liger_fx.storage.tensors import Entry, read_header, read_tensor
 from liger_fx.storage.weights import Tensor
 
+# transformers has checkpoints of mixtures of experts with a tensor for each expert, say
+_OTHER_NAMES = (
+    ". If the checkpoint is one that transformers converts as it reads it, under other names than "
+    "the model has, read the model with from_pretrained and bind the graph to it: "
+    "load(path, model=model)"
+)
 State = tuple[int, int, int, int]
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}\.safetensors", re.ASCII)
 
@@ -90,7 +96,8 @@ class Stored:
         for tensor in tensors:
             names = [name for name in tensor.places if name in left]
             if not names:
-                raise LoadError("the weights lack it", f"{GRAPH}.tensors.{shown(tensor.path)}")
+                cause = "the weights lack it" if exact else f"the weights lack it{_OTHER_NAMES}"
+                raise LoadError(cause, f"{GRAPH}.tensors.{shown(tensor.path)}")
             file, entry = left[names[0]]
             if entry.shape != tensor.shape or (exact and entry.dtype != tensor.dtype):
                 raise LoadError(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import liger_fx
 from liger_fx.errors import LoadError, RetraceWarning, SaveError, UsageError
 from liger_fx.graph_model import GraphModel
+from liger_fx.tiny import tiny_model
 from tests.storage import custom
 from tests.support.families import build, config, make_inputs
 
@@ -63,6 +64,20 @@ def test_bound_to_a_sharded_checkpoint_of_tied_weights(tmp_path: Path) -> None:
     loaded = liger_fx.load(tmp_path / "a", checkpoint=tmp_path / "checkpoint")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_checkpoints_that_transformers_converts(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name, layers=2)
+    model.save_pretrained(tmp_path / "checkpoint")
+    liger_fx.save(liger_fx.optimize(tiny_model(name, layers=2)), tmp_path / "a", weights=False)
+    with pytest.raises(LoadError, match=r"the weights lack it.*from_pretrained.*model=model"):
+        liger_fx.load(tmp_path / "a", checkpoint=tmp_path / "checkpoint")
+    read = type(model).from_pretrained(tmp_path / "checkpoint").eval()
+    loaded = liger_fx.load(tmp_path / "a", model=read)
+    call = {"input_ids": torch.randint(3, 100, (2, 7)), "attention_mask": torch.ones(2, 7).long()}
+    assert torch.equal(loaded(**call).logits, liger_fx.optimize(read)(**call).logits)
+    assert len(loaded.plans) == 1
 
 
 def test_a_model_without_weights_is_optimised_once_and_bound_later(tmp_path: Path) -> None:
