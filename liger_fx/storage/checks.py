@@ -80,9 +80,10 @@ def strings(value: Any, place: str) -> list[str]:
 
 
 def identifier(value: Any, place: str) -> str:
-    """``value``, a name that can stand in generated Python code."""
+    """``value``, a name that can stand in generated Python code; none of Python's own."""
     expect(value, STRING, place)
-    if not (value.isascii() and value.isidentifier() and len(value) <= 500) or iskeyword(value):
+    fits = value.isascii() and value.isidentifier() and len(value) <= 500
+    if not fits or iskeyword(value) or value.startswith("__"):
         raise LoadError(f"{shown(value)} is no name", place)
     return value
 

@@ -29,6 +29,9 @@ REPORT = "report.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 BUFFERS = "buffers.safetensors"
+MODULE = "module.py"
+# The first line of every MODULE that was written here.
+MODULE_MARK = "# A graph as Python source, written by liger_fx"
 OWN_FILES = re.compile(
     r"graph\.json|config\.json|generation_config\.json|report(-\d+)?\.json|buffers\.safetensors"
     r"|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|module\.py|__init__\.py"

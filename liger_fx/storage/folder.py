@@ -12,30 +12,37 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from keyword import iskeyword
 from os import PathLike
 from pathlib import Path
 
 from torch import nn
 
-from liger_fx.errors import SaveError
+from liger_fx.errors import LoadError, SaveError
 from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
 from liger_fx.report.facts import versions
-from liger_fx.storage import named_modules
-from liger_fx.storage.directory import replacing, write_file
+from liger_fx.storage import expressions, named_modules
+from liger_fx.storage.directory import MODULE, MODULE_MARK, replacing, write_file
 from liger_fx.storage.model_class import is_known
-from liger_fx.storage.python_text import Statements, folded, path_text, value_text
+from liger_fx.storage.python_source import check_source
+from liger_fx.storage.python_text import Statements, folded
+from liger_fx.storage.python_values import (
+    assign_text,
+    comment,
+    is_name,
+    name_text,
+    path_text,
+    value_text,
+)
 from liger_fx.storage.save import wanted_tensors, write_configs, write_tensors
 from liger_fx.storage.weights import Tensor, describe
 
 _MODULE = '''\
-"""{name} as one graph: the operations of a call, in order, written by liger_fx {version}.
+{mark} {version}.
+"""One graph of a model: the operations of a call, in order.
 
-It holds while
-{guards}
-Inputs, train mode and autocast are checked at each call. ``load`` gives the model with the weights
-beside this file.
+The comment above the class says for which calls it holds; inputs, train mode and autocast are
+checked at each. ``load`` gives the model with the weights beside this file.
 """
 
 # ruff: noqa
@@ -47,19 +54,33 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
+{guards}
 class {name}(transformers.{base}):
     """transformers' {base}, with liger_fx's modules in place and the graph for its forward."""
 
     def __init__(self, config):
         super().__init__(config)
 {modules}
-    def forward(self, {inputs}):
+    def forward(self, {optional}, **others):
+        _check_given({given}, others, {constants})
         self._check({inputs})
 {body}
 
     def _check(self, {inputs}):
         """ValueError for a call that the graph was not traced for."""
 {checks}
+
+def _check_given(given, others, constants):
+    """ValueError for an argument that the graph does not take, and for one that it lacks."""
+    other = [n for n, v in others.items() if v is not None and v != constants.get(n)]
+    lacking = [n for n, v in given.items() if v is None]
+    for name in (*other, *lacking):
+        raise ValueError(
+            f"this graph takes {{', '.join(given)}}, so it cannot be called "
+            f"{{'with this' if other else 'without'}} {{name}}; generate, which calls a model in "
+            "several ways, needs the model that liger_fx.load gives"
+        )
+
 
 def load():
     """The model with its weights on {device}, in {mode} mode."""
@@ -80,7 +101,7 @@ def load():
 
 def to_folder(opt: GraphModel, folder: str | PathLike[str], class_name: str) -> None:
     """Write the first graph of ``opt`` as a package; see ``GraphModel.to_folder``."""
-    if not class_name.isidentifier() or iskeyword(class_name):
+    if not is_name(class_name):
         raise SaveError(f"{class_name!r} is no name for a class.")
     if not is_known(opt.model_class, getattr(opt, "config", None)):
         raise SaveError(
@@ -90,8 +111,9 @@ def to_folder(opt: GraphModel, folder: str | PathLike[str], class_name: str) -> 
     plan = opt.plans[0]
     tensors = describe(opt, wanted_tensors([plan]))
     text = _source(opt, plan, tensors, class_name)
-    with replacing(Path(folder), mark="module.py") as new:
-        write_file(new / "module.py", [text.encode()])
+    check_source(text, class_name)
+    with replacing(Path(folder), MODULE) as new:
+        write_file(new / MODULE, [text.encode()])
         write_file(new / "__init__.py", [f"from .module import {class_name}, load\n".encode()])
         write_configs(opt, new)
         write_tensors(opt, new, tensors)
@@ -107,14 +129,18 @@ def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str)
     ]
     modules = [f"        {line}" for line in _module_lines(opt)] + constants
     return _MODULE.format(
+        mark=MODULE_MARK,
         name=class_name,
         base=opt.model_class.__name__,
         version=versions()["liger_fx"],
         # the graph's own regions leave the caller's grad mode as it is
-        guards="\n".join(f"    {t}" for t in plan.guards.describe() if "grad mode" not in t),
+        guards="\n".join(comment(t) for t in plan.guards.describe() if "grad mode" not in t),
         imports="\n".join(_import_lines(opt, statements)),
         modules="".join(f"{line}\n" for line in modules),
-        inputs=", ".join(plan.inputs),
+        inputs=", ".join(map(name_text, plan.inputs)),
+        optional=", ".join(f"{name}=None" for name in plan.inputs),
+        given="{" + ", ".join(f"{name!r}: {name}" for name in plan.inputs) + "}",
+        constants=value_text(plan.guards.call.constants),
         body="\n".join(body),
         checks="\n".join(f"        {line}" for line in _check_lines(plan)) + "\n",
         device=str(next(opt.parameters()).device),
@@ -150,9 +176,9 @@ def _module_lines(opt: nn.Module) -> Iterator[str]:
         options = {n: v for n, v in record["options"].items() if v != parameters[n].default}
         children = [f"{name!r}: {path_text(name, here)}" for name in record["children"]]
         given = [f"{{{', '.join(children)}}}"] if children else []
-        given += [f"{name}={value_text(value)}" for name, value in options.items()]
+        given += [f"{name_text(name)}={value_text(value)}" for name, value in options.items()]
         if record["parameters"] and not children:
-            given.append(f"weight={here}.{record['parameters'][0]}")
+            given.append(f"weight={path_text(record['parameters'][0], here)}")
         yield from folded(f"{_mount(record['path'])}{record['class']}(", given, "))")
         yield from (f"{_mount(path)}{here})" for path in record.get("also", ()))
 
@@ -165,7 +191,7 @@ def _mount(path: str) -> str:
 def _tie_lines(tensors: list[Tensor]) -> Iterator[str]:
     for tensor in tensors:
         for path in list(tensor.places)[1:]:
-            yield f"{path_text(path, 'model')} = {path_text(tensor.path, 'model')}"
+            yield assign_text(path, path_text(tensor.path, "model"), "model")
 
 
 def _check_lines(plan: Plan) -> Iterator[str]:
@@ -173,11 +199,12 @@ def _check_lines(plan: Plan) -> Iterator[str]:
     conditions = [f"self.training is {guards.training}"]
     known: set[str] = set()
     for name, spec in guards.call.tensors.items():
+        name_text(name)
         conditions.append(f"{name}.dtype is {spec.dtype} and {name}.dim() == {len(spec.sizes)}")
         yield f"{name}_sizes = dict(enumerate({name}.shape))"
         for i, size in enumerate(spec.sizes):
             if isinstance(size, str) and size not in known:
-                known.add(size)
+                known.add(name_text(size))
                 yield f"{size} = {name}_sizes.get({i})"
             else:
                 conditions.append(f"{name}_sizes.get({i}) == {size}")
@@ -187,9 +214,16 @@ def _check_lines(plan: Plan) -> Iterator[str]:
             conditions.append(f"not {is_on}")
         else:
             conditions.append(f"{is_on} and torch.get_autocast_dtype({device!r}) is {dtype}")
-    conditions += guards.sizes
+    conditions += map(_size_guard, guards.sizes)
     yield "holds = ("
     yield from (f"    {'and ' if i else ''}({text})" for i, text in enumerate(conditions))
     yield ")"
     yield "if not holds:"
-    yield '    raise ValueError("this graph was traced for other calls: its docstring says which")'
+    yield '    raise ValueError("this graph was traced for other calls: the file says which")'
+
+
+def _size_guard(text: str) -> str:
+    try:
+        return expressions.check(text)
+    except LoadError as error:
+        raise SaveError(f"A guard of the graph cannot be written as source: {error}.") from None

@@ -145,6 +145,8 @@ class GraphReader:
             return module_path(target, "target")
         if op not in ("call_method", "placeholder", "output"):
             raise LoadError(f"{shown(op)} is no operation", "op")
+        if op == "placeholder" and target == "self":  # an argument beside the model itself
+            raise LoadError("'self' is no name", "target")
         return identifier(target, "target")
 
     def _values(self, values: list[Any], place: str) -> list[Any]:

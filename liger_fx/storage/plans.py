@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ from liger_fx.storage.leaf_calls import Reference
 from liger_fx.storage.nodes import GraphReader, encode_nodes
 from liger_fx.storage.sources import read_source, write_source
 from liger_fx.storage.values import Devices, decode, dtype_name, encode, read_dtype
-from liger_fx.tracing.call import CallSpec, InputSpec
+from liger_fx.tracing.call import PLAIN, CallSpec, InputSpec
 from liger_fx.tracing.guards import Guards
 from liger_fx.tracing.trace import OpaqueLeaf
 
@@ -130,6 +131,9 @@ def _read_guards(record: Any, devices: Devices) -> Guards:
         identifier(name, "inputs"): _read_input(spec, f"inputs.{name}", devices)
         for name, spec in record["inputs"].items()
     }
+    both = sorted(tensors.keys() & record["constants"].keys())
+    if both:
+        raise LoadError(f"{shown(both[0])} is an input, too", "constants")
     names = {size for spec in tensors.values() for size in spec.sizes if isinstance(size, str)}
     for size, hint in record["hints"].items():
         if size not in names or type(hint) is not int or hint < 0:
@@ -164,8 +168,22 @@ def _read_constants(record: dict[str, Any], devices: Devices) -> dict[str, Any]:
     found = {}
     for name, value in record.items():
         with inside(f"constants.{shown(name)}"):
-            found[identifier(name, "")] = decode(value, {}, devices)
+            found[identifier(name, "")] = constant = decode(value, {}, devices)
+            if not isinstance(constant, PLAIN):
+                raise LoadError(f"{shown(value)} is no plain argument of a call")
     return found
+
+
+def check_arguments(guards: Guards, forward: Any) -> None:
+    """LoadError for an input or a constant that the model's ``forward`` does not take."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = {parameter.name for parameter in parameters}
+    for place, names in (("inputs", guards.call.tensors), ("constants", guards.call.constants)):
+        for name in names:
+            if name not in known:
+                raise LoadError(f"the model's forward takes no {shown(name)}", f"guards.{place}")
 
 
 def _read_autocast(record: dict[str, Any], devices: Devices) -> dict[str, torch.dtype | None]:

@@ -9,15 +9,20 @@ view = self.model.layers[0].self_attn.q_proj(hidden).view(size, -1, 4, 16)
 
 from __future__ import annotations
 
-import keyword
-import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
-from liger_fx.errors import SaveError
+from liger_fx.errors import SaveError, printable
+from liger_fx.storage.python_values import (
+    comment,
+    index_text,
+    name_text,
+    operand_text,
+    path_text,
+    value_text,
+)
 from liger_fx.storage.targets import (
     ENTER_AUTOCAST,
     EXIT_AUTOCAST,
@@ -33,37 +38,6 @@ _INFIX = {
 }  # fmt: skip
 _INDENT = "    "
 _WIDTH = 90
-
-
-def path_text(path: str, text: str = "self") -> str:
-    """``self.model.layers[0].mlp`` for ``model.layers.0.mlp``; ``text`` stands for the model."""
-    for part in path.split(".") if path else ():
-        if part.isdigit():
-            text += f"[{part}]"
-        elif part.isidentifier() and not keyword.iskeyword(part):
-            text += f".{part}"
-        else:
-            text = f"getattr({text}, {part!r})"
-    return text
-
-
-def value_text(value: Any) -> str:
-    """An argument as Python text; nodes are their names."""
-    if isinstance(value, fx.Node):
-        return path_text(str(value.target)) if value.op == "get_attr" else value.name
-    if isinstance(value, tuple):
-        return f"({', '.join(map(value_text, value))}{',' if len(value) == 1 else ''})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(value_text, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k!r}: {value_text(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, slice):
-        return f"slice({', '.join(map(value_text, (value.start, value.stop, value.step)))})"
-    if isinstance(value, torch.device):
-        return f"torch.device({str(value)!r})"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"float({str(value)!r})"
-    return "..." if value is ... else repr(value)
 
 
 class Statements:
@@ -84,7 +58,11 @@ class Statements:
         What a module's part of the graph was the last to read is let go when that part ends.
         """
         for node in self.graph.nodes:
-            if node.op in ("placeholder", "get_attr"):
+            if node.op == "get_attr":
+                continue
+            if node.op == "placeholder":
+                if node.name != node.target:  # an argument that has the name of a builtin
+                    yield f"{name_text(node.name)} = {name_text(str(node.target))}"
                 continue
             for part in (self._headline(node), self._lines_of(node)):
                 for line in part:  # a region opens after its line was taken
@@ -100,7 +78,7 @@ class Statements:
             yield f"del {', '.join(self._dead[i : i + 4])}"
         self._dead = []
         yield ""
-        yield f"# {module or 'the model'}"
+        yield comment(module or "the model")
 
     def _lines_of(self, node: fx.Node) -> Iterator[str]:
         if _is_boundary(node):
@@ -112,7 +90,7 @@ class Statements:
         elif node.op == "call_module":
             yield from call_lines(node.name, path_text(str(node.target)), node.args, node.kwargs)
         elif node.op == "call_method":
-            method = f"{value_text(node.args[0])}.{node.target}"
+            method = f"{value_text(node.args[0])}.{name_text(str(node.target))}"
             yield from call_lines(node.name, method, node.args[1:], node.kwargs)
         else:
             yield from self._call(node)
@@ -126,7 +104,7 @@ class Statements:
         if package == "operator":
             yield self._operator(node.name, function, args)
         elif name == "getattr":
-            yield f"{node.name} = {value_text(args[0])}.{args[1]}"
+            yield f"{name_text(node.name)} = {value_text(args[0])}.{name_text(str(args[1]))}"
         elif node.target is leaves.model_output:
             output_class = self._output_class(str(args[0]))
             yield from call_lines(node.name, output_class, (), node.kwargs)
@@ -137,18 +115,21 @@ class Statements:
             yield from call_lines(node.name, name, args, node.kwargs)
 
     def _operator(self, name: str, function: str, args: tuple[Any, ...]) -> str:
+        name = name_text(name)
         if function in _INFIX and len(args) == 2:
-            return f"{name} = {value_text(args[0])} {_INFIX[function]} {value_text(args[1])}"
+            return f"{name} = {operand_text(args[0])} {_INFIX[function]} {operand_text(args[1])}"
         if function == "getitem":
-            return f"{name} = {value_text(args[0])}[{_index(args[1])}]"
+            return f"{name} = {value_text(args[0])}[{index_text(args[1])}]"
         if function == "setitem":
-            return f"{value_text(args[0])}[{_index(args[1])}] = {value_text(args[2])}"
+            return f"{value_text(args[0])}[{index_text(args[1])}] = {value_text(args[2])}"
         self.imports.setdefault("operator", set())
         return f"{name} = operator.{function}({', '.join(map(value_text, args))})"
 
     def _output_class(self, reference: str) -> str:
         module, _, name = reference.partition(":")
-        return self._import(module, name)
+        if not module.startswith("transformers."):
+            raise SaveError(f"{printable(ascii(reference), 80)} is no class of transformers.")
+        return self._import(".".join(map(name_text, module.split("."))), name_text(name))
 
     def _import(self, module: str, name: str) -> str:
         self.imports.setdefault(module, set()).add(name)
@@ -174,7 +155,7 @@ class Statements:
             yield f"with torch.autocast({device}, {dtype}, {enabled}, {cache}):"
             regions.append((node, None))
         else:
-            yield f"with torch.set_grad_enabled({node.args[0]}):"
+            yield f"with torch.set_grad_enabled({value_text(node.args[0])}):"
             regions.append((SET_GRAD_ENABLED, not node.args[0]))
 
 
@@ -182,21 +163,11 @@ def _is_boundary(node: fx.Node) -> bool:
     return node.target in (SET_GRAD_ENABLED, ENTER_AUTOCAST, EXIT_AUTOCAST)
 
 
-def _index(value: Any) -> str:
-    """What stands between brackets: slices with colons."""
-    if isinstance(value, tuple) and value:
-        return ", ".join(map(_index, value)) + ("," if len(value) == 1 else "")
-    if not isinstance(value, slice):
-        return value_text(value)
-    parts = ["" if p is None else value_text(p) for p in (value.start, value.stop, value.step)]
-    return ":".join(parts[:2] if not parts[2] else parts)
-
-
 def call_lines(name: str, function: str, args: Any, kwargs: Any) -> Iterator[str]:
     """``name = function(args)``, an argument a line where it is long."""
-    named = [f"{key}={value_text(value)}" for key, value in kwargs.items()]
+    named = [f"{name_text(key)}={value_text(value)}" for key, value in kwargs.items()]
     given = [*map(value_text, args), *named]
-    yield from folded(f"{name} = {function}(", given, ")")
+    yield from folded(f"{name_text(name)} = {function}(", given, ")")
 
 
 def folded(head: str, given: list[str], tail: str) -> Iterator[str]:

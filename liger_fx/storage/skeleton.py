@@ -22,6 +22,7 @@ from liger_fx.storage.checks import inside
 from liger_fx.storage.directory import CONFIG, GENERATION_CONFIG, GRAPH
 from liger_fx.storage.document import Document
 from liger_fx.storage.json_file import shown
+from liger_fx.storage.plans import check_arguments
 from liger_fx.storage.saved import Saved
 from liger_fx.storage.tree import CONSTANT, IN_CHECKPOINT, Slot
 from liger_fx.storage.weights import Tensor
@@ -85,6 +86,8 @@ def check(root: nn.Module, found: Document) -> dict[str, Slot]:
         modules = dict(root.named_modules(remove_duplicate=False))
         homes = {tree.class_of(module).__module__ for module in modules.values()}
         for i, plan in enumerate(found.plans):
+            with inside(f"plans[{i}]"):
+                check_arguments(plan.guards, tree.class_of(root).forward)
             with inside(f"plans[{i}].nodes"):
                 _check_targets(plan.graph, modules.keys(), places.keys())
                 leaf_calls.resolve(plan.references, homes)

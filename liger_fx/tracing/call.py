@@ -26,7 +26,8 @@ _TRANSFORMERS_SIZES: dict[str, tuple[str, ...]] = {
     "labels": ("batch", "sequence"),
     "inputs_embeds": ("batch", "sequence", ""),
 }
-_PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+# Arguments that a graph is made for, one by one.
+PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def describe_call(model: nn.Module, arguments: Mapping[str, Any]) -> CallSpec:
             tensors[name] = _describe_input(name, value, names, hints)
         elif named and name == "is_causal":
             raise UnsupportedCall("is_causal, which rewrites the config while the call lasts")
-        elif isinstance(value, _PLAIN):
+        elif isinstance(value, PLAIN):
             constants[name] = value
         else:
             raise UnsupportedCall(f"{name}, a {type(value).__name__}")
