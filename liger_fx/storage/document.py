@@ -87,7 +87,7 @@ def read(raw: Any, device: torch.device | None = None) -> Document:
     if device is None:  # a graph made of a model without weights is for the CPU
         device = torch.device("cpu") if saved.type == "meta" else saved
     devices = _devices(saved, device)
-    return Document(
+    found = Document(
         class_name=model["class"],
         model_type=model["model_type"],
         fingerprint=raw["fingerprint"],
@@ -105,6 +105,22 @@ def read(raw: Any, device: torch.device | None = None) -> Document:
         tensors=weights.decode(raw["tensors"]),
         plans=_read_plans(raw["plans"], devices, device),
     )
+    _check_paths(found)
+    return found
+
+
+def _check_paths(found: Document) -> None:
+    """What is said of modules is said of those that the file lists."""
+    ours = {path for path, *_ in found.modules}
+    for i, plan in enumerate(found.plans):
+        for j, path in enumerate(plan.followed):
+            if path not in ours:
+                raise LoadError(f"there is no module {path}", f"plans[{i}].followed[{j}]")
+    for record in found.named_modules:
+        ours |= {record["path"], *record.get("also", ())}
+    for i, path in enumerate(found.other_modes):
+        if path not in ours:
+            raise LoadError(f"there is no module {path}", f"other_modes[{i}]")
 
 
 def _check_schema(raw: Any) -> None:

@@ -13,7 +13,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from torch import nn
+from torch import fx, nn
 
 import liger_fx.modules
 from liger_fx.errors import LoadError
@@ -37,6 +37,7 @@ _RECORD = {
     "path": STRING, "class": STRING, "options": OBJECT, "parameters": LIST, "children": LIST,
 }  # fmt: skip
 _OPTIONAL = {"also": LIST}
+_LARGEST = 2**24
 
 
 def is_named(module: nn.Module) -> bool:
@@ -74,7 +75,7 @@ def check(record: Any) -> dict[str, Any]:
         if name not in known:
             raise LoadError(f"{record['class']} has no option {shown(name)}", "options")
         if not _is_a(value, known[name]):
-            raise LoadError(f"{shown(value)} is of another type", f"options.{name}")
+            raise LoadError(f"{shown(value)} is no value for it", f"options.{name}")
     for place in ("parameters", "children"):
         for i, name in enumerate(strings(record[place], place)):
             part_of_path(name, f"{place}[{i}]")
@@ -95,7 +96,9 @@ def _is_a(value: Any, hint: Any) -> bool:
         return any(_is_a(value, member) for member in get_args(hint))
     if origin is Literal:
         return value in get_args(hint)
-    return type(value) is hint or (hint is float and type(value) is int)
+    if type(value) is int and hint in (int, float):
+        return 0 <= value < _LARGEST  # a width, or a number that a float could be
+    return type(value) is hint
 
 
 def install(root: nn.Module, record: Mapping[str, Any]) -> None:
@@ -148,4 +151,33 @@ def _make(record: Mapping[str, Any], original: nn.Module | None) -> nn.Module:
     registered = [name for name, p in made._parameters.items() if p is not None]
     if registered != record["parameters"] or list(made._modules) != record["children"]:
         raise LoadError(f"are not those of this {record['class']}", "parameters")
+    width = record["options"].get("width")
+    for name, tensor in made._parameters.items():
+        if tensor is not None and tuple(tensor.shape) != (width,):
+            raise LoadError(f"{name} of {record['path']} has {list(tensor.shape)}", "options.width")
     return made
+
+
+def check_calls(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """LoadError, naming the node, unless widths in options are those that the graph works with."""
+    for node in graph.find_nodes(op="call_module"):
+        module: Any = modules.get(str(node.target))
+        if module is None or not is_named(module):
+            continue
+        taken = next((arg for arg in node.args if isinstance(arg, fx.Node)), node)
+        for name, there in (
+            ("width", _width_of(node)),
+            ("head_dim", _width_of(taken)),
+            ("rotary_dim", getattr(module, "head_dim", None) or _width_of(taken)),
+        ):
+            said = getattr(module, name, None)
+            fits = said == there or (name == "rotary_dim" and (said or 0) <= (there or _LARGEST))
+            if None not in (said, there) and not fits:
+                raise LoadError(f"{node.target} has {name}={said}, not {there}", node.name)
+
+
+def _width_of(node: fx.Node) -> int | None:
+    """The last size of a node's tensor, where it is a number."""
+    spec = node.meta.get("spec")
+    last = spec.shape[-1] if spec is not None and spec.shape else None
+    return last if isinstance(last, int) else None

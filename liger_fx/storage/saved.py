@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from liger_fx.errors import LigerFxError, LoadError
 from liger_fx.report import GraphDiff
@@ -15,7 +16,7 @@ from liger_fx.storage import config, document
 from liger_fx.storage.checks import inside
 from liger_fx.storage.directory import BUFFERS, CONFIG, GENERATION_CONFIG, GRAPH, report_name
 from liger_fx.storage.document import Document
-from liger_fx.storage.json_file import CONFIG_BYTES, REPORT_BYTES, parse
+from liger_fx.storage.json_file import CONFIG_BYTES, REPORT_BYTES, parse, shown
 from liger_fx.storage.stored import Stored, read_file
 
 
@@ -66,7 +67,22 @@ def read_saved(
     constants = Stored.in_files([folder / BUFFERS] if made else [])
     constants.check(made, exact=True)
     reports = _read_reports(folder, len(found.plans), found.selection is not None)
+    for i, (plan, report) in enumerate(zip(found.plans, reports, strict=True)):
+        with inside(f"{GRAPH}.plans[{i}].nodes"):
+            _check_sites(plan.graph, report)
     return Saved(found, raw, generation, stored, constants, reports)
+
+
+def _check_sites(graph: fx.Graph, report: GraphDiff | None) -> None:
+    """A node that a rule made names one of the report's sites, of the same rule."""
+    sites = () if report is None else report.sites
+    for i, node in enumerate(graph.nodes):
+        made = node.meta.get("rewrite")
+        if made is None:
+            continue
+        if not 0 <= made.site < len(sites) or sites[made.site].rule != made.rule:
+            place = f"[{i}] ({shown(node.name)}).rewrite.site"
+            raise LoadError(f"the report has no site {made.site} of {shown(made.rule)}", place)
 
 
 def _read_reports(folder: Path, count: int, there: bool) -> list[GraphDiff | None]:

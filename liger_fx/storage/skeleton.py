@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from liger_fx.engine.rule import discover
 from liger_fx.errors import LoadError
 from liger_fx.module_tree import copy_tree
 from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules, tree
@@ -73,6 +74,9 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
 def _install(root: nn.Module, found: Document) -> None:
     with inside(GRAPH):
         _compare_modules(found.modules, tree.describe(root))
+        unknown = found.selection.unknown(discover(), root) if found.selection else []
+        if unknown:
+            raise LoadError(f"{shown(unknown[0])} is no rule and no module", "selection")
         for i, record in enumerate(found.named_modules):
             with inside(f"named_modules[{i}]"):
                 named_modules.install(root, record)
@@ -90,6 +94,7 @@ def check(root: nn.Module, found: Document) -> dict[str, Slot]:
                 check_arguments(plan.guards, tree.class_of(root).forward)
             with inside(f"plans[{i}].nodes"):
                 _check_targets(plan.graph, modules.keys(), places.keys())
+                named_modules.check_calls(plan.graph, modules)
                 leaf_calls.resolve(plan.references, homes)
         fingerprint.compare(found.fingerprint, fingerprint.fingerprint(root, graphs))
     return places
