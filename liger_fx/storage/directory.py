@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -20,23 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from liger_fx.errors import SaveError
+from liger_fx.storage.names import GRAPH
+from liger_fx.storage.own_files import OWN_FILES, check_replaceable
 from liger_fx.storage.unfinished import held, remove_abandoned
 
-GRAPH = "graph.json"
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-REPORT = "report.json"
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
-BUFFERS = "buffers.safetensors"
-MODULE = "module.py"
-# The first line of every MODULE that was written here.
-MODULE_MARK = "# A graph as Python source, written by liger_fx"
-OWN_FILES = re.compile(
-    r"graph\.json|config\.json|generation_config\.json|report(-\d+)?\.json|buffers\.safetensors"
-    r"|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|module\.py|__init__\.py"
-    r"|__pycache__"
-)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -48,10 +34,10 @@ def replacing(path: Path, mark: str = GRAPH) -> Iterator[Path]:
     and for a write that fails: the disk is full, say. The old files are whole then.
     """
     path = Path(os.path.realpath(path))
-    _check_replaceable(path, mark)
+    check_replaceable(path, mark)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path, OWN_FILES)
+        remove_abandoned(path, OWN_FILES[mark])
         new = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
         mode = _make_like(new, path)
     except OSError as error:
@@ -89,18 +75,6 @@ def _make_like(new: Path, path: Path) -> int | None:
             mode &= ~(stat.S_IRWXG | stat.S_ISGID)
     new.chmod(mode | stat.S_IRWXU)
     return mode
-
-
-def _check_replaceable(path: Path, mark: str) -> None:
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise SaveError(f"{path} is a file; a graph is saved as a directory.")
-    names = sorted(entry.name for entry in path.iterdir())
-    foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
-    if names and (mark not in names or foreign):
-        what = foreign[0] if foreign else names[0]
-        raise SaveError(f"{path} holds something else ({what}): give a new directory.")
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -147,8 +121,3 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
     done: int = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
     return done == 0
-
-
-def report_name(plan: int) -> str:
-    """The file of a plan's report."""
-    return REPORT if plan == 0 else f"report-{plan + 1}.json"

@@ -28,11 +28,11 @@ from liger_fx.storage.checks import (
     strings,
 )
 from liger_fx.storage.json_file import shown
+from liger_fx.storage.names import FORMAT
 from liger_fx.storage.plans import SavedPlan, read_plan
 from liger_fx.storage.values import Devices
 from liger_fx.storage.weights import Tensor
 
-FORMAT = "liger_fx graph"
 SCHEMA = 1
 _MAX_PLANS = 16
 _FIELDS = {

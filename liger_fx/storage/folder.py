@@ -22,8 +22,10 @@ from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
 from liger_fx.report.facts import versions
 from liger_fx.storage import expressions, named_modules
-from liger_fx.storage.directory import MODULE, MODULE_MARK, replacing, write_file
+from liger_fx.storage.directory import replacing, write_file
 from liger_fx.storage.model_class import is_known
+from liger_fx.storage.names import MODULE, MODULE_MARK
+from liger_fx.storage.own_files import PACKAGE
 from liger_fx.storage.python_source import check_source
 from liger_fx.storage.python_text import Statements, folded
 from liger_fx.storage.python_values import (
@@ -114,7 +116,7 @@ def to_folder(opt: GraphModel, folder: str | PathLike[str], class_name: str) -> 
     check_source(text, class_name)
     with replacing(Path(folder), MODULE) as new:
         write_file(new / MODULE, [text.encode()])
-        write_file(new / "__init__.py", [f"from .module import {class_name}, load\n".encode()])
+        write_file(new / PACKAGE, [f"from .module import {class_name}, load\n".encode()])
         write_configs(opt, new)
         write_tensors(opt, new, tensors)
 

@@ -10,7 +10,7 @@ import ast
 import warnings
 
 from liger_fx.errors import SaveError, one_line
-from liger_fx.storage.directory import MODULE
+from liger_fx.storage.names import MODULE
 
 # What folder.py and python_values.py write besides imports.
 _NEEDED = {

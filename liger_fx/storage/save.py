@@ -23,19 +23,19 @@ from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
 from liger_fx.planning import Planner
 from liger_fx.storage import config, fingerprint, named_modules, skeleton, tree
-from liger_fx.storage.directory import (
+from liger_fx.storage.directory import replacing, write_file
+from liger_fx.storage.document import SCHEMA
+from liger_fx.storage.json_file import dump
+from liger_fx.storage.model_class import is_known
+from liger_fx.storage.names import (
     BUFFERS,
     CONFIG,
+    FORMAT,
     GENERATION_CONFIG,
     GRAPH,
     INDEX,
-    replacing,
     report_name,
-    write_file,
 )
-from liger_fx.storage.document import FORMAT, SCHEMA
-from liger_fx.storage.json_file import dump
-from liger_fx.storage.model_class import is_known
 from liger_fx.storage.plans import encode_plan
 from liger_fx.storage.saved import read_saved
 from liger_fx.storage.sources import portable

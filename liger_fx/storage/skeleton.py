@@ -20,9 +20,9 @@ from liger_fx.errors import LoadError
 from liger_fx.module_tree import copy_tree
 from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules, tree
 from liger_fx.storage.checks import inside
-from liger_fx.storage.directory import CONFIG, GENERATION_CONFIG, GRAPH
 from liger_fx.storage.document import Document
 from liger_fx.storage.json_file import shown
+from liger_fx.storage.names import CONFIG, GENERATION_CONFIG, GRAPH
 from liger_fx.storage.plans import check_arguments
 from liger_fx.storage.saved import Saved
 from liger_fx.storage.tree import CONSTANT, IN_CHECKPOINT, Slot

@@ -18,8 +18,9 @@ import torch
 
 from liger_fx.errors import LoadError
 from liger_fx.storage.checks import OBJECT, expect, inside
-from liger_fx.storage.directory import GRAPH, INDEX, WEIGHTS
 from liger_fx.storage.json_file import parse, shown
+from liger_fx.storage.names import GRAPH, INDEX, WEIGHTS
+from liger_fx.storage.opening import read_file
 from liger_fx.storage.tensors import Entry, read_header, read_tensor
 from liger_fx.storage.weights import Tensor
 
@@ -51,7 +52,7 @@ class Stored:
         for file in files:
             with inside(file.name):
                 states[file] = _state(file)
-                for name, entry in _header(file).items():
+                for name, entry in read_header(file).items():
                     if name in entries:
                         raise LoadError("is in another file, too", shown(name))
                     entries[name] = (file, entry)
@@ -164,19 +165,3 @@ def _state(file: Path | BinaryIO) -> State:
 def _check_state(then: State, file: BinaryIO) -> None:
     if _state(file) != then:
         raise LoadError("was written to while it was read: load it again")
-
-
-def _header(file: Path) -> dict[str, Entry]:
-    try:
-        return read_header(file)
-    except OSError as error:
-        raise LoadError(f"cannot be read: {error.strerror or error}") from None
-
-
-def read_file(file: Path) -> bytes:
-    """The bytes of a file; LoadError if it cannot be read or is far larger than it should be."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(2**28 + 1)
-    except OSError as error:
-        raise LoadError(f"cannot be read: {error.strerror or error}") from None

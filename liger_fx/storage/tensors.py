@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.storage.checks import LIST, STRING, fields, inside
 from liger_fx.storage.json_file import parse, shown
+from liger_fx.storage.opening import opened
 
 _MAX_HEADER = 100_000_000
 _DTYPES = {
@@ -75,8 +77,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """What the file holds, by name; LoadError where it is damaged, cut short or too long."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise LoadError(f"has no header that fits its {size:,} bytes")

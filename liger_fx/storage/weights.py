@@ -19,8 +19,8 @@ from torch import nn
 
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.storage.checks import FLAG, LIST, STRING, fields, inside, module_path
-from liger_fx.storage.directory import WEIGHTS
 from liger_fx.storage.json_file import dump, shown
+from liger_fx.storage.names import WEIGHTS
 from liger_fx.storage.tree import (
     ATTRIBUTE,
     BUFFER,
