@@ -10,8 +10,10 @@ loaded. Other versions with the same code are fine.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
 from types import ModuleType
 from typing import Any
 
@@ -94,17 +96,22 @@ def _names(reach: Reach) -> dict[str, str]:
     for key, value in reach.globals.items():
         if isinstance(value, ModuleType) or key.rpartition(".")[2].startswith("__"):
             continue
-        text = _name_of(value)
-        if text is None:
-            ours = is_model_code(type(value).__module__) or type(value).__module__ == "builtins"
-            text = describer.text_or_type(value) if ours else torch.typename(value)
+        text = _name_of(value) or (
+            describer.text_or_type(value) if _is_plain(value) else torch.typename(value)
+        )
         if text.replace(":", ".") != key:
             found[key] = text
     for key, method in reach.methods.items():
-        text = _name_of(method)
-        if text is not None and text.replace(":", ".") != key and not key.startswith("torch."):
-            found[key] = text
+        name = _name_of(method)
+        if name is not None and name.replace(":", ".") != key and not key.startswith("torch."):
+            found[key] = name
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is data; what another object does may depend on when it is asked."""
+    plain = isinstance(value, enum.Enum | functools.partial) or is_dataclass(value)
+    return plain or type(value).__module__ == "builtins"
 
 
 def _name_of(value: Any) -> str | None:

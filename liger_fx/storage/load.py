@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from liger_fx.errors import LoadError, RetraceWarning, UsageError, one_line
+from liger_fx.errors import LoadError, RetraceWarning
 from liger_fx.graph_model import GraphModel, graph_class
 from liger_fx.plan import Plan
 from liger_fx.planning import Planner
-from liger_fx.storage import skeleton
+from liger_fx.storage import arguments, skeleton
 from liger_fx.storage.checks import inside
 from liger_fx.storage.document import Document
 from liger_fx.storage.saved import Saved, read_saved
@@ -32,7 +32,6 @@ from liger_fx.storage.weights import Tensor, total_bytes
 from liger_fx.tracing.tree_state import Kind, telling_parameters
 
 StrPath = str | PathLike[str]
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load(
@@ -62,11 +61,8 @@ def load(
     version or not to be trusted, for model code that has changed since, and for what does not fit;
     UsageError for arguments that exclude each other or are of another kind.
     """
-    for given in (path, checkpoint or path):
-        if not isinstance(given, str | PathLike):
-            raise UsageError(f"load takes a directory, not a {type(given).__name__}.")
-    _check_arguments(model, checkpoint, device, dtype)
-    target = _device(device) if model is None else _device_of(model)
+    arguments.check(path, model, checkpoint, device, dtype)
+    target = arguments.device_of(model) if model is not None else arguments.usable(device)
     with unreplaced(Path(path)):
         saved = read_saved(Path(path), target)
         if model is not None:
@@ -79,48 +75,14 @@ def load(
         return _finished(saved, tree)
 
 
-def _check_arguments(model: Any, checkpoint: Any, device: Any, dtype: Any) -> None:
-    if model is not None and (checkpoint, device, dtype) != (None, None, None):
-        raise UsageError("load(model=...) takes the weights as they are: give no other argument.")
-    if isinstance(model, fx.GraphModule):
-        raise UsageError("load(model=...) takes the model itself, not an optimised one.")
-    if model is not None and not isinstance(model, nn.Module):
-        raise UsageError(f"load(model=...) takes a model, not a {type(model).__name__}.")
-    if dtype is not None and dtype not in _DTYPES:
-        names = ", ".join(map(str, _DTYPES))
-        raise UsageError(f"load(dtype=...) takes one of {names}, not {dtype!r}.")
-    if device is not None and not isinstance(device, str | torch.device):
-        raise UsageError(f"load(device=...) takes a device or its name, not {device!r}.")
-
-
 def _check_loadable(saved: Saved) -> None:
-    _device(saved.document.device)
+    arguments.usable(saved.document.device)
     if saved.document.saved_device.type == "meta":
         raise LoadError(
             "was made of a model without weights, so it lacks the tensors that the model's "
             "code makes: give the model itself, load(path, model=...)",
             "graph.json",
         )
-
-
-def _device(device: torch.device | str | None) -> torch.device | None:
-    """The device by its full name, cuda:0 for cuda; LoadError if it is not there."""
-    if device is None:
-        return None
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
-        raise LoadError(
-            f"{device} cannot be used ({one_line(error)}): say where to load, as device='cpu'",
-            "device",
-        ) from None
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        raise UsageError(f"The model is on several devices: {', '.join(map(str, devices))}.")
-    return devices.pop() if devices else None
 
 
 def _weights(saved: Saved, checkpoint: StrPath | None, model: nn.Module | None) -> Stored | None:

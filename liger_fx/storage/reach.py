@@ -23,8 +23,8 @@ from transformers import PreTrainedConfig
 from liger_fx.modules.origin import Origin
 from liger_fx.storage.model_code import codes_in, home_of, is_model_code, layers_of
 
-# Methods of tensors: x.to(dtype) is no call of PreTrainedModel.to.
-_OF_TENSORS = frozenset(dir(torch.Tensor))
+# Methods of tensors and of every module: x.to(dtype) is no call of PreTrainedModel.to.
+_OF_ALL = frozenset(dir(torch.Tensor)) | frozenset(dir(nn.Module)) - {"forward"}
 _BASES = ("transformers.modeling_utils", "torch.nn.modules.")
 
 
@@ -88,7 +88,7 @@ class Reach:
         of_model = is_model_code(base.__module__)
         if not of_model and not base.__module__.startswith(_BASES):
             return
-        if not of_model and not is_read and name in _OF_TENSORS:
+        if not of_model and not is_read and name in _OF_ALL:
             return
         if of_model and isinstance(found, bool | int | float | str | None):
             self.globals[f"{base.__module__}.{base.__qualname__}.{name}"] = found
