@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import math
 import os
 import secrets
@@ -31,6 +32,7 @@ from liger_fx.graph_model import GraphModel
 from liger_fx.module_tree import copy_tree
 from liger_fx.plan import Plan, compile_graph
 from liger_fx.storage import expressions
+from liger_fx.storage.directory import write_file
 from liger_fx.tracing.call import CallSpec, InputSpec, example_call, is_transformers
 
 _EXAMPLE_SIZES = (3, 11, 13, 17, 19, 23)
@@ -149,13 +151,18 @@ def _dynamic(call: CallSpec) -> dict[str, Any]:
 
 
 def _write(program: torch.export.ExportedProgram, path: Path) -> None:
-    """The file as a whole or not at all."""
+    """The file as a whole or not at all.
+
+    PyTorch writes to memory: where a disk is full, its own writer of files ends the process.
+    """
+    memory = io.BytesIO()
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.pt2")
     with _removed_afterwards(new):
         try:
-            torch.export.save(program, new)
+            torch.export.save(program, memory)
+            write_file(new, [memory.getbuffer()])
             os.replace(new, path)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
+        except (OSError, RuntimeError) as error:
             raise SaveError(f"{path} could not be written: {one_line(error)}") from error
 
 

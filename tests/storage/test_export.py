@@ -118,6 +118,27 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert contents(tmp_path) == before
 
 
+FULL = """
+import json, resource, sys, torch, liger_fx
+from liger_fx.errors import SaveError
+from liger_fx.tiny import tiny_model
+opt = liger_fx.optimize(tiny_model("llama", layers=1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    liger_fx.export(opt, sys.argv[1])
+    print(json.dumps("written"))
+except SaveError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_a_disk_that_is_full_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_text("old")
+    said = run_python(FULL, tmp_path / "model.pt2")
+    assert "could not be written" in said and "too large" in said
+    assert contents(tmp_path) == {"model.pt2": b"old"}
+
+
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     class Prints(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
