@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +25,7 @@ from liger_fx.storage.json_file import shown
 
 _MAX_LENGTH = 500
 _MAX_DEPTH = 60
+_CHARACTERS = re.compile(r"[\w .,()<>=!+*/%-]*", re.ASCII)
 _OPERATORS = (
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.Not,
     ast.And, ast.Or, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Load,
@@ -30,9 +33,14 @@ _OPERATORS = (
 _FORMS = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, *_OPERATORS,
 )  # fmt: skip
-_FUNCTIONS = {"min", "max", "abs", "round"}
-_MATH = {"floor", "ceil", "trunc"}
-_LARGEST_POWER = 8
+# How many values each function takes, at least and at most.
+_FUNCTIONS = {
+    "min": (2, 8), "max": (2, 8), "abs": (1, 1), "round": (1, 2),
+    "math.floor": (1, 1), "math.ceil": (1, 1), "math.trunc": (1, 1),
+}  # fmt: skip
+_LARGEST_POWER, _MOST_DIGITS = 8, 20
+# What a value may grow to: of 32 sizes multiplied, say. Powers of powers would take for ever.
+_BITS_OF_SIZE, _MOST_BITS = 64, 2048
 
 
 def check(text: str, names: Iterable[str] | None = None) -> str:
@@ -48,9 +56,15 @@ def check(text: str, names: Iterable[str] | None = None) -> str:
 def _names_in(text: str) -> frozenset[str]:
     if len(text) > _MAX_LENGTH:
         raise LoadError(f"{shown(text)} is too long for an expression of sizes")
+    if not _CHARACTERS.fullmatch(text):  # it stands on a line of its own, in brackets
+        raise LoadError(f"{shown(text)} is no expression")
     try:
-        tree = ast.parse(text, mode="eval")
-        return frozenset(_visit(tree, 0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "1if"
+            tree = ast.parse(text, mode="eval")
+        names = frozenset(_visit(tree, 0))
+        _bits(tree.body)
+        return names
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise LoadError(f"{shown(text)} is no expression") from None
 
@@ -81,17 +95,46 @@ def _size_name(name: str) -> set[str]:
 
 
 def _visit_call(node: ast.Call, depth: int) -> set[str]:
-    function = node.func
-    known = isinstance(function, ast.Name) and function.id in _FUNCTIONS
-    if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
-        known = function.value.id == "math" and function.attr in _MATH
-    if not known or node.keywords:
-        raise LoadError(f"{shown(ast.unparse(function))} is no function of sizes")
+    name = ast.unparse(node.func)
+    if name not in _FUNCTIONS or node.keywords:
+        raise LoadError(f"{shown(name)} is no function of sizes")
+    least, most = _FUNCTIONS[name]
+    if not least <= len(node.args) <= most:
+        raise LoadError(f"{name} is called with {len(node.args)} values")
+    digits = _number(node.args[1]) if name == "round" and len(node.args) == 2 else 0
+    if type(digits) is not int or abs(digits) > _MOST_DIGITS:
+        raise LoadError("a size is rounded to so many digits")
     return set().union(*(_visit(part, depth + 1) for part in node.args))
 
 
+def _bits(node: ast.AST) -> int:
+    """How large a value can get; LoadError if too large, and for a division by zero itself."""
+    parts = [_bits(part) for part in ast.iter_child_nodes(node)]
+    found = max(parts, default=0) + 1
+    if isinstance(node, ast.Name | ast.Constant):
+        found = _BITS_OF_SIZE
+    elif isinstance(node, ast.BinOp):
+        if isinstance(node.op, ast.Mult):
+            found = sum(parts)
+        elif isinstance(node.op, ast.Pow):
+            found = parts[0] * _number(node.right)
+        elif isinstance(node.op, ast.Div | ast.FloorDiv | ast.Mod) and _number(node.right) == 0:
+            raise LoadError("an expression of sizes divides by zero")
+    if found > _MOST_BITS:
+        raise LoadError("an expression of sizes grows too fast")
+    return found
+
+
+def _number(node: ast.AST) -> Any:
+    """The number that a constant is, with its sign; None for anything else."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _number(node.operand)
+        return None if value is None else -value
+    return node.value if isinstance(node, ast.Constant) else None
+
+
 def _check_power(exponent: ast.expr) -> None:
-    power: Any = exponent.value if isinstance(exponent, ast.Constant) else None
+    power = _number(exponent)
     if type(power) is not int or not 0 <= power <= _LARGEST_POWER:
         raise LoadError(f"an expression of sizes has no power of {ast.unparse(exponent)}")
 

@@ -50,7 +50,9 @@ _GUARDS = {
 _INPUT = {"sizes": LIST, "dtype": STRING, "device": STRING}
 _OPAQUE = {"path": STRING, "class": STRING, "reason": STRING, "source": OPTIONAL_LIST}
 # Names that the check of the inputs uses itself.
-_RESERVED = {"min", "max", "abs", "round", "math", "arguments", "constants"}
+_RESERVED = {
+    "min", "max", "abs", "round", "math", "floor", "ceil", "trunc", "arguments", "constants",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

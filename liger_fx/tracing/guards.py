@@ -156,13 +156,10 @@ def _compile_inputs(guards: Guards) -> Check:
         )
     # A symbol may also appear in a guard without being an input's size when its input was not
     # given.
-    for guard in guards.sizes:
-        expression = guard
-        for name, place in sorted(bound.items(), key=lambda item: -len(item[0])):
-            expression = _replace_word(expression, name, place)
-        conditions.append(f"({expression})")
-    lines += ["    except (KeyError, AttributeError):", "        return False"]
-    lines.append("    return " + " and ".join(conditions))
+    conditions += [f"({_with_places(guard, bound)})" for guard in guards.sizes]
+    lines.append("        return " + " and ".join(conditions))
+    # A guard that divides by a size of zero says nothing about such a call.
+    lines += ["    except (KeyError, AttributeError, ArithmeticError):", "        return False"]
     scope["math"] = math
     exec(compile("\n".join(lines), "<guards>", "exec"), scope)
     return scope["inputs_hold"]
@@ -181,5 +178,6 @@ def _size_conditions(i: int, spec: InputSpec, bound: dict[str, str]) -> list[str
     return conditions
 
 
-def _replace_word(text: str, word: str, replacement: str) -> str:
-    return re.sub(rf"\b{re.escape(word)}\b", replacement, text)
+def _with_places(text: str, places: Mapping[str, str]) -> str:
+    """``text`` with the place of each size for its name."""
+    return re.sub(r"[^\W\d]\w*", lambda match: places.get(match[0], match[0]), text)
