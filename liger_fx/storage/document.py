@@ -34,7 +34,7 @@ from liger_fx.storage.values import Devices
 from liger_fx.storage.weights import Tensor
 
 SCHEMA = 1
-_MAX_PLANS = 16
+_MAX_PLANS, _MAX_NAMES = 16, 4096
 _FIELDS = {
     "format": STRING, "schema": (int,), "model": OBJECT, "fingerprint": OBJECT,
     "device": STRING, "training": FLAG, "other_modes": LIST, "weights": FLAG,
@@ -148,7 +148,10 @@ def _read_selection(record: Any) -> Selection | None:
     with inside("selection"):
         fields(record, {"chosen": OPTIONAL_LIST, "excluded": LIST})
         chosen = None if record["chosen"] is None else tuple(strings(record["chosen"], "chosen"))
-        return Selection(chosen, tuple(strings(record["excluded"], "excluded")))
+        excluded = tuple(strings(record["excluded"], "excluded"))
+        if len(excluded) + len(chosen or ()) > _MAX_NAMES:
+            raise LoadError(f"has more than {_MAX_NAMES} names")
+        return Selection(chosen, excluded)
 
 
 def _read_modules(records: list[Any]) -> list[list[Any]]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from liger_fx.engine.rule import discover
+from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError
 from liger_fx.module_tree import copy_tree
 from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules, tree
@@ -48,7 +49,7 @@ def from_config(saved: Saved) -> nn.Module:
     if saved.generation is not None:
         with inside(GENERATION_CONFIG):
             model.generation_config = config.read_generation(saved.generation)
-    _install(model, found)
+    _install(model, saved)
     return model
 
 
@@ -67,16 +68,16 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
         if now != found.implementations:
             raise LoadError(f"are {now} in the model", f"{GRAPH}.implementations")
     bound = copy_tree(model)
-    _install(bound, found)
+    _install(bound, saved)
     return bound
 
 
-def _install(root: nn.Module, found: Document) -> None:
+def _install(root: nn.Module, saved: Saved) -> None:
+    found = saved.document
     with inside(GRAPH):
         _compare_modules(found.modules, tree.describe(root))
-        unknown = found.selection.unknown(discover(), root) if found.selection else []
-        if unknown:
-            raise LoadError(f"{shown(unknown[0])} is no rule and no module", "selection")
+        if found.selection is not None:
+            _check_selection(found.selection, saved, root)
         for i, record in enumerate(found.named_modules):
             with inside(f"named_modules[{i}]"):
                 named_modules.install(root, record)
@@ -98,6 +99,20 @@ def check(root: nn.Module, found: Document) -> dict[str, Slot]:
                 leaf_calls.resolve(plan.references, homes)
         fingerprint.compare(found.fingerprint, fingerprint.fingerprint(root, graphs))
     return places
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+def _check_selection(selection: Selection, saved: Saved, root: nn.Module) -> None:
+    # the rules that the reports name: to import our own would take longer than to load
+    names = {name for report in saved.reports if report for name in report.rules}
+    rules: Any = [_Named(name) for name in sorted(names)]
+    for entry in (*(selection.chosen or ()), *selection.excluded):
+        if Selection(None, (entry,)).unknown(rules, root):
+            raise LoadError(f"{shown(entry)} is no rule and no module", "selection")
 
 
 def _compare_modules(saved: list[list[Any]], now: list[list[Any]]) -> None:

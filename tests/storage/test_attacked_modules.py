@@ -57,6 +57,10 @@ def exclude(document: Any) -> None:
     document["selection"]["excluded"] = ["model.layers.9"]
 
 
+def choose_a_lot(document: Any) -> None:
+    document["selection"]["excluded"] = ["rms_norm"] * 10_000
+
+
 @pytest.mark.parametrize(
     "change, place",
     [
@@ -64,6 +68,7 @@ def exclude(document: Any) -> None:
         (follow_a_mounted_one, "graph.json.plans[0].followed["),
         (mode, "graph.json.other_modes[1]: there is no module model.layers.7"),
         (choose, "graph.json.selection: 'rms_nrom' is no rule and no module"),
+        (choose_a_lot, "graph.json.selection: has more than 4096 names"),
         (exclude, "graph.json.selection: 'model.layers.9' is no rule"),
     ],
 )
