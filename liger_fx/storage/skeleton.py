@@ -28,6 +28,7 @@ from liger_fx.storage.plans import check_arguments
 from liger_fx.storage.saved import Saved
 from liger_fx.storage.tree import CONSTANT, IN_CHECKPOINT, Slot
 from liger_fx.storage.weights import Tensor
+from liger_fx.storage.writes import check_writes
 
 
 def from_config(saved: Saved) -> nn.Module:
@@ -97,6 +98,7 @@ def check(root: nn.Module, found: Document) -> dict[str, Slot]:
                 _check_targets(plan.graph, modules.keys(), places.keys())
                 named_modules.check_calls(plan.graph, modules)
                 leaf_calls.resolve(plan.references, homes)
+                check_writes(plan.graph, places.keys(), modules)
         fingerprint.compare(found.fingerprint, fingerprint.fingerprint(root, graphs))
     return places
 

@@ -108,6 +108,18 @@ METHODS = frozenset(
 )
 # Properties of tensors that a graph reads by builtins.getattr.
 PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
+# Of the above, what gives back a tensor that it was given, or a view of it.
+_GIVES_BACK = """
+positive einsum chunk broadcast_to concat detach diag diagonal dsplit flatten hsplit moveaxis
+movedim narrow permute ravel reshape select split squeeze swapaxes swapdims t tensor_split
+transpose unbind unflatten unsqueeze view_as_complex view_as_real vsplit adjoint
+"""
+_NEW = """
+arange bernoulli cat clone conv1d conv2d conv3d empty empty_like eye full full_like layer_norm
+ones ones_like rand rand_like randint randint_like randn randn_like randperm rms_norm stack tensor
+where zeros zeros_like expand_copy embedding group_norm linear one_hot scaled_dot_product_attention
+silu gelu softplus log_softmax new_empty new_full new_ones new_tensor new_zeros repeat index_put
+"""
 SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
 ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
@@ -140,6 +152,29 @@ def _table() -> dict[str, Any]:
 
 
 FUNCTIONS = _table()
+
+
+def _calls(names: set[str]) -> set[tuple[str, Any]]:
+    """(op, target) of the nodes that call a function of such a name, or a method."""
+    found: set[tuple[str, Any]] = {("call_method", name) for name in names & METHODS}
+    return found | {
+        ("call_function", f) for n, f in FUNCTIONS.items() if n.rpartition(".")[2] in names
+    }
+
+
+# Calls that write into their first argument.
+_UNDERSCORED = {n.rpartition(".")[2] for n in (*METHODS, *FUNCTIONS) if n.endswith("_")}
+_AUGMENTED = {
+    "setitem", "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow",
+    "irshift", "isub", "itruediv", "ixor",
+}  # fmt: skip
+IN_PLACE = _calls((_UNDERSCORED | _AUGMENTED) - {"and_", "or_", "not_", "is_"})
+# Calls whose result is memory of its own. (Of two lists, + gives a list of the same tensors.)
+MAKES_NEW = (
+    _calls(set((_BOTH + _NEW).split()) - set(_GIVES_BACK.split()))
+    | _calls(set(_OPERATORS.split()) - {"getitem", "pos"})
+    | {("call_function", leaves.attention)}
+) - (IN_PLACE | {("call_function", f) for f in (operator.add, operator.mul, operator.or_)})
 OPERATORS = frozenset(getattr(operator, name) for name in _OPERATORS.split())
 _NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
 

@@ -80,7 +80,8 @@ def test_sizes_that_are_called_as_their_places_are() -> None:
     parts=st.lists(
         st.sampled_from(
             ["batch", "s", "1", "0", "9.5", "(", ")", "**", "*", "/", "//", "%", "-", " > ",
-             " and ", "min(", "max(", "abs(", "round(", "math.floor(", ", ", " if ", " else ", "not "]
+             " and ", "min(", "max(", "abs(", "round(", "math.floor(", ", ", " if ",
+             " else ", "not "]
         ),
         max_size=14,
     ),
