@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.report.facts import versions
@@ -36,19 +36,18 @@ from liger_fx.storage.model_code import (
 )
 from liger_fx.storage.reach import Reach
 from liger_fx.storage.sources import locate, module_of
-from liger_fx.storage.tree import full_name, parts
+from liger_fx.storage.tree import Original, full_name
 
 _LOOK_UPS = "transformers.modeling_utils"
 
 
-def fingerprint(root: nn.Module, graphs: Iterable[fx.Graph]) -> dict[str, Any]:
-    """The files of the classes of ``root``, of the functions that their forwards reach and of the
+def fingerprint(model: Original, graphs: Iterable[fx.Graph]) -> dict[str, Any]:
+    """The files of the classes of ``model``, of the functions that their forwards reach and of the
     lines that the graphs' nodes come from; what the names in them stand for.
 
     None stands for the code of a module whose source is in no file.
     """
-    found = parts(root)
-    reach = Reach(found)
+    reach = model.reach
     names = {b.__module__ for cls in reach.classes for b in cls.__mro__}
     names |= {home_of(function) for function in reach.functions.values()}
     names |= reach.modules

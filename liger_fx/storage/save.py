@@ -149,6 +149,7 @@ def _document(
     device = _device_of(opt)
     settings: Any = getattr(opt, "config", None)
     rebuilt = is_known(opt.model_class, settings)
+    original = tree.Original(opt)
     return {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -157,7 +158,7 @@ def _document(
             "model_type": settings.model_type if rebuilt else None,
         },
         "fingerprint": fingerprint.require(
-            fingerprint.fingerprint(opt, [plan.graph for plan in plans])
+            fingerprint.fingerprint(original, [plan.graph for plan in plans])
         ),
         "device": str(device),
         "training": opt.training,
@@ -165,7 +166,7 @@ def _document(
         "weights": with_weights,
         "selection": _encode_selection(opt._make_plan),
         "implementations": _implementations(settings),
-        "modules": tree.describe(opt, {path for plan in plans for path in plan.paths}),
+        "modules": original.describe({path for plan in plans for path in plan.paths}),
         "named_modules": named_modules.describe(opt),
         "tensors": encode(tensors),
         "plans": [encode_plan(plan, device) for plan in plans],

@@ -76,7 +76,10 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
 def _install(root: nn.Module, saved: Saved) -> None:
     found = saved.document
     with inside(GRAPH):
-        _compare_modules(found.modules, tree.describe(root))
+        original = tree.Original(root)
+        _compare_modules(found.modules, original.describe())
+        now = fingerprint.fingerprint(original, [plan.graph for plan in found.plans])
+        fingerprint.compare(found.fingerprint, now)
         if found.selection is not None:
             _check_selection(found.selection, saved, root)
         for i, record in enumerate(found.named_modules):
@@ -88,7 +91,6 @@ def check(root: nn.Module, found: Document) -> dict[str, Slot]:
     """The tree's places of tensors by path; LoadError unless it is the tree that was saved."""
     with inside(GRAPH):
         places = _compare_tensors(root, found.tensors)
-        graphs = [plan.graph for plan in found.plans]
         modules = dict(root.named_modules(remove_duplicate=False))
         homes = {tree.class_of(module).__module__ for module in modules.values()}
         for i, plan in enumerate(found.plans):
@@ -99,7 +101,6 @@ def check(root: nn.Module, found: Document) -> dict[str, Slot]:
                 named_modules.check_calls(plan.graph, modules)
                 leaf_calls.resolve(plan.references, homes)
                 check_writes(plan.graph, places.keys(), modules)
-        fingerprint.compare(found.fingerprint, fingerprint.fingerprint(root, graphs))
     return places
 
 

@@ -78,29 +78,37 @@ def parts(root: nn.Module) -> list[Origin]:
     return found
 
 
-def describe(root: nn.Module, followed: Container[str] = ()) -> list[list[Any]]:
-    """[path, class, {attribute: its text}] of each module of the model as it was.
+class Original:
+    """The model as it was before named modules came in, and what its code can read."""
 
-    The attributes are those that the code of the model's classes can read: an eps, a scale, an
-    activation function. SaveError where one of a ``followed`` module has no text.
-    """
-    found = parts(root)
-    reach = Reach(found)
-    describer = Describer({id(module) for module in root.modules()})
-    records = []
-    for part in found:
+    def __init__(self, root: nn.Module) -> None:
+        self.parts = parts(root)
+        self.reach = Reach(self.parts)
+        self._describer = Describer({id(module) for module in root.modules()})
+
+    def describe(self, followed: Container[str] = ()) -> list[list[Any]]:
+        """[path, class, {attribute: its text}] of each module.
+
+        The attributes are those that the code of the model's classes can read: an eps, a scale, an
+        activation function. SaveError where one of a ``followed`` module has no text.
+        """
+        return [
+            [part.path, full_name(part.cls), self._texts(part, part.path in followed)]
+            for part in self.parts
+        ]
+
+    def _texts(self, part: Origin, is_followed: bool) -> dict[str, str]:
         texts: dict[str, str] = {}
         for name, value in sorted(part.attributes.items()):
-            if name in _PASSING or not reach.reads(name):
+            if name in _PASSING or not self.reach.reads(name):
                 continue
             try:
-                texts[name] = describer.text(value)
+                texts[name] = self._describer.text(value)
             except Indescribable as kind:
-                if part.path in followed:
+                if is_followed:
                     raise _no_text(part, name, kind) from None
                 texts[name] = f"a {kind}"
-        records.append([part.path, full_name(part.cls), texts])
-    return records
+        return texts
 
 
 def _no_text(part: Origin, name: str, kind: Indescribable) -> SaveError:

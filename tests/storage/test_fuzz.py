@@ -24,7 +24,7 @@ def test_two_thousand_damaged_graphs_load_or_are_refused(tmp_path: Path) -> None
         transformers.logging.set_verbosity(verbosity)
     assert fuzzer.failures == []
     assert fuzzer.outcomes["refused"] > 1400 and fuzzer.outcomes["loaded"] > 50
-    assert len(fuzzer.refused) > 30  # errors of many places
+    assert len(fuzzer.refused) > 25  # errors of many places
 
 
 def test_the_recorded_result_is_of_a_hundred_thousand_runs() -> None:

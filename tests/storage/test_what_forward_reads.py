@@ -25,8 +25,7 @@ from torch import nn
 import liger_fx
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.graph_model import GraphModel
-from liger_fx.storage.reach import Reach
-from liger_fx.storage.tree import parts
+from liger_fx.storage.tree import Original
 from liger_fx.tiny import tiny_model
 from tests.families.test_trainer import losses
 from tests.storage import custom
@@ -75,7 +74,7 @@ def test_attributes_that_no_code_reads_do_not_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "big_bird", "t5gemma"])
 def test_what_forward_reads_of_a_model_and_what_not(name: str) -> None:
-    reach = Reach(parts(tiny_model(name, layers=1)))
+    reach = Original(tiny_model(name, layers=1)).reach
     assert reach.reads("config") and reach.reads("loss_type")
     for unread in ("_use_kernels", "_weight_conversions", "_is_accelerate_prepared", "is_quantized",
                    "name_or_path", "generation_config", "_tp_plan", "hf_device_map"):  # fmt: skip
