@@ -6,7 +6,8 @@ A mutant is a saved directory with one file changed: JSON by its structure (valu
 removed, copied, renamed, attacks from a list put in), any file by its bytes. What loads is built in
 full and, now and then, called. While a mutant is read, Python's audit events are watched: a process
 started, a file written, a module imported or code executed that was not meant to be is a failure,
-and so is every exception but LoadError.
+and so are every exception but LoadError, a weight that a call has changed, and a class of
+transformers that is not what it was.
 """
 
 from __future__ import annotations
@@ -145,10 +146,14 @@ class Fuzzer:
         whole = (folder / name).read_bytes()
         mutant = mutate(name, whole, self.random)
         (folder / name).write_bytes(mutant)
+        classes = _classes()
         try:
             outcome, events = self._load(folder, number % CALL_EVERY == 0)
         finally:
             (folder / name).write_bytes(whole)
+        events += [
+            f"{name} changed" for name, v in _classes().items() if classes.get(name) is not v
+        ]
         if mutant == whole:
             outcome = f"{outcome}, unchanged"
         self.outcomes[outcome] += 1
@@ -171,12 +176,27 @@ class Fuzzer:
 
     def _call(self, opt: Any) -> str:
         ids = torch.ones(2, 7, dtype=torch.long)
+        before = {name: tensor.clone() for name, tensor in opt.state_dict().items()}
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints the failing line
                 opt(input_ids=ids, attention_mask=ids)
+            outcome = "loaded and called"
         except Exception as error:  # a graph with other arguments may fail as any program may
-            return f"loaded and called: {type(error).__name__}"
-        return "loaded and called"
+            outcome = f"loaded and called: {type(error).__name__}"
+        now = opt.state_dict()
+        # as bytes: a damaged file may hold NaN
+        same = (_bytes(now[name]) == _bytes(tensor) for name, tensor in before.items())
+        return outcome if all(same) else "crash: a call changed the weights"
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _classes() -> dict[str, Any]:
+    """What the classes hold that a loaded file has to do with."""
+    kinds = (transformers.PreTrainedConfig, transformers.GenerationConfig, transformers.LlamaConfig)
+    return {f"{cls.__name__}.{name}": v for cls in kinds for name, v in vars(cls).items()}
 
 
 def _kind(error: LoadError) -> str:

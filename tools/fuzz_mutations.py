@@ -57,6 +57,10 @@ def mutate(name: str, data: bytes, rng: random.Random) -> bytes:
     """A damaged version of a file; now and then it is only another spelling of the same."""
     if rng.random() < 0.25:
         return _mutate_bytes(data, rng)
+    if name == "graph.json" and rng.random() < 0.15:
+        document = json.loads(data)
+        attack_graph(document, rng)
+        return _dump(document)
     if name.endswith(".json"):
         return _dump(_mutate_json(json.loads(data), rng))
     length = int.from_bytes(data[:8], "little")
@@ -90,6 +94,57 @@ def _mutate_bytes(data: bytes, rng: random.Random) -> bytes:
                 [b"\x00", b"[", b"{", b"}", b'"', b",", b"9" * 5000, b"NaN"]
             )
     return bytes(out)
+
+
+# -- attacks that take more than one place ---------------------------------------------------------
+
+_GUARDS = [
+    "batch / (batch - 2) > 0", "((batch**8)**8)**8 > 1", "1/0 > 1", "max() > 1", "abs(1, 2) > 0",
+    "round(batch, -10**9) > 0", "batch > 1 # ", "(batch >\n1)", "batch - batch",
+]  # fmt: skip
+_VIEWS = [
+    ("call_function", "getattr", ["data"]), ("call_method", "detach", []),
+    ("call_method", "view", [-1]), ("call_function", "operator.getitem", [0]),
+    ("call_function", "torch.transpose", [0, -1]), ("call_method", "float", []),
+    ("call_function", "torch.add", [1]), ("call_method", "chunk", [2]),
+]  # fmt: skip
+_WRITES = [
+    ("call_method", "fill_", [0.5]), ("call_method", "zero_", []),
+    ("call_function", "operator.setitem", [0, 0.5]), ("call_function", "operator.iadd", [1]),
+    ("call_function", "torch.nn.init.zeros_", []), ("call_method", "requires_grad_", [False]),
+    ("call_function", "torch.nn.functional.relu", [True]),
+]  # fmt: skip
+
+
+def attack_graph(document: Any, rng: random.Random) -> None:
+    """Change a whole graph.json in several places at once, so that its parts still agree."""
+    plan = rng.choice(document["plans"])
+    guards, nodes = plan["guards"], plan["nodes"]
+    text = str(rng.choice([*KEYS, *ATTACKS]))
+    kind = rng.randrange(5)
+    if kind == 0:
+        document["implementations"][text] = {"attention": "eager", "experts": None}
+    elif kind == 1:  # an input, renamed wherever it is named
+        record = rng.choice([node for node in nodes if node["op"] == "placeholder"])
+        guards["inputs"][text] = guards["inputs"].pop(record["target"])
+        record["target"] = text
+    elif kind == 2:
+        guards["constants"][rng.choice(["use_cache", text])] = copy.deepcopy(rng.choice(ATTACKS))
+    elif kind == 3:
+        guards["sizes"].append(rng.choice(_GUARDS))
+    else:
+        _overwrite(document, nodes, rng)
+
+
+def _overwrite(document: Any, nodes: list[Any], rng: random.Random) -> None:
+    """A tensor of the model, some views of it, and a write."""
+    name = "zz_0"
+    added = [{"name": name, "op": "get_attr", "target": rng.choice(document["tensors"])["path"]}]
+    for op, target, rest in [*rng.choices(_VIEWS, k=rng.randrange(3)), rng.choice(_WRITES)]:
+        args = [{"node": name}, *rest]
+        name = f"zz_{len(added)}"
+        added.append({"name": name, "op": op, "target": target, "args": args})
+    nodes[2:2] = added
 
 
 def _mutate_json(value: Any, rng: random.Random) -> Any:
