@@ -67,7 +67,16 @@ class GraphModel(fx.GraphModule):
         self._make_plan = make_plan
         self._warned: set[str] = set()
         self._refusals = Refusals()
-        self.graph = plans[0].graph
+        self._graph = plans[0].graph
+        self._graph.owning_module = self
+        del self._code  # the empty graph's; this one's is written when somebody asks for it
+
+    @property
+    def code(self) -> str:
+        """The Python code of ``.graph``."""
+        if "_code" not in self.__dict__:
+            self.recompile()
+        return super().code
 
     @property
     def report(self) -> GraphDiff | None:

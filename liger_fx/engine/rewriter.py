@@ -9,9 +9,7 @@ Each rule is one pass: search, decide, replace, drop what nothing reads any more
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -20,6 +18,7 @@ from liger_fx.engine.accounts import captured_names, refused, rewritten, unexpla
 from liger_fx.engine.drawer import Drawer
 from liger_fx.engine.edits import Insertion, Rewrite, erase_unread, follow
 from liger_fx.engine.facts import Facts
+from liger_fx.engine.garbage import garbage_kept
 from liger_fx.engine.legality import check_effects, check_readers
 from liger_fx.engine.match import Match
 from liger_fx.engine.mounting import Mounting, Plan
@@ -53,7 +52,7 @@ def rewrite(
     the new nodes.
     """
     rules, sites = list(rules), list[Site]()
-    with _garbage_kept():
+    with garbage_kept():
         facts = Facts(trace)
         drawer, view = Drawer(facts), Terms(trace.root)
         for rule in rules:
@@ -64,18 +63,6 @@ def rewrite(
         follow(trace.calls, facts)
         sites += unexplained(trace, rules, sites)
     return Rewriting(trace.graph, trace.root, sites)
-
-
-@contextmanager
-def _garbage_kept() -> Iterator[None]:
-    """No garbage collection: one walk over a deep model's graph takes as long as all the rules."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Pass:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from liger_fx.engine.garbage import garbage_kept
 from liger_fx.errors import LoadError, RetraceWarning
 from liger_fx.graph_model import GraphModel, graph_class
 from liger_fx.plan import Plan
@@ -64,13 +65,14 @@ def load(
     arguments.check(path, model, checkpoint, device, dtype)
     target = arguments.device_of(model) if model is not None else arguments.usable(device)
     with unreplaced(Path(path)):
-        saved = read_saved(Path(path), target)
-        if model is not None:
-            tree = skeleton.from_model(saved, model)
-        else:
-            _check_loadable(saved)
-            tree = skeleton.from_config(saved)
-        places = skeleton.check(tree, saved.document)
+        with garbage_kept():
+            saved = read_saved(Path(path), target)
+            if model is not None:
+                tree = skeleton.from_model(saved, model)
+            else:
+                _check_loadable(saved)
+                tree = skeleton.from_config(saved)
+            places = skeleton.check(tree, saved.document)
         _fill(saved, places, _weights(saved, checkpoint, model), dtype)
         return _finished(saved, tree)
 
