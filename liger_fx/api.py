@@ -42,8 +42,9 @@ def optimize(
 ) -> GraphModel:
     """Trace ``model`` and rewrite what the rules find into named modules; ``model`` stays as it is.
 
-    The result shares the model's parameters and is of its class too: it generates, trains and
-    saves as the model does. ``result.report`` says what was rewritten and why the rest was not.
+    The result shares the model's parameters (what changes them in place, ``.half()`` for one,
+    changes both) and is of its class too: it generates, trains and saves as the model does.
+    ``result.report`` says what was rewritten and why the rest was not.
 
     inputs: example inputs, keyword arguments as a mapping or positional ones as a tuple. A
         transformers language model needs none; any other module does.

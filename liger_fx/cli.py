@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from liger_fx import __version__
 from liger_fx.commands import bench, diff, explain, optimize, rules, verify
 from liger_fx.commands.console import say
 from liger_fx.errors import LigerFxError, LigerFxWarning
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"liger_fx {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (optimize, verify, diff, explain, bench, rules):
         command.add_parser(commands)

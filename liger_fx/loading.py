@@ -36,6 +36,8 @@ def load_model(
 
     Raises UsageError, in one sentence, for all that is missing, corrupt or unknown.
     """
+    if not where.strip():
+        raise UsageError("No model was named: give a directory or a model type (llama).")
     path = Path(where)
     if path.is_dir():
         return _from_directory(path, dtype, layers, weights)

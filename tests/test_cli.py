@@ -129,6 +129,17 @@ def test_unknown_architecture(capsys: Captured) -> None:
     assert "'lama' is no directory and no transformers model type. Did you mean llama" in said
 
 
+def test_no_name(capsys: Captured) -> None:
+    assert "No model was named" in fails_with_one_sentence(capsys, "")
+
+
+def test_version(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"liger_fx {liger_fx.__version__}\n"
+
+
 def test_unknown_rule(capsys: Captured) -> None:
     assert "no_such_rule" in fails_with_one_sentence(capsys, "llama", "--rules", "no_such_rule")
 
