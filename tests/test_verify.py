@@ -11,6 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +164,19 @@ def test_what_is_right_passes_at_every_site(arch: str, dtype: torch.dtype) -> No
     assert len(found.sites) == len(opt.report.rewritten) > 0
     assert all(site.gap is not None and site.gap < 1e-12 for site in found.sites)
     assert {c.name for c in found.single} == {name for name, _ in model.named_parameters()}
+
+
+def test_a_model_with_weights_of_its_own(tmp_path: Path) -> None:
+    model, opt = pair("llama")
+    liger_fx.save(opt, tmp_path / "graph")
+    loaded = liger_fx.load(tmp_path / "graph")
+    found = liger_fx.verify(model, loaded)
+    assert found.ok and len(found.sites) == 9, str(found)
+    with torch.no_grad():
+        loaded.model.norm.weight.mul_(1.01)
+    found = liger_fx.verify(model, loaded)
+    (fault,) = [site.fault for site in found.sites if site.fault]
+    assert fault == "its model.norm.weight has other values than the model's"
 
 
 def test_a_fault_that_no_site_holds_is_found_in_the_whole() -> None:

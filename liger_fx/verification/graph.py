@@ -36,7 +36,7 @@ def check_graph(model: nn.Module, opt: nn.Module, calls: Sequence[Call]) -> Grap
     if not isinstance(opt, GraphModel):
         return found
     found.faults += _not_served(opt, calls)
-    checks = SiteChecks(opt)
+    checks = SiteChecks(model, opt)
     for plan, fitting in _plans_to_check(opt, calls):
         tree = copy_tree(model).train(plan.guards.training)
         with called_as(Call(training=plan.guards.training), opt):

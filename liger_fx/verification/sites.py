@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from liger_fx.errors import one_line
@@ -49,8 +50,12 @@ class SiteCheck:
 class SiteChecks:
     """The sites of one model on the tensors of several calls, by the path of the named module."""
 
-    def __init__(self, opt: nn.Module) -> None:
+    def __init__(self, model: nn.Module, opt: nn.Module) -> None:
         self.opt = opt
+        shared = {id(p) for p in model.parameters()}
+        # One that was loaded, say, has weights of its own: they are held against the model's.
+        self.own_weights = shared.isdisjoint(map(id, opt.parameters()))
+        self.parameters = dict(opt.named_parameters(remove_duplicate=False))
         self._found: dict[str, _Found] = {}
 
     def run(self, traced: Trace, rewritten: fx.Graph, calls: Iterable[Mapping[str, Any]]) -> None:
@@ -70,7 +75,39 @@ class SiteChecks:
                 rule = place.pair.call.meta["rewrite"].rule
                 found = self._found.setdefault(path, _Found(path, rule, type(module).__name__))
                 if found.fault is None:
-                    found.fault = _run(place, traced.root, exactly, module, values, found)
+                    found.fault = self._run(place, traced.root, exactly, module, values, found)
+
+    def _run(
+        self,
+        place: Place,
+        traced: nn.Module,
+        exactly: nn.Module,
+        module: nn.Module,
+        values: Values,
+        found: _Found,
+    ) -> str | None:
+        """Add one call's runs of a site to what was found; why that cannot be, if it cannot."""
+        own: dict[str, str] = {}
+        names = {id(p): name for name, p in module.named_parameters(remove_duplicate=False)}
+        for path, parameter in place.parameters(traced).items():
+            counterpart = self._counterpart(path, parameter)
+            if id(counterpart) not in names:
+                return f"the model's {path} is no parameter of the module"
+            if counterpart is not parameter and not torch.equal(counterpart, parameter):
+                return f"its {path} has other values than the model's"
+            own[path] = names[id(counterpart)]
+        try:
+            runs = _four_runs(place, own, traced, exactly, module, values)
+        except Exception as error:  # a faulty module may fail in any way it likes
+            return f"it raises {type(error).__name__}: {one_line(error)}"
+        found.add(*runs)
+        return None
+
+    def _counterpart(self, path: str, parameter: nn.Parameter) -> torch.Tensor:
+        """The model's parameter itself, or the one of that path in a model with its own weights."""
+        if not self.own_weights:
+            return parameter
+        return self.parameters.get(path, parameter)
 
     def judged(self) -> list[SiteCheck]:
         """A check of each site, in the graph's order."""
@@ -89,7 +126,14 @@ class _Found:
     long: Totals = field(default_factory=Totals)
     rounding: float = 0.0
 
+    def add(self, original: Run, optimised: Run, original_64: Run, optimised_64: Run) -> None:
+        """Count one call."""
+        self.short.add(original_64, original, optimised)
+        self.long.add(original_64, original_64, optimised_64)
+        self.rounding = max(ROUNDING[result.dtype] for result in original.outputs.values())
+
     def judged(self) -> SiteCheck:
+        """The check of all calls together."""
         check = functools.partial(SiteCheck, self.path, self.rule, self.class_name)
         if self.fault is not None:
             return check(self.fault)
@@ -103,32 +147,6 @@ class _Found:
             )
         )
         return check(_fault(self.short, gap, outputs, grads), gap, outputs, grads)
-
-
-def _run(
-    place: Place,
-    traced: nn.Module,
-    exactly: nn.Module,
-    module: nn.Module,
-    values: Values,
-    found: _Found,
-) -> str | None:
-    """Add one call's runs of a site to what was found; why that cannot be, if it cannot."""
-    parameters = place.parameters(traced)
-    names = {id(p): name for name, p in module.named_parameters(remove_duplicate=False)}
-    for name, parameter in parameters.items():
-        if id(parameter) not in names:
-            return f"the model's {name} is no parameter of the module"
-    own = {path: names[id(parameter)] for path, parameter in parameters.items()}
-    try:
-        runs = _four_runs(place, own, traced, exactly, module, values)
-    except Exception as error:  # a faulty module may fail in any way it likes
-        return f"it raises {type(error).__name__}: {one_line(error)}"
-    original, optimised, original_64, optimised_64 = runs
-    found.short.add(original_64, original, optimised)
-    found.long.add(original_64, original_64, optimised_64)
-    found.rounding = max(ROUNDING[result.dtype] for result in original.outputs.values())
-    return None
 
 
 def _four_runs(
