@@ -169,4 +169,4 @@ class _Activation(torch.autograd.Function):
         return _activation_backward(dy, *ctx.saved_tensors, ctx.name), None
 
 
-differentiate(_activation, _Activation)
+differentiate(_activation, _Activation, activation_reference)

@@ -261,5 +261,5 @@ class _PackedGatedActivation(torch.autograd.Function):
         return _packed_backward_op(dy, *ctx.saved_tensors, *ctx.constants), None, None
 
 
-differentiate(_gated, _GatedActivation)
-differentiate(_packed, _PackedGatedActivation)
+differentiate(_gated, _GatedActivation, gated_activation_reference)
+differentiate(_packed, _PackedGatedActivation, packed_gated_activation_reference)

@@ -1,7 +1,7 @@
 """How an operator of this folder reaches PyTorch: torch.ops.liger_fx.<name>.
 
     define_op("f(Tensor x) -> Tensor", run, fake)      the operator, with what fake tensors see
-    differentiate(op, Function)                        its derivative
+    differentiate(op, Function, reference)             its derivatives
 
 torch.compile and torch.export see each operator as one node. The derivative is registered by hand
 on the Autograd key: torch.library.register_autograd does the same and costs 12 microseconds more
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
 
@@ -36,13 +37,20 @@ def below_autograd(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
-def differentiate(op: Any, function: type[torch.autograd.Function]) -> None:
+def differentiate(
+    op: Any, function: type[torch.autograd.Function], reference: Callable[..., Any]
+) -> None:
     """Run `function` (whose forward takes `op`'s arguments) where `op` is to be differentiated.
 
     Mark its backward `once_differentiable`: second derivatives then raise instead of being zero.
+    `reference` takes the same arguments and is made of PyTorch's own operations. It runs where the
+    tensors are not plain ones: inside torch.func's grad, jvp, vmap, hessian and the like, which
+    take each of its operations apart, and inside torch.autograd.forward_ad.
     """
 
     def autograd(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:  # forward mode does not ask for requires_grad
+            return reference(*args)
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, torch.Tensor) and arg.requires_grad:
@@ -50,3 +58,5 @@ def differentiate(op: Any, function: type[torch.autograd.Function]) -> None:
         return below_autograd(op, *args)
 
     _LIBRARY.impl(op, autograd, "Autograd")
+    # This key is asked first of all while a transform of torch.func is active, and never else.
+    _LIBRARY.impl(op, reference, "FuncTorchDynamicLayerFrontMode")

@@ -364,5 +364,18 @@ def _refuse(cos_needs_grad: bool, sin_needs_grad: bool) -> None:
         )
 
 
-differentiate(_rope, _Rope)
-differentiate(_rope_pair, _RopePair)
+def _rope_plain(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    return rope_reference(x, cos, sin, Form(*rest[:4]), rest[4])
+
+
+def _rope_pair_plain(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any
+) -> Pair:
+    form = Form(*rest[:4])
+    return rope_reference(q, cos, sin, form, rest[4]), rope_reference(k, cos, sin, form, rest[5])
+
+
+differentiate(_rope, _Rope, _rope_plain)
+differentiate(_rope_pair, _RopePair, _rope_pair_plain)
