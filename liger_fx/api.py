@@ -27,6 +27,7 @@ from liger_fx.module_tree import copy_tree
 from liger_fx.planning import Planner
 from liger_fx.report import GraphDiff
 from liger_fx.tracing.call import example_call
+from liger_fx.tracing.root_state import attributes_kept
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | None
 
@@ -73,7 +74,9 @@ def optimize(
 
 def _rewritten(model: nn.Module, inputs: Inputs, selection: Selection | None) -> GraphModel:
     planner, tree = Planner(selection), copy_tree(model)
-    return build(tree, planner(tree, example_call(model, inputs)), planner)
+    # What hangs on the copy may lead back to the given model: a bound method, a closure.
+    with attributes_kept(model):
+        return build(tree, planner(tree, example_call(model, inputs)), planner)
 
 
 def _without_faults(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from liger_fx.errors import TraceError
 from liger_fx.tracing.call import CallSpec
+from liger_fx.tracing.readiness import refuse_unready
 from liger_fx.tracing.trace import Source, Trace
 from liger_fx.tracing.tracer import HFTracer, Untraceable
 
@@ -22,6 +23,7 @@ def trace_tree(root: nn.Module, call: CallSpec, forward: Any = None) -> Trace:
     A class of modules whose code stops the trace stays whole; it is the innermost one that is not
     itself a PreTrainedModel. TraceError where nothing below the top is left to keep whole.
     """
+    refuse_unready(root)
     opaque: dict[type, tuple[str, Source | None]] = {}
     fixed: frozenset[str] = frozenset()
     first: Untraceable | None = None

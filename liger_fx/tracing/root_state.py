@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
+
+_alone = threading.RLock()
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 
 def named_tensors(root: nn.Module) -> dict[int, str]:
@@ -35,19 +39,68 @@ def autocast_cache_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Models store tensors on themselves during forward; a fake must not stay there."""
-    groups = [g for m in root.modules() for g in (m.__dict__, m._buffers)]
-    before = [dict(group) for group in groups]
-    try:
-        yield
-    finally:
-        for group, old in zip(groups, before, strict=True):
-            for name, value in list(group.items()):
-                if value is old.get(name):
-                    continue
-                if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(value)):
-                    if name in old:
-                        group[name] = old[name]
-                    else:
-                        del group[name]
+def attributes_kept(root: nn.Module) -> Iterator[Snapshot]:
+    """Models store things on themselves during forward; none of it stays after the block.
+
+    A second thread that wants to trace waits: it must not take the first one's fakes for its own.
+    """
+    with _alone:
+        before = Snapshot(root)
+        try:
+            yield before
+        finally:
+            before.restore()
+
+
+class Snapshot:
+    """All attributes of the modules of a tree: parameters, buffers, children, plain values, and
+    what is in the dictionaries, lists and sets among them. No tensor's data is copied."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._seen: dict[int, tuple[Any, Any]] = {}
+        for module in root.modules():
+            self._take(module.__dict__)
+
+    def _take(self, value: Any) -> None:
+        if type(value) in _CONTAINERS:
+            if id(value) in self._seen:
+                return
+            # The container is kept as well: its id must not be reused.
+            self._seen[id(value)] = (value, _contents(value))
+            items = value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            items = value
+        else:
+            return
+        for item in items:
+            self._take(item)
+
+    def before(self, container: Any) -> Any:
+        """What was in the container: a dict, list or set of its own; None for an unknown one."""
+        found = self._seen.get(id(container))
+        return found[1] if found is not None else None
+
+    def restore(self) -> None:
+        """Put back what was there, into the same containers."""
+        for container, contents in self._seen.values():
+            if not _same(container, contents):
+                container.clear()
+                (container.extend if isinstance(contents, list) else container.update)(contents)
+
+
+def _contents(container: Any) -> Any:
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _same(container: Any, contents: Any) -> bool:
+    if len(container) != len(contents):
+        return False
+    if isinstance(contents, set):
+        return {id(item) for item in container} == {id(item) for item in contents}
+    if isinstance(contents, dict) and list(container) != list(contents):
+        return False
+    now = container.values() if isinstance(contents, dict) else container
+    then = contents.values() if isinstance(contents, dict) else contents
+    return all(a is b for a, b in zip(now, then, strict=True))

@@ -82,6 +82,7 @@ class HFTracer(fx.Tracer, Recording):
         self.stack: list[tuple[ModuleCall, nn.Module]] = [(self.calls[0], root)]
         self.paths = {module: path for path, module in root.named_modules()}
         self._named_tensors = named_tensors(root)
+        self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
         self._autocast_cache_enabled = torch.is_autocast_cache_enabled()
@@ -91,6 +92,9 @@ class HFTracer(fx.Tracer, Recording):
             inputs = self._placeholders(call)
         with attributes_kept(root), patched(self):
             output = self._run(forward, inputs, call)
+        # Kept until now: what the tree looked like is back in place.
+        for path, tensor in self._constants.items():
+            root.register_buffer(path, tensor, persistent=False)
         self._finish(output)
         guards = Guards.of_trace(self, call)
         return Trace(self.graph, root, self.calls, guards, list(self.opaque_leaves.values()))
@@ -290,9 +294,12 @@ class HFTracer(fx.Tracer, Recording):
         path = self._named_tensors.get(id(tensor))
         if path is None:
             path = next(
-                p for i in itertools.count() if not hasattr(self.root, p := f"_tensor_constant{i}")
+                p
+                for i in itertools.count()
+                if (p := f"_tensor_constant{i}") not in self._constants
+                and not hasattr(self.root, p)
             )
-            self.root.register_buffer(path, tensor, persistent=False)
+            self._constants[path] = tensor
             self._named_tensors[id(tensor)] = path
         return self._get_attr(path)
 
