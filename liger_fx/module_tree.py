@@ -22,11 +22,16 @@ def copy_tree(model: M) -> M:
     """A copy of every module of ``model``, sharing its parameters and buffers; no memory for
     weights."""
     copies = {module: _bare_copy(module) for module in model.modules()}
-    configs: dict[int, Any] = {}
+    known: dict[int, Any] = {id(module): twin for module, twin in copies.items()}
     for module, twin in copies.items():
         attributes = twin.__dict__
         for name, value in module.__dict__.items():
-            attributes[name] = _copied(name, value, copies, configs)
+            if name == "config" or name.endswith("_config"):
+                # One copy for all modules that shared the config: what is set on one copy, all of
+                # them see.
+                attributes[name] = known.setdefault(id(value), copy.deepcopy(value))
+            else:
+                attributes[name] = _copied(value, known)
     return copies[model]  # type: ignore[return-value]
 
 
@@ -34,23 +39,22 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     return module.__class__.__new__(module.__class__)
 
 
-def _copied(
-    name: str, value: Any, copies: dict[nn.Module, nn.Module], configs: dict[int, Any]
-) -> Any:
-    if isinstance(value, nn.Module):
-        return copies.get(value, value)
-    if name == "config" or name.endswith("_config"):
-        # One copy for all modules that shared the config: what is set on one copy, all of them see.
-        return configs.setdefault(id(value), copy.deepcopy(value))
+def _copied(value: Any, known: dict[int, Any]) -> Any:
+    """The copy of a module or container, down to the containers in it; anything else as it is."""
+    if id(value) in known:
+        return known[id(value)]
     kind = type(value)
     if isinstance(value, dict):
-        twin = copy.copy(value)
+        twin = known[id(value)] = copy.copy(value)
         for key, item in value.items():
-            if isinstance(item, nn.Module):
-                twin[key] = copies.get(item, item)
+            twin[key] = _copied(item, known)
         return twin
-    if kind in (list, tuple, set):
-        return kind(
-            copies.get(item, item) if isinstance(item, nn.Module) else item for item in value
-        )
+    if kind is list:
+        items: list[Any] = []
+        known[id(value)] = items
+        items += (_copied(item, known) for item in value)
+        return items
+    if kind in (tuple, set):
+        twin = kind(_copied(item, known) for item in value)
+        return twin
     return value

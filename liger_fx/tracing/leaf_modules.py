@@ -122,6 +122,10 @@ def _infer_by_running(
         return torch.empty(shape, dtype=value.dtype, device=value.device)
 
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng():
+        for group in [g for m in module.modules() for g in (m._buffers, m.__dict__)]:
+            for name, value in group.items():  # what it writes in place must not reach the model
+                if isinstance(value, torch.Tensor):
+                    group[name] = value.clone()
         arguments, keywords = pytree.tree_map(example, (args, kwargs))
         result = call(module, *arguments, **keywords)
     return pytree.tree_map(as_fake, result)

@@ -21,6 +21,8 @@ from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
+from liger_fx.tracing.recorder import CannotRecord
+
 if TYPE_CHECKING:
     from liger_fx.tracing.tracer import HFTracer
 
@@ -55,6 +57,8 @@ def patched(tracer: HFTracer) -> Iterator[None]:
         try:
             _thread.tracer = tracer
             _patch_modules(replace)
+            if tracer.writes:
+                _patch_attributes(replace)
             _patch_autocast(replace)
             _patch_attention(replace)
             _patch_caches(replace)
@@ -93,6 +97,21 @@ def _patch_modules(replace: Any) -> None:
         return tracer.trace_module_call(original, module, args, kwargs)
 
     replace(nn.Module, "__call__", call)
+
+
+def _patch_attributes(replace: Any) -> None:
+    original = nn.Module.__getattr__
+
+    @functools.wraps(original)
+    def look_up(module: nn.Module, name: str) -> Any:
+        tracer = recording_tracer()
+        if tracer is not None and tracer.is_hidden(module, name):
+            # No AttributeError: hasattr would take it for an answer.
+            owner = type(module).__name__
+            raise CannotRecord(f"{name} of a {owner}, whose forward changes it, is read outside")
+        return original(module, name)
+
+    replace(nn.Module, "__getattr__", look_up)
 
 
 def _patch_autocast(replace: Any) -> None:

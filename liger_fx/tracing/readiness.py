@@ -1,7 +1,7 @@
 """Models that no trace may enter as they are, found before anything of theirs runs.
 
-    cpu_offload(model)               ->  each module has a forward of its own, that swaps weights
-    nn.LazyLinear(16), never called  ->  the first call gives its parameters their shape
+cpu_offload(model)               ->  each module has a forward of its own, that swaps weights
+nn.LazyLinear(16), never called  ->  the first call gives its parameters their shape
 """
 
 from __future__ import annotations

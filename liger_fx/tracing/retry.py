@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from liger_fx.errors import TraceError
 from liger_fx.tracing.call import CallSpec
 from liger_fx.tracing.readiness import refuse_unready
+from liger_fx.tracing.state import Place
 from liger_fx.tracing.trace import Source, Trace
 from liger_fx.tracing.tracer import HFTracer, Untraceable
 
@@ -26,16 +27,18 @@ def trace_tree(root: nn.Module, call: CallSpec, forward: Any = None) -> Trace:
     refuse_unready(root)
     opaque: dict[type, tuple[str, Source | None]] = {}
     fixed: frozenset[str] = frozenset()
+    writes: frozenset[Place] = frozenset()
     first: Untraceable | None = None
     while True:
         try:
-            return HFTracer(opaque, fixed).trace(root, call, forward)
+            return HFTracer(opaque, fixed, writes).trace(root, call, forward)
         except Untraceable as failure:
             # A module that fails when it is called whole takes its parents along: what the user
             # needs to know is where that began.
             if first is None or type(failure.stack[-1][1]) not in opaque:
                 first = failure
             culprit = _innermost(failure, opaque)
+            writes |= set(failure.writes)
             if culprit is not None and len(opaque) < _MAX_OPAQUE_CLASSES:
                 opaque = {**opaque, culprit: (str(failure), failure.source)}
             elif "its code fixes the" in str(failure) and fixed != frozenset(("batch", "sequence")):

@@ -31,7 +31,13 @@ from liger_fx.tracing.guards import Guards
 from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf
 from liger_fx.tracing.patches import patched
 from liger_fx.tracing.recorder import Recorder, Recording
-from liger_fx.tracing.root_state import attributes_kept, autocast_cache_off, named_tensors
+from liger_fx.tracing.root_state import (
+    Snapshot,
+    attributes_kept,
+    autocast_cache_off,
+    named_tensors,
+)
+from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
@@ -39,13 +45,20 @@ from liger_fx.tracing.tree_state import is_capturing
 
 
 class Untraceable(Exception):
-    """The trace stopped inside the innermost module of ``stack``; the cause is the text."""
+    """The trace stopped inside the innermost module of ``stack``; the cause is the text.
+
+    ``writes`` are attributes that the model's code changed, where that is the cause.
+    """
 
     def __init__(
-        self, stack: list[tuple[str, nn.Module]], source: Source | None, cause: str
+        self,
+        stack: list[tuple[str, nn.Module]],
+        source: Source | None,
+        cause: str,
+        writes: tuple[Place, ...] = (),
     ) -> None:
         super().__init__(cause)
-        self.stack, self.source = stack, source
+        self.stack, self.source, self.writes = stack, source, writes
 
 
 class HFTracer(fx.Tracer, Recording):
@@ -53,15 +66,17 @@ class HFTracer(fx.Tracer, Recording):
 
     ``opaque`` maps module classes that are called instead of followed to the reason why;
     ``fixed_sizes`` names the sizes of transformers inputs that the model's code may fix to a
-    number.
+    number; ``writes`` are attributes that modules of these classes are known to change.
     """
 
     def __init__(
         self,
         opaque: dict[type, tuple[str, Source | None]] | None = None,
         fixed_sizes: frozenset[str] = frozenset(),
+        writes: frozenset[Place] = frozenset(),
     ) -> None:
         super().__init__()
+        self.writes = writes
         self.opaque_classes = opaque or {}
         self.fixed_sizes = fixed_sizes
 
@@ -90,8 +105,11 @@ class HFTracer(fx.Tracer, Recording):
         forward = forward or type(root).forward
         with self.world.mode:
             inputs = self._placeholders(call)
-        with attributes_kept(root), patched(self):
+        with attributes_kept(root) as before, patched(self):
+            self.hidden = HiddenState(before, dict(root.named_modules()), self.writes)
             output = self._run(forward, inputs, call)
+            self.hidden.show(root)
+            self._refuse_writes(before)
         # Kept until now: what the tree looked like is back in place.
         for path, tensor in self._constants.items():
             root.register_buffer(path, tensor, persistent=False)
@@ -148,7 +166,10 @@ class HFTracer(fx.Tracer, Recording):
         node = self.graph.output(output)
         node.meta.update(call=0, module="", source=None)
         self.leaves.materialise_masks()
-        erase_unread_nodes(self.graph, self.root)
+        # The calls that change something are made whether or not their result is read.
+        changing = {path for path, _ in self.writes}
+        needed = {leaf for leaf in self.opaque_leaves if _holds_one_of(changing, leaf)}
+        erase_unread_nodes(self.graph, self.root, needed)
         self.world.settle(self.graph)
 
     # -- module calls
@@ -191,15 +212,11 @@ class HFTracer(fx.Tracer, Recording):
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             reason = self._opaque_reason(module)
+            concrete = type(module) in self.opaque_classes
             try:
-                result = infer_leaf(
-                    recorder,
-                    original,
-                    module,
-                    args,
-                    kwargs,
-                    concrete=type(module) in self.opaque_classes,
-                )
+                # What it writes to itself it writes again when the graph calls it.
+                with self.hidden.shown(module), attributes_kept(module):
+                    result = infer_leaf(recorder, original, module, args, kwargs, concrete=concrete)
             except Exception as error:
                 self.stack.append((ModuleCall(-1, path, type(module), None), module))
                 try:
@@ -243,6 +260,26 @@ class HFTracer(fx.Tracer, Recording):
             way_out = "Turn it off where memory allows."
         if cause:
             raise TraceError(path, None, cause, way_out)
+
+    def _refuse_writes(self, before: Snapshot) -> None:
+        """What the code writes to the model a flat graph would not: find the module that does."""
+        places = written(before, self.paths, self.world)
+        if not places:
+            return
+        path, name = places[0]
+        stack = [("", self.root)]
+        stack += [(p, m) for m, p in self.paths.items() if p and _holds_one_of({path}, p)]
+        cut = next((i for i, (p, m) in enumerate(stack) if p and self.is_leaf_module(m, p)), None)
+        if cut is None:
+            cause = f"its forward changes its own attribute {name}"
+        else:  # put back after its own call: it was the code around that changed it
+            stack = stack[:cut]
+            cause = f"its forward changes {name} of {path}"
+        raise Untraceable(stack, None, cause, tuple(places))
+
+    def is_hidden(self, module: nn.Module, name: str) -> bool:
+        """Whether the code that reads this attribute must not see it."""
+        return (module, name) in self.hidden.places
 
     def _refuse_fixed_sizes(self) -> None:
         """A batch size or length that a module forces to one number makes the graph useless: find
@@ -334,3 +371,7 @@ class HFTracer(fx.Tracer, Recording):
             self.recorder.create_node(
                 "call_function", torch.amp.autocast_mode._exit_autocast, (entered,)
             )
+
+
+def _holds_one_of(paths: set[str], ancestor: str) -> bool:
+    return any(path == ancestor or path.startswith(f"{ancestor}.") for path in paths)

@@ -100,10 +100,11 @@ def test_a_failing_submodule_is_named() -> None:
 
 
 def test_nothing_fake_stays_on_the_model() -> None:
-    module = custom.StoresState()
+    stores = custom.StoresState()
+    module = nn.Sequential(nn.Linear(4, 4), stores)
     traced = liger_fx.trace(module, (EXAMPLE,))
-    assert type(module.positions) is torch.Tensor and not hasattr(module, "last")
-    assert type(traced.positions) is torch.Tensor and not hasattr(traced, "last")
+    for tree in (stores, traced.get_submodule("1")):
+        assert type(tree.positions) is torch.Tensor and not hasattr(tree, "last")
     assert torch.equal(traced(EXAMPLE), module(EXAMPLE))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -133,3 +134,156 @@ def test_a_trace_leaves_no_state_behind() -> None:
         for length in (5, 3, 9, 4):
             x = torch.randn(2, length, 16)
             assert torch.equal(opt(x), model(x)), length
+
+
+class Writes(nn.Module):
+    """Stands for a module that keeps something; ``kept`` is what, as far as it can be compared."""
+
+    kept: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+
+class Counts(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        return self.linear(x) / self.step
+
+
+class Averages(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean: torch.Tensor = self.mean * 0.9 + x.detach().mean((0, 1)) * 0.1
+        return self.linear(x) + self.mean
+
+
+class Logs(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: dict[str, list[int]] = {"seen": []}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.log["seen"].append(1)
+        return self.linear(x) * len(self.log["seen"])
+
+
+class CountsInPlace(Writes):
+    """The loop makes it a module that is called; running it once to see must change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add_(1)
+        return self.linear(x) * float(self.seen)
+
+
+@pytest.mark.parametrize("make", [Counts, Averages, Logs, CountsInPlace])
+def test_a_module_that_writes_to_itself_is_called(make: type[nn.Module]) -> None:
+    module = make()
+    model = nn.Sequential(nn.Linear(16, 16), module, nn.Linear(16, 16))
+    twin = copy.deepcopy(model)
+    before = Untouched(model)
+    opt = liger_fx.trace(model, inputs=(X,))
+    assert before.changes() == []
+    (leaf,) = opt.plans[0].opaque
+    assert leaf.path == "1"
+    assert make is CountsInPlace or "its forward changes its own attribute" in leaf.reason
+    for _ in range(3):
+        assert torch.equal(opt(X), twin(X))
+
+
+@pytest.mark.parametrize("make", [Counts, Averages, Logs])
+def test_a_model_that_writes_to_itself_is_refused(make: type[nn.Module]) -> None:
+    with pytest.raises(TraceError, match="its forward changes its own attribute"):
+        liger_fx.trace(make(), inputs=(X,))
+
+
+class Stores(Writes):
+    """Leaves a loss behind for the code around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        self.loss = y.pow(2).mean()
+        return y
+
+
+class IgnoresResult(Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stores = Stores()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.stores(x)
+        return self.linear(x)
+
+
+class ReadsLoss(IgnoresResult):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stores(x)
+        return y + self.stores.loss if hasattr(self.stores, "loss") else y
+
+
+class WritesToAnother(IgnoresResult):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.linear.scale = x.mean()
+        return self.linear(x) * self.linear.scale
+
+
+def test_what_is_left_behind_can_be_read_from_outside() -> None:
+    model = IgnoresResult()
+    opt = liger_fx.trace(model, inputs=(X,))
+    assert [leaf.path for leaf in opt.plans[0].opaque] == ["stores"]
+    for x in (X, 2 * X):
+        assert torch.equal(opt(x), model(x))
+        assert torch.equal(opt.stores.loss, model.stores.loss)
+
+
+@pytest.mark.parametrize("make", [ReadsLoss, WritesToAnother])
+def test_the_code_around_is_called_too_where_it_reads_or_writes(make: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), make())
+    opt = liger_fx.trace(model, inputs=(X,))
+    assert "1" in [leaf.path for leaf in opt.plans[0].opaque]
+    for x in (X, 2 * X):
+        assert torch.equal(opt(x), model(x))
+    with pytest.raises(TraceError):
+        liger_fx.trace(make(), inputs=(X,))
+
+
+class WritesTheSame(Writes):
+    """Writes that change nothing: an equal value, a cast without effect, a buffer in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(16))
+        self.register_buffer("seen", torch.zeros(()))
+        self.width, self.sizes = 16, [1, 2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.table = self.table.to(x.device)
+        self.width, self.sizes = x.shape[-1], [1, 2]
+        self.seen += 1
+        return self.linear(x) * self.table + self.seen
+
+
+def test_what_ends_as_it_was_is_not_changed() -> None:
+    model = WritesTheSame()
+    twin = copy.deepcopy(model)
+    opt = liger_fx.trace(model, inputs=(X,))
+    assert opt.plans[0].opaque == []
+    for _ in range(2):
+        assert torch.equal(opt(X), twin(X))
