@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 
 from torch import fx, nn
 
@@ -25,6 +26,7 @@ class Facts:
     """Order, effects and module calls of one trace, kept true while the engine changes the graph.
 
     position: the place of each node in the graph's order; new nodes lie between the numbers.
+    effects: the places of those nodes of the trace that change a tensor, a cache or a mode.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -37,8 +39,9 @@ class Facts:
         self._replaced: dict[fx.Node, fx.Node] = {}
         for i, node in enumerate(trace.graph.nodes):
             self.add(node, i)
-        self._effects = [n for n in self.position if n.op != "call_module" and is_effectful(n)]
-        self._effect_positions = [self.position[node] for node in self._effects]
+        effects = [(n, place) for n, place in self.position.items() if is_effectful(n, self.root)]
+        self.effects = dict(effects)
+        self._effect_positions = list(self.effects.values())
         for call in trace.calls:
             self.calls_of[call.path].append(call)
             if call.parent is not None:
@@ -83,12 +86,14 @@ class Facts:
         """The node that a module call returns, as it is now; None for anything but one tensor."""
         return self.now(call.output) if isinstance(call.output, fx.Node) else None
 
-    def effect_between(self, first: fx.Node, last: fx.Node) -> fx.Node | None:
-        """The first node between the two that changes a tensor, a cache or a mode."""
-        i = bisect_right(self._effect_positions, self.position[first])
-        if i < len(self._effects) and self._effect_positions[i] < self.position[last]:
-            return self._effects[i]
-        return None
+    def effects_between(self, first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+        """The nodes between the two that change a tensor, a cache or a mode, in order."""
+        start = bisect_right(self._effect_positions, self.position[first])
+        for node, place in islice(self.effects.items(), start, None):
+            if place >= self.position[last]:
+                return
+            if node in self.position:  # else it was part of a match
+                yield node
 
     def nodes_below(self, call: ModuleCall) -> Iterator[fx.Node]:
         """All nodes made during a module call, those of the calls inside it included."""

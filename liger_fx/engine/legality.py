@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from torch import fx
+
 from liger_fx.engine.facts import Facts, computes
 from liger_fx.engine.match import Match
-from liger_fx.engine.rule import Reject
-from liger_fx.engine.term import describe
+from liger_fx.engine.rule import Reject, Replacement
+from liger_fx.engine.term import Term, describe
+from liger_fx.engine.writes import Writes
 from liger_fx.tracing.effects import is_region_boundary
 
 
@@ -26,9 +31,36 @@ def check_readers(match: Match) -> None:
 def check_effects(match: Match, facts: Facts) -> None:
     """No in-place operation and no change of grad or autocast mode lies between its nodes."""
     first = min(match.covered, key=facts.position.__getitem__, default=match.root)
-    effect = facts.effect_between(first, match.root)
+    effect = next(facts.effects_between(first, match.root), None)
     if effect is None:
         return
     if is_region_boundary(effect):
         raise Reject("the grad or autocast mode changes in the middle of it", effect)
     raise Reject(f"{describe(effect)} works in place in the middle of it", effect)
+
+
+def check_later_writes(match: Match, replacement: Replacement, writes: Writes) -> None:
+    """What the named module keeps for its backward stays as it is.
+
+    The model's own operations may keep something else, a float32 copy of ``x`` say, so that the
+    model can write into ``x`` and still train.
+    """
+    if not writes.records_gradients(match.root):
+        return
+    for value in {node: None for term in replacement.inputs for node in _nodes(term)}:
+        write = writes.after(value, match.root)
+        if write is not None:
+            raise Reject(
+                f"the backward of {type(replacement.module).__name__} needs "
+                f"{match.names.get(value, describe(value))}, which is written into later",
+                write,
+            )
+
+
+def _nodes(term: Term) -> Iterator[fx.Node]:
+    """The node of a value, or those of which it is a part."""
+    if term.node is not None:
+        yield term.node
+    else:
+        for operand in term.operands:
+            yield from _nodes(operand)

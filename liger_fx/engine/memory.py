@@ -17,9 +17,11 @@ from liger_fx.tracing.trace import TensorSpec
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _BROADCASTS = {"expand", "expand_as", "broadcast_to"}
 _VIEWS = {
-    "alias", "chunk", "contiguous", "flatten", "getattr", "getitem", "identity", "movedim",
-    "narrow", "permute", "reshape", "select", "size", "split", "squeeze", "swapaxes", "swapdims",
-    "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as", *_BROADCASTS,
+    "adjoint", "alias", "as_strided", "chunk", "contiguous", "detach", "diagonal", "flatten",
+    "getattr", "getitem", "hsplit", "identity", "imag", "moveaxis", "movedim", "narrow", "permute",
+    "ravel", "real", "reshape", "select", "size", "split", "squeeze", "swapaxes", "swapdims", "t",
+    "tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
+    "view_as_complex", "view_as_real", "vsplit", *_BROADCASTS,
 }  # fmt: skip
 
 

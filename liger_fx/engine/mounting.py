@@ -17,12 +17,13 @@ from typing import Any
 from torch import fx, nn
 
 from liger_fx.engine.facts import Facts, computes
-from liger_fx.engine.legality import check_effects, check_readers
+from liger_fx.engine.legality import check_effects, check_later_writes, check_readers
 from liger_fx.engine.match import Match
 from liger_fx.engine.matcher import find
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import describe
 from liger_fx.engine.terms import Terms
+from liger_fx.engine.writes import Writes
 from liger_fx.modules.origin import remember
 from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.trace import ModuleCall
@@ -47,6 +48,7 @@ class Mounting:
 
     def __init__(self, rule: Rule, facts: Facts, view: Terms) -> None:
         self.rule, self.facts, self.view = rule, facts, view
+        self.writes = Writes(facts)
         self._taken: dict[str, nn.Module | None] = {}
         self._homes: dict[int, list[tuple[nn.Module, str]]] | None = None
 
@@ -59,6 +61,7 @@ class Mounting:
             beside = self.rule.build(match, None)
             if beside is None:
                 raise why from None
+            check_later_writes(match, beside, self.writes)
         return Plan(beside, self.holder(match), None)
 
     def holder(self, *matches: Match) -> str:
@@ -74,6 +77,7 @@ class Mounting:
     def _in_place_of(self, match: Match) -> tuple[Owner, Replacement]:
         owner, args = self._owner(match)
         replacement = self._fitting(match, owner, args)
+        check_later_writes(match, replacement, self.writes)
         if owner.path not in self._taken:
             self._taken[owner.path] = replacement.module
             if not self._every_call_is_alike(owner, match):
@@ -152,6 +156,7 @@ class Mounting:
             check_effects(found, self.facts)
             other, args = self._owner(found)
             replacement = self._fitting(found, other, args)
+            check_later_writes(found, replacement, self.writes)
         except Reject:
             return False
         return other.path == owner.path and _equal(replacement.module, self._taken[owner.path])

@@ -68,4 +68,4 @@ def insertion_point(group: Group, facts: Facts) -> fx.Node | None:
         return None
     first = min(covered, key=position.__getitem__)
     last = max((place, *roots), key=position.__getitem__)
-    return None if facts.effect_between(first, last) else place
+    return None if any(facts.effects_between(first, last)) else place
