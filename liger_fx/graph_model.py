@@ -17,6 +17,7 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from liger_fx.errors import FallbackWarning, LigerFxError
@@ -134,15 +135,18 @@ class GraphModel(fx.GraphModule):
         raise UnsupportedCall("the model's code asks of these sizes what no graph can promise")
 
     def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"{self.model_class.__name__}: no graph serves this call, so the model's own "
-                f"forward runs, with the named modules in place: {reason.rstrip('.')}.",
-                FallbackWarning,
-                stacklevel=4,
-            )
+        self.warn_once(
+            "no graph serves this call, so the model's own forward runs, with the named modules in "
+            f"place: {reason.rstrip('.')}."
+        )
         return self.model_class.forward(self, *args, **kwargs)
+
+    def warn_once(self, text: str) -> None:
+        """Give a FallbackWarning, the first time it has this text."""
+        if text not in self._warned:
+            self._warned.add(text)
+            name = self.model_class.__name__
+            warnings.warn(f"{name}: {text}", FallbackWarning, stacklevel=5)
 
     def to_folder(self, folder: str | PathLike[str], module_name: str | None = None) -> None:
         """Write ``.graph`` as a Python package: readable source, config and safetensors weights.
@@ -213,6 +217,11 @@ _GRAPH_CLASSES: dict[type[nn.Module], type[GraphModel]] = {}
 def _derive(model_class: type[nn.Module]) -> type[GraphModel]:
     @functools.wraps(model_class.forward)
     def forward(self: GraphModel, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            # Imported here, for it takes the compiler with it.
+            from liger_fx.uncompiled import call_uncompiled
+
+            return call_uncompiled(self, args, kwargs)
         return self.call_graph(args, kwargs)
 
     namespace = {

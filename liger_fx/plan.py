@@ -6,6 +6,7 @@ input_ids int64[batch, sequence], eval mode, no autocast  ->  this graph
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from liger_fx.errors import UsageError
 from liger_fx.graph_codec import decode_graph, encode_graph
 from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Check, Guards
@@ -103,14 +105,36 @@ class Plan:
         return {path: tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])}
 
     def run(self, root: nn.Module, arguments: Mapping[str, Any]) -> Any:
-        """The graph's result for a call that ``holds``."""
+        """The graph's result for a call that ``holds``.
+
+        UsageError where modules that the graph names are no longer there.
+        """
         if self._function is None:
             self._function = compile_graph(self.graph)
         inputs = [arguments[name] for name in self.inputs]
-        if not self._has_regions:
-            return self._function(root, *inputs)
-        with _modes_restored(self.guards.autocast):
-            return self._function(root, *inputs)
+        try:
+            if not self._has_regions:
+                return self._function(root, *inputs)
+            with _modes_restored(self.guards.autocast):
+                return self._function(root, *inputs)
+        except AttributeError as error:
+            missing = self._missing_path(root)
+            if missing is None:
+                raise
+            raise UsageError(
+                f"{missing} is gone: the module tree was changed after it was traced. Change the "
+                "model that this one was made from, and optimise that again."
+            ) from error
+
+    def _missing_path(self, root: nn.Module) -> str | None:
+        """A path that the graph names and the tree does not have, if any."""
+        for node in self.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                try:
+                    operator.attrgetter(node.target)(root)
+                except AttributeError:
+                    return str(node.target)
+        return None
 
     def recompile(self, function: Callable[..., Any]) -> None:
         """Run ``function`` from now on: the graph was edited and compiled anew."""

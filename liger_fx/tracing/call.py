@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ _TRANSFORMERS_SIZES: dict[str, tuple[str, ...]] = {
     "inputs_embeds": ("batch", "sequence", ""),
 }
 # Arguments that a graph is made for, one by one.
-PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -126,22 +127,33 @@ def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:
 def named_arguments(
     forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All arguments by name, without those that are None (to a model, given or not is the same)."""
-    named = {key: value for key, value in kwargs.items() if value is not None}
+    """All arguments by name, without those that are None by default too (given or not is the
+    same)."""
+    names, kept, gathers = _parameters(forward)
+    named = {key: value for key, value in kwargs.items() if value is not None or key in kept}
     if args:
-        names = parameter_names(forward)
         if len(args) > len(names):
-            raise UnsupportedCall(f"{len(args)} positional arguments")
-        named.update(
-            (name, value) for name, value in zip(names, args, strict=False) if value is not None
-        )
+            count = f"{len(args)} positional argument{'s' * (len(args) > 1)}"
+            why = " where forward takes *args, which has no names for them" if gathers else ""
+            raise UnsupportedCall(count + why)
+        for name, value in zip(names, args, strict=False):
+            if value is not None or name in kept:
+                named[name] = value
     return named
 
 
-def parameter_names(forward: Any) -> list[str]:
-    """Names of the parameters of an unbound forward that may be given by position, without self."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds][1:]
+@functools.lru_cache(maxsize=256)
+def _parameters(forward: Any) -> tuple[tuple[str, ...], frozenset[str], bool]:
+    """Of an unbound forward: the parameters that may be given by position, without self; those to
+    which None says something; whether there is an *args."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p for p in parameters if p.kind in (*by_position, inspect.Parameter.KEYWORD_ONLY)]
+    return (
+        tuple(p.name for p in parameters if p.kind in by_position)[1:],
+        frozenset(p.name for p in named if p.default is not None),
+        any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters),
+    )
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -157,12 +169,17 @@ def example_call(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...] |
     try:
         if isinstance(inputs, Mapping):
             return describe_call(model, named_arguments(forward, (), inputs))
-        if inputs is not None:
+        if isinstance(inputs, (tuple, list)):
             return describe_call(model, named_arguments(forward, tuple(inputs), {}))
     except UnsupportedCall as unsupported:
         raise UsageError(
             f"The example inputs hold {unsupported}; a graph takes tensors and plain values."
         ) from None
+    if inputs is not None:
+        raise UsageError(
+            "Example inputs are a tuple of positional arguments or a mapping of named ones, not "
+            f"a {type(inputs).__name__}."
+        )
     if not is_transformers(model):
         raise UsageError(
             f"{type(model).__name__} is no transformers model, so it needs example inputs: pass "

@@ -70,7 +70,7 @@ class Guards:
         lines.append("parameters keep their dtype and device, and the config its values")
         if self.attention_fixed:
             lines.append("so does its attention implementation")
-        lines.append("no forward hook stands on a module that the graph goes through")
+        lines.append("no hook stands on a module that the graph goes through, or on all modules")
         return lines
 
     def bind(self, root: nn.Module, modules: Modules, facts: TreeFacts) -> Check:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.memo import Unknowable, run_without_grad
 from liger_fx.tracing.recorder import Recorder
+from liger_fx.tracing.tree_state import hooks_of
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 
@@ -27,6 +29,14 @@ def is_leaf(module: nn.Module) -> bool:
     if kind.__module__.startswith(("torch.nn", "torch.ao.nn", "liger_fx.modules")):
         return not isinstance(module, nn.Sequential)
     return is_linear(module) or is_experts(module)
+
+
+def is_parametrized_code(module: nn.Module) -> bool:
+    """A module of other code than PyTorch's, whose class torch.nn.utils.parametrize derived."""
+    kind = type(module)
+    return kind.__module__ == parametrize.__name__ and not (
+        kind.__mro__[1].__module__.startswith("torch.") or is_linear(module)
+    )
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -73,7 +83,7 @@ def infer_leaf(
 def _module_key(module: nn.Module) -> Hashable:
     """What a module's result can depend on besides its inputs: class, plain attributes,
     parameters, children."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if any(hooks_of(module)):
         raise Unknowable
     plain = []
     for name, value in module.__dict__.items():

@@ -28,7 +28,7 @@ from liger_fx.tracing.call import CallSpec, InputSpec
 from liger_fx.tracing.cleanup import erase_unread_nodes
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.guards import Guards
-from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf
+from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf, is_parametrized_code
 from liger_fx.tracing.patches import patched
 from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import (
@@ -41,7 +41,7 @@ from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
-from liger_fx.tracing.tree_state import is_capturing
+from liger_fx.tracing.tree_state import GLOBAL_HOOKS, hooks_of, is_capturing
 
 
 class Untraceable(Exception):
@@ -242,19 +242,21 @@ class HFTracer(fx.Tracer, Recording):
     def _opaque_reason(self, module: nn.Module) -> tuple[str, Source | None] | None:
         if is_experts(module):
             return "its loop over experts depends on the data", None
+        if is_parametrized_code(module):
+            return "torch.nn.utils.parametrize computes its parameters at each call", None
         return self.opaque_classes.get(type(module))
 
     def _refuse_hooks(self, module: nn.Module) -> None:
         """What happens around a module's call would be lost in a flat graph."""
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         path, cause = self.stack[-1][0].path, ""
-        if not all(is_capturing(hook) for hook in hooks):
-            cause = (
-                f"a forward hook stands on {path or 'the model'}, and a flat graph would not run it"
-            )
+        if not all(is_capturing(hook) for hooks in hooks_of(module) for hook in hooks.values()):
+            cause = f"a hook stands on {path or 'the model'}, and a flat graph would not run it"
             way_out = (
                 "Remove the hook, or put it on a module that the graph calls (a linear layer)."
             )
+        elif any(GLOBAL_HOOKS):
+            cause = "a hook stands on all modules, and a flat graph would not run it for each"
+            way_out = "Remove the hook, or put it on a module that the graph calls."
         elif getattr(module, "gradient_checkpointing", False) and module.training:
             cause = "gradient checkpointing is on, and a flat graph would not recompute"
             way_out = "Turn it off where memory allows."
@@ -312,12 +314,8 @@ class HFTracer(fx.Tracer, Recording):
             if is_model_code(frame.tb_frame.f_code):
                 source = (frame.tb_frame.f_code.co_filename, frame.tb_lineno)
             frame = frame.tb_next
-        text = " ".join(str(error).split()) or type(error).__name__
-        cause = (
-            f"{type(error).__name__}: {text[:300]}"
-            if type(error) is not RuntimeError
-            else text[:300]
-        )
+        text = _told(error)
+        cause = text if type(error) is RuntimeError else f"{type(error).__name__}: {text}"
         return Untraceable(self._stack(), source, cause)
 
     # -- what the recorder asks
@@ -371,6 +369,14 @@ class HFTracer(fx.Tracer, Recording):
             self.recorder.create_node(
                 "call_function", torch.amp.autocast_mode._exit_autocast, (entered,)
             )
+
+
+def _told(error: Exception) -> str:
+    """What an error says: its first line as a whole, and of the rest whole words, if it is long."""
+    first, *_ = lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = " ".join(" ".join(lines).split())
+    most = max(300, len(" ".join(first.split())))
+    return text if len(text) <= most else text[: most + 1].rpartition(" ")[0] + " ..."
 
 
 def _holds_one_of(paths: set[str], ancestor: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -24,6 +25,13 @@ _ATTENTION = ("_attn_implementation_internal", "_attn_implementation")
 
 
 Modules = dict[str, nn.Module]
+# The hooks that stand on all modules of the process.
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    torch_modules._global_forward_hooks,
+    torch_modules._global_forward_pre_hooks,
+    torch_modules._global_backward_hooks,
+    torch_modules._global_backward_pre_hooks,
+)
 Kind = tuple[torch.dtype, torch.device]
 Place = tuple[str | int, ...]  # a module's path, then attributes and items down to a config
 
@@ -71,7 +79,7 @@ class TreeState:
         ]
         # The root's own hooks run around the graph, as around any forward.
         below = [m for m in followed if m is not root]
-        self.hooks = [h for m in below for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks = [*GLOBAL_HOOKS, *(hooks for m in below for hooks in hooks_of(m))]
         # PyTorch numbers all hooks of the process: while the number stands, no new one does.
         self.hooks_seen = -1
         self.checkpointing = [m.__dict__ for m in followed if hasattr(m, "gradient_checkpointing")]
@@ -198,6 +206,16 @@ def _configs_in(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
 
 def _holds_config(value: Any) -> bool:
     return any(True for _ in _configs_in(value, ()))
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What runs before and after a module's forward and backward, by kind of hook."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
 
 
 def is_capturing(hook: Any) -> bool:

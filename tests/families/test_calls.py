@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import liger_fx
 from tests.support.accuracy import Run, furthest, measure
 from tests.support.families import make_inputs
 from tests.support.pairs import fresh
@@ -138,3 +139,66 @@ def fastest(function: Any, times: int) -> float:
         function()
         spent.append(time.perf_counter() - begin)
     return min(spent)
+
+
+def hook_calls(model: Any, register: Any, inputs: Any) -> list[str]:
+    """The classes of the modules that a hook was called for, in a forward and backward."""
+    calls: list[str] = []
+    handle = register(model, lambda module, *_: calls.append(type(module).__name__))
+    try:
+        model(**inputs).loss.backward()
+    finally:
+        handle.remove()
+    return calls
+
+
+BACKWARD_HOOKS = {
+    "full": lambda m, hook: m.model.layers[0].register_full_backward_hook(hook),
+    "pre": lambda m, hook: m.model.layers[0].register_full_backward_pre_hook(hook),
+    "leaf": lambda m, hook: m.lm_head.register_full_backward_hook(hook),
+    "global": lambda _, hook: torch.nn.modules.module.register_module_forward_hook(hook),
+    "global pre": lambda _, hook: torch.nn.modules.module.register_module_forward_pre_hook(hook),
+    "global backward": lambda _, hook: torch.nn.modules.module.register_module_full_backward_hook(
+        hook
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BACKWARD_HOOKS)
+def test_hooks_are_called(kind: str) -> None:
+    model, opt = fresh("llama")
+    inputs = make_inputs(model, 2, 9, labels=True)
+    opt(**inputs)
+    expected, found = (hook_calls(m, BACKWARD_HOOKS[kind], inputs) for m in (model, opt))
+    assert expected
+    if kind in ("full", "pre", "leaf"):
+        assert found == expected
+    else:
+        assert found.count("LlamaAttention") == expected.count("LlamaAttention") == 2
+    plans = len(opt.plans)
+    opt(**inputs)
+    assert len(opt.plans) == plans, "without the hook the graph serves again"
+
+
+def test_a_backward_hook_from_before_is_refused() -> None:
+    model, _ = fresh("llama")
+    model.model.layers[0].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(liger_fx.TraceError, match=r"a hook stands on model\.layers\.0"):
+        liger_fx.optimize(model)
+
+
+class HasDefault(torch.nn.Module):
+    def forward(
+        self, x: torch.Tensor, scale: float | None = 3.0, shift: float | None = None
+    ) -> torch.Tensor:
+        return x * (1.0 if scale is None else scale) + (shift or 0.0)
+
+
+def test_none_is_not_the_default() -> None:
+    model, x = HasDefault(), torch.ones(2, 4)
+    opt = liger_fx.trace(model, inputs=(x,))
+    for args in ((x,), (x, None), (x, 2.0), (x, None, None), (x, 3.0, 1.0)):
+        assert torch.equal(opt(*args), model(*args)), args[1:]
+    assert torch.equal(opt(x, scale=None), model(x, scale=None))
+    assert torch.equal(opt(x, shift=None), model(x))
+    assert len(opt.plans) == 4

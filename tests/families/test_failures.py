@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import liger_fx
+from liger_fx.errors import UsageError
 from tests.support.accuracy import furthest, measure
 from tests.support.families import build, config, make_inputs
 from tests.support.untouched import Untouched
@@ -188,3 +189,102 @@ def test_strict_raises_where_a_site_was_missed() -> None:
         with pytest.raises(liger_fx.LigerFxError):
             liger_fx.optimize(model, strict=True)
     liger_fx.optimize(build("llama"), strict=True)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("change", ["wrapped", "shortened"])
+def test_a_tree_that_was_changed_is_told(change: str) -> None:
+    model = build("llama")
+    opt = liger_fx.optimize(model)
+    inputs = make_inputs(model, 2, 9)
+    opt(**inputs)
+    layers = opt.model.layers
+    if change == "wrapped":
+        layers[0] = Wrapper(layers[0])
+    else:
+        opt.model.layers = layers[:1]
+    with pytest.raises(liger_fx.LigerFxError, match=r"model\.layers\.\d.*changed after it was"):
+        opt(**inputs)
+
+
+def test_an_attribute_error_of_the_model_itself_stays_one() -> None:
+    model = with_mlp(Branches)
+    opt = liger_fx.optimize(model)
+    opt.model.layers[1].mlp.inner.act_fn = None
+    del opt.model.layers[1].mlp.inner
+    with pytest.raises(AttributeError, match="inner"):
+        opt(**make_inputs(model, 2, 9))
+
+
+def test_torch_compile_runs_it_as_it_is_and_says_so() -> None:
+    model = build("llama")
+    opt = liger_fx.optimize(model)
+    inputs = make_inputs(model, 2, 9, labels=True)
+    expected = opt(**inputs)
+    compiled = torch.compile(opt, backend="eager")
+    with pytest.warns(liger_fx.FallbackWarning, match="compiles nothing") as told:
+        results = [compiled(**inputs) for _ in range(2)]
+    assert sum("compiles nothing" in str(w.message) for w in told) == 1
+    assert all(torch.equal(result.logits, expected.logits) for result in results)
+    results[0].loss.backward()
+    assert len(opt.plans) <= 2
+
+    @torch.compile(backend="eager")
+    def doubled(**given: Any) -> torch.Tensor:
+        return opt(**given).logits * 2
+
+    assert torch.equal(doubled(**inputs), expected.logits * 2)
+
+
+class TakesArgs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+def test_inputs_without_names_are_told() -> None:
+    with pytest.raises(UsageError, match=r"1 positional argument where .*\*args"):
+        liger_fx.trace(TakesArgs(), inputs=(torch.ones(2, 4),))
+
+
+@pytest.mark.parametrize("inputs", [5, torch.ones(2, 4), "ids"], ids=["int", "tensor", "text"])
+def test_inputs_of_another_kind_are_told(inputs: Any) -> None:
+    with pytest.raises(UsageError, match="tuple of positional arguments or a mapping"):
+        liger_fx.trace(nn.Linear(4, 4), inputs=inputs)
+
+
+@pytest.mark.parametrize("text", [f"{'word ' * 90}end", f"one\n{'word ' * 90}"])
+def test_a_long_error_is_told_in_whole_words(text: str) -> None:
+    model = with_mlp(lambda _: Raises(ValueError(text)))
+    with pytest.raises(liger_fx.TraceError) as caught:
+        liger_fx.optimize(model)
+    first = " ".join(text.splitlines()[0].split())
+    assert first in caught.value.cause
+    assert caught.value.cause.endswith((" word ...", first))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def test_a_parametrized_module_is_listed() -> None:
+    model = build("llama")
+    torch.nn.utils.parametrize.register_parametrization(model.model.norm, "weight", Doubled())
+    opt = liger_fx.optimize(model)
+    (told,) = opt.report.opaque
+    assert told.startswith("model.norm:") and "parametrize" in told
+    inputs = make_inputs(model, 2, 9, pad=True)
+    with torch.no_grad():
+        assert torch.allclose(opt(**inputs).logits, model(**inputs).logits, atol=1e-5)
