@@ -75,12 +75,15 @@ class Insertion:
 def erase_unread(facts: Facts, nodes: Iterable[fx.Node]) -> None:
     """Erase those of the nodes that nothing reads any more, last first.
 
-    The views, sizes and parameters that only they have read go with them.
+    The views, sizes and parameters that only they have read go with them. Nodes that have other
+    effects stay, unless they are among those given.
     """
-    pending = sorted(set(nodes), key=facts.position.__getitem__)
+    nodes = set(nodes)
+    pending = sorted(nodes, key=facts.position.__getitem__)
     while pending:
         node = pending.pop()
-        if node not in facts.position or node.users or is_effectful(node):
+        keeps = node.users or (node not in nodes and is_effectful(node))
+        if node not in facts.position or keeps:
             continue
         inputs = [source for source in node.all_input_nodes if not computes(source)]
         facts.trace.graph.erase_node(node)

@@ -1,6 +1,6 @@
 """The spellings of what neural networks are made of: activations, dropout, linear layers, norms.
 
-    F.silu(x), nn.SiLU()(x)                      ->  silu(x)
+    F.silu(x), nn.SiLU(inplace=True)(x)          ->  silu(x)
     F.gelu(x, approximate="tanh")                ->  gelu_tanh(x)
     nn.Linear, quantised and LoRA linear layers  ->  linear(x, module="model.layers.0.mlp.up_proj")
     F.rms_norm(x, shape, w, eps), nn.RMSNorm     ->  rms_norm(x, w, eps=eps)
@@ -31,9 +31,9 @@ def _dropout(view: Terms, node: fx.Node) -> Term:
 
 
 def _activation(op: str) -> Lowering:
-    def lower(view: Terms, node: fx.Node) -> Term | None:
-        if argument(node, 1, "inplace", default=False):
-            return None
+    """In place or not: whether something else would notice is for legality.py to say."""
+
+    def lower(view: Terms, node: fx.Node) -> Term:
         return view.make(op, (argument(node, 0, "input"),), node)
 
     return lower
@@ -62,7 +62,7 @@ def _rms_norm(view: Terms, node: fx.Node) -> Term | None:
 _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_dropout, ("alias", "dropout"), (F.dropout, torch.dropout)),
     (_activation("silu"), ("silu",), (F.silu,)),
-    (_activation("relu"), ("relu",), (F.relu, torch.relu, "relu")),
+    (_activation("relu"), ("relu",), (F.relu, torch.relu, torch.relu_, "relu", "relu_")),
     (_gelu, ("gelu", "gelu_tanh"), (F.gelu,)),
     (_linear, ("linear",), (F.linear,)),
     (_rms_norm, ("rms_norm",), (F.rms_norm, torch.rms_norm)),
@@ -88,10 +88,8 @@ def lower_module(view: Terms, node: fx.Node, module: nn.Module) -> Term | None:
             return view.make("alias" if module.p == 0 else "dropout", (x,), node)
         case nn.Identity():
             return view.make("alias", (x,), node)
-        case nn.SiLU() | nn.ReLU() if not module.inplace:
-            return view.make(type(module).__name__.lower(), (x,), node)
         case nn.GELU():
             return view.make("gelu" if module.approximate == "none" else "gelu_tanh", (x,), node)
-        case nn.Sigmoid() | nn.Tanh():
+        case nn.SiLU() | nn.ReLU() | nn.Sigmoid() | nn.Tanh():
             return view.make(type(module).__name__.lower(), (x,), node)
     return None

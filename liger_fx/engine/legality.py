@@ -10,8 +10,14 @@ from liger_fx.engine.facts import Facts, computes
 from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Reject, Replacement
 from liger_fx.engine.term import Term, describe
-from liger_fx.engine.writes import Writes
+from liger_fx.engine.writes import Writes, written
 from liger_fx.tracing.effects import is_region_boundary
+
+# Canonical operators whose results are tensors of their own.
+_FRESH = {
+    "linear", "silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "erf", "add", "sub", "mul",
+    "div", "neg", "square", "sqrt", "rsqrt", "reciprocal", "pow", "mean", "sum", "rms_norm",
+}  # fmt: skip
 
 
 def check_readers(match: Match) -> None:
@@ -29,14 +35,34 @@ def check_readers(match: Match) -> None:
 
 
 def check_effects(match: Match, facts: Facts) -> None:
-    """No in-place operation and no change of grad or autocast mode lies between its nodes."""
+    """No in-place operation and no change of grad or autocast mode lies between its nodes.
+
+    It may work in place itself, on what only it can see.
+    """
+    inside = dict.fromkeys((*match.covered, match.root))
+    for node in inside:
+        _check_writes_its_own(node, match, facts)
     first = min(match.covered, key=facts.position.__getitem__, default=match.root)
-    effect = next(facts.effects_between(first, match.root), None)
+    between = facts.effects_between(first, match.root)
+    effect = next((node for node in between if node not in inside), None)
     if effect is None:
         return
     if is_region_boundary(effect):
         raise Reject("the grad or autocast mode changes in the middle of it", effect)
     raise Reject(f"{describe(effect)} works in place in the middle of it", effect)
+
+
+def _check_writes_its_own(node: fx.Node, match: Match, facts: Facts) -> None:
+    """What a node works on in place was made by the operation before, and nothing else reads it."""
+    if node not in facts.effects:
+        return
+    (source,) = written(node, facts)
+    for user in source.users:
+        if user is not node:
+            raise Reject(f"it works in place on what {describe(user)} reads as well", node)
+    if not (computes(source) and match.view(source).op in _FRESH):
+        raise Reject("it works in place on what may be a part of something else", node)
+    _check_writes_its_own(source, match, facts)
 
 
 def check_later_writes(match: Match, replacement: Replacement, writes: Writes) -> None:

@@ -5,6 +5,7 @@ rsqrt(v), 1 / sqrt(v), sqrt(v).reciprocal(), v**-0.5  ->  rsqrt(v)
 x / sqrt(v)                                           ->  mul(x, rsqrt(v))
 x.sum(-1, keepdim=True) / width                       ->  mean(x, dims=(-1,), keepdim=True)
 x.to(dtype), x.float(), x.type_as(y)                  ->  cast(x)
+x.mul_(y), x *= y                                     ->  mul(x, y), see legality.py
 """
 
 from __future__ import annotations
@@ -156,9 +157,13 @@ def _is_one(value: Any) -> bool:
 
 # (the lowering, what it may name a node, the targets it reads)
 _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
-    (_add("add"), ("add",), (operator.add, torch.add, "add")),
+    (_add("add"), ("add",), (operator.add, torch.add, "add", "add_")),
     (_add("sub"), ("sub",), (operator.sub, torch.sub, torch.subtract, "sub", "subtract")),
-    (_mul, ("mul", "square", "neg"), (operator.mul, torch.mul, torch.multiply, "mul", "multiply")),
+    (
+        _mul,
+        ("mul", "square", "neg"),
+        (operator.mul, torch.mul, torch.multiply, "mul", "multiply", "mul_"),
+    ),
     (
         _div,
         ("div", "mul", "mean", "rsqrt", "reciprocal"),
@@ -167,8 +172,8 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_reciprocal, ("reciprocal", "rsqrt"), (torch.reciprocal, "reciprocal")),
     (_pow, ("pow", "square", "sqrt", "rsqrt"), (operator.pow, torch.pow, "pow")),
     (plain("square"), ("square",), (torch.square, "square")),
-    (plain("sqrt"), ("sqrt",), (torch.sqrt, "sqrt")),
-    (plain("rsqrt"), ("rsqrt",), (torch.rsqrt, "rsqrt")),
+    (plain("sqrt"), ("sqrt",), (torch.sqrt, "sqrt", "sqrt_")),
+    (plain("rsqrt"), ("rsqrt",), (torch.rsqrt, "rsqrt", "rsqrt_")),
     (plain("neg"), ("neg",), (operator.neg, torch.neg, torch.negative, "neg", "negative")),
     (plain("tanh"), ("tanh",), (torch.tanh, F.tanh, "tanh")),
     (plain("erf"), ("erf",), (torch.erf, torch.special.erf, "erf")),

@@ -56,7 +56,7 @@ class Writes:
     @cached_property
     def _by_storage(self) -> dict[Hashable, list[fx.Node]]:
         found = defaultdict[Hashable, list[fx.Node]](list)
-        for node in self.facts.effects:
+        for node in filter(self.facts.position.__contains__, self.facts.effects):
             for value in written(node, self.facts):
                 found[self.storage(value)].append(node)
         return found

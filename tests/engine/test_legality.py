@@ -122,5 +122,33 @@ def test_effects_around_it_stay_where_they_are(function: Any) -> None:
 def test_an_in_place_operator_is_no_part_of_a_pattern() -> None:
     pair = bend(lambda m, x: x.cos().tanh_() * m.w)
     assert pair.sites == [] and pair.called() == []
-    (reason,) = bend(lambda m, x: x.tanh().mul_(m.w)).reasons
-    assert reason.startswith("wanted weight * tanh(x), found tanh(x)")
+
+
+def on_its_own(m: Formula, x: T) -> T:
+    return x.tanh().mul_(m.w)
+
+
+def as_an_operator(m: Formula, x: T) -> T:
+    y = x.tanh()
+    y *= m.w
+    return y.cos()
+
+
+@pytest.mark.parametrize("function", [on_its_own, as_an_operator])
+def test_a_product_in_place_of_what_nothing_else_reads(function: Any) -> None:
+    pair = bend(function)
+    assert pair.called() == ["Bent"]
+    with torch.no_grad():
+        torch.testing.assert_close(pair.after(rows()), pair.before(rows()))
+
+
+def of_a_weight(m: Formula, x: T) -> T:
+    with torch.no_grad():
+        return m.w.mul_(x[0, 0].tanh())
+
+
+def test_a_product_in_place_of_what_is_not_its_own() -> None:
+    pair = bend(of_a_weight)
+    (reason,) = pair.reasons
+    assert reason.startswith("it works in place on what may be a part of something else (mul_(w, ")
+    assert pair.called() == []

@@ -121,6 +121,43 @@ class InTheMiddle(nn.Module):
         return h + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
+class SiluInPlace(Separate):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x), inplace=True) * self.w3(x))
+
+
+class ModuleInPlace(Separate):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.act(self.w1(x)) * self.w3(x))
+
+
+class ProductInPlace(Separate):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = F.silu(self.w1(x), inplace=True)
+        gate *= self.w3(x)
+        return self.w2(gate)
+
+
+class PlainReluInPlace(Plain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(x).relu_())
+
+
+class PlainSequential(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, INNER), nn.ReLU(inplace=True), nn.Linear(INNER, width))
+
+
+class InTheMiddleInPlace(InTheMiddle):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x + self.mix(x).tanh()
+        return h + self.down(F.silu(self.gate(h), inplace=True).mul_(self.up(h)))
+
+
 # class -> the rule that takes it, and the module that stands there afterwards
 SPELLINGS: dict[type[nn.Module], tuple[str, str]] = {
     Separate: ("gated_mlp", "LigerSwiGLUMLP"),
@@ -136,6 +173,12 @@ SPELLINGS: dict[type[nn.Module], tuple[str, str]] = {
     PlainRelu: ("plain_mlp", "LigerMLP"),
     PlainModule: ("plain_mlp", "LigerMLP"),
     InTheMiddle: ("gated_mlp", "LigerSwiGLU"),
+    SiluInPlace: ("gated_mlp", "LigerSwiGLUMLP"),
+    ModuleInPlace: ("gated_mlp", "LigerSwiGLUMLP"),
+    ProductInPlace: ("gated_mlp", "LigerSwiGLUMLP"),
+    PlainReluInPlace: ("plain_mlp", "LigerMLP"),
+    PlainSequential: ("plain_mlp", "LigerMLP"),
+    InTheMiddleInPlace: ("gated_mlp", "LigerSwiGLU"),
 }
 
 
@@ -157,4 +200,13 @@ class Clamped(Separate):
         return self.w2(F.silu(self.w1(x)).clamp(max=1.0) * self.w3(x))
 
 
-NEAR_MISSES = (GateIsReadToo, SoftmaxGate, Clamped)
+class ReadBeforeInPlace(Separate):
+    """What the activation writes into is also seen through a view made before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.w1(x)
+        first = gate[..., :1]
+        return self.w2(F.relu(gate, inplace=True) * self.w3(x)) + first
+
+
+NEAR_MISSES = (GateIsReadToo, SoftmaxGate, Clamped, ReadBeforeInPlace)

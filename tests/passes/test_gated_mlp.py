@@ -282,7 +282,21 @@ def in_place(m: Formula, x: T) -> T:
     return gate * up * 1
 
 
+def gate_is_seen_before(m: Formula, x: T) -> T:
+    gate = x + x.sin()
+    first = gate[..., :1]
+    return F.silu(gate, inplace=True) * x.cos() + first
+
+
+def half_in_place(m: Formula, x: T) -> T:
+    both = x + 1
+    gate, up = both[..., : WIDTH // 2], both[..., WIDTH // 2 :]
+    return F.relu(gate, inplace=True) * up
+
+
 REASONS = {
+    gate_is_seen_before: "it works in place on what add[..., :1] reads as well (silu(add, True) at",
+    half_in_place: "it works in place on what may be a part of something else (relu(",
     gate_is_read_too: "an inner result is also read by add(",
     other_shapes: "gate, up and product are not alike: float32",
     other_dtypes: "gate, up and product are not alike: bfloat16",
