@@ -18,7 +18,7 @@ from liger_fx.engine.rule import Rule, Selection
 from liger_fx.engine.site import Site
 from liger_fx.engine.term import Term
 from liger_fx.engine.terms import Terms
-from liger_fx.tracing.call import CallSpec, InputSpec, parameter_names
+from liger_fx.tracing.call import CallSpec, InputSpec, named_arguments
 from liger_fx.tracing.retry import trace_tree
 from liger_fx.tracing.trace import Trace
 
@@ -54,7 +54,7 @@ def trace(module: nn.Module, *inputs: torch.Tensor) -> Trace:
     named = {BATCH: "batch", TOKENS: "tokens"}
     specs = {
         name: InputSpec(tuple(named.get(n, n) for n in tensor.shape), tensor.dtype, tensor.device)
-        for name, tensor in zip(parameter_names(type(module).forward), inputs, strict=False)
+        for name, tensor in named_arguments(type(module).forward, inputs, {}).items()
     }
     return trace_tree(module, CallSpec(specs, {}, {name: size for size, name in named.items()}))
 
