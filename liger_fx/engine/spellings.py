@@ -25,12 +25,18 @@ if TYPE_CHECKING:
 
 Lowering = Callable[["Terms", fx.Node], Term | None]
 
+# What else PyTorch's functions take an argument under.
+_NUMPY = {"dim": ("axis",), "keepdim": ("keepdims",), "input": ("a", "x", "x1"), "other": ("x2",)}
+
 
 def argument(node: fx.Node, place: int, *names: str, default: Any = None) -> Any:
-    """An argument by its place, or by one of its names."""
+    """An argument by its place, or by one of its names, NumPy's included."""
     if place < len(node.args):
         return node.args[place]
-    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+    if not node.kwargs:
+        return default
+    spelled = (s for name in names for s in (name, *_NUMPY.get(name, ())))
+    return next((node.kwargs[name] for name in spelled if name in node.kwargs), default)
 
 
 def is_number(value: Any) -> bool:
@@ -115,7 +121,7 @@ def _pow(view: Terms, node: fx.Node) -> Term | None:
 
 def _reduction(op: str) -> Lowering:
     def lower(view: Terms, node: fx.Node) -> Term | None:
-        x, dims = argument(node, 0, "input"), argument(node, 1, "dim", "axis")
+        x, dims = argument(node, 0, "input"), argument(node, 1, "dim")
         if argument(node, 3, "dtype") is not None or not isinstance(x, fx.Node) or dims is None:
             return None
         keepdim = bool(argument(node, 2, "keepdim", default=False))

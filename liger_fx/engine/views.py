@@ -51,7 +51,7 @@ def _reshape(view: Terms, node: fx.Node) -> Term | None:
 
 def _joined(op: str) -> Lowering:
     def lower(view: Terms, node: fx.Node) -> Term | None:
-        parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", "axis", default=0)
+        parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", default=0)
         rank = view.rank(node)
         if rank is None or type(dim) is not int or not isinstance(parts, list | tuple):
             return None
