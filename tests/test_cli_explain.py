@@ -28,7 +28,7 @@ def test_a_site_that_matched(capsys: Captured) -> None:
 def test_a_site_that_did_not_match_down_to_the_node(capsys: Captured) -> None:
     out = explained(capsys, "gpt2", "--site", "transformer.h.0.mlp")
     assert "gated_mlp: refused: no gated_mlp or plain_mlp was found in it" in out
-    assert re.search(r"NO  linear\(an activation\) +dropout\(\w+\) +modeling_gpt2.py:\d+", out)
+    assert re.search(r"NO  linear\(any activation\) +dropout\(\w+\) +modeling_gpt2.py:\d+", out)
 
 
 def test_a_site_whose_pattern_fits_and_that_a_check_refuses(capsys: Captured) -> None:

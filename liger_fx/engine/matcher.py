@@ -49,7 +49,7 @@ class Attempt:
             while is_transparent(bare):
                 bare = bare.operands[0]
             if bare.op not in pattern.heads:
-                self.missed(pattern, bare)
+                self.missed(pattern, bare, _why_no_part(pattern, bare))
                 return ()
         return _MATCHERS[type(pattern)](self, pattern, term)
 
@@ -194,6 +194,13 @@ class Attempt:
 
     def _match_anything(self, pattern: p.Anything, term: Term) -> Iterator[None]:
         yield
+
+
+def _why_no_part(pattern: p.Pattern, term: Term) -> str | None:
+    """Which part of a tensor something is cannot be told where the sizes are not known."""
+    if isinstance(pattern, p.Part) and term.spec is not None and term.width is None:
+        return f"wanted {pattern}, found {term}, whose width is not fixed"
+    return None
 
 
 _MATCHERS: dict[type, Callable[[Attempt, Any, Term], Iterable[None]]] = {

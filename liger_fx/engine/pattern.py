@@ -224,7 +224,7 @@ class Choice(Pattern):
         return tuple(self.alternatives.values())
 
     def __str__(self) -> str:
-        return f"an {self.name}"
+        return f"any {self.name}"
 
 
 anything = Anything()

@@ -158,7 +158,7 @@ class InTheTree(nn.Module):
 
 REASONS = {
     "the two linear layers sit in different modules, inner.intermediate and": Layer(),
-    "wanted an activation, found dropout(": Drops(),
+    "wanted any activation, found dropout(": Drops(),
     "GoesOn goes on after it (add(": GoesOn(),
     "an inner result is also read by mean(": InnerIsReadToo(),
     "a linear layer is a call of F.linear, not a module (": WithoutTheModule(),

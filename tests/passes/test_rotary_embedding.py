@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from liger_fx.passes.rotary_embedding import RotaryEmbedding
-from tests.engine.graphs import BATCH, TOKENS, Rewritten, differences, rewritten
+from tests.engine.graphs import BATCH, TOKENS, Formula, Rewritten, differences, rewritten, rows
 
 T = torch.Tensor
 HEADS, HEAD = 2, 8
@@ -462,3 +462,14 @@ def test_any_spelling_is_found_and_computes_the_same(choose: random.Random) -> N
 def test_no_spelling_of_something_else_is(choose: random.Random, fault: str) -> None:
     pair = rotary(Spelled(spelled(choose, fault)))
     assert pair.called() == [] and len(pair.reasons) == 2
+
+
+def test_heads_of_a_width_that_varies() -> None:
+    def function(m: Formula, x: T) -> T:
+        q = x.transpose(1, 2).repeat(1, 1, 2)
+        a, b = q.chunk(2, dim=-1)
+        cos, sin = q.cos().unsqueeze(1), q.sin().unsqueeze(1)
+        return q * cos + torch.cat((-b, a), dim=-1) * sin
+
+    (reason,) = rewritten([RotaryEmbedding()], Formula(function), rows()).reasons
+    assert reason.startswith("wanted upper(x), found chunk[1], whose width is not fixed at test_")
