@@ -372,8 +372,12 @@ class HFTracer(fx.Tracer, Recording):
 
 
 def _told(error: Exception) -> str:
-    """What an error says: its first line as a whole, and of the rest whole words, if it is long."""
-    first, *_ = lines = str(error).strip().splitlines() or [type(error).__name__]
+    """What an error says: its first line as a whole, and of the rest whole words, if it is long.
+
+    PyTorch appends a stack of places in itself, which tells the user nothing.
+    """
+    said = str(error).strip().partition("\nCaused by: (")[0]
+    first, *_ = lines = said.splitlines() or [type(error).__name__]
     text = " ".join(" ".join(lines).split())
     most = max(300, len(" ".join(first.split())))
     return text if len(text) <= most else text[: most + 1].rpartition(" ")[0] + " ..."
