@@ -4,9 +4,9 @@
 
 gated_mlp: refused: wanted silu(gate) or gelu(gate) or ..., found mish(gate_proj)
   it looks like one at mul(mish, up_proj)  modeling_x.py:182
-  linear(an activation * linear(x))
+  linear(any activation * linear(x))
         the rule wants                     the graph has         model code
-    ok  linear(an activation * linear(x))  down_proj(mul)        modeling_x.py:182
+    ok  linear(any activation * linear(x))  down_proj(mul)        modeling_x.py:182
     NO  silu(linear(x)) or ...             mish(gate_proj)       modeling_x.py:182
 """
 
