@@ -71,6 +71,7 @@ class Guards:
         if self.attention_fixed:
             lines.append("so does its attention implementation")
         lines.append("no hook stands on a module that the graph goes through, or on all modules")
+        lines.append("plain attributes of its modules (eps, scaling) stay so: this is not checked")
         return lines
 
     def bind(self, root: nn.Module, modules: Modules, facts: TreeFacts) -> Check:
