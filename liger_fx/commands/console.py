@@ -74,8 +74,15 @@ def check_file(path: str) -> None:
 
 def save_report(report: GraphDiff, path: str) -> None:
     """Write a report to a file whose name says how; UsageError where that cannot be done."""
+    from liger_fx.report.facts import check_name
+
+    write(report.face(check_name(path)), path)
+    say(f"    the report is in {path}")
+
+
+def write(text: str, path: str) -> None:
+    """Write a file; UsageError where that cannot be done."""
     try:
-        report.save(path)
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {one_line(error)}.") from error
-    say(f"    the report is in {path}")

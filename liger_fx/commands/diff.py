@@ -22,6 +22,7 @@ from liger_fx.commands.console import (
     progress,
     save_report,
     say,
+    write,
 )
 from liger_fx.commands.models import add_choosing, add_making, load, optimized, start
 from liger_fx.errors import UsageError, one_line
@@ -88,13 +89,10 @@ def _show(diff: GraphDiff, arguments: argparse.Namespace) -> None:
         text = diff.text(full=arguments.full, color=colored)
     else:
         text = diff.face(style)
-    if not arguments.output:
+    if arguments.output:
+        write(text, arguments.output)
+    else:
         print(text)
-        return
-    try:
-        Path(arguments.output).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{arguments.output} cannot be written: {one_line(error)}.") from error
 
 
 def _is_file(text: str) -> bool:

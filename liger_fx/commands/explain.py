@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 from typing import TYPE_CHECKING, Any
 
 from liger_fx.commands.console import add_command, progress
@@ -44,18 +43,19 @@ def run(arguments: argparse.Namespace) -> int:
     from liger_fx.engine.rule import discover
     from liger_fx.report.explanation import render
 
-    wanted = _wanted(discover(), arguments.rules)
+    rules = discover()
+    wanted = _wanted(rules, arguments.rules)
     model = load(arguments.model, arguments, weights=False)
     _check_site(model, arguments.site)
     with progress(f"tracing and rewriting {type(model).__name__}"):
         trace = _trace(model)
         module = trace.root.get_submodule(arguments.site)
         name = type(module).__name__
-        accounts, sites = explain(trace, discover(), arguments.site)
+        accounts, sites = explain(trace, rules, arguments.site)
     accounts = [account for account in accounts if account.rule in wanted]
-    kin = [rule for rule, names in wanted.items() if names and re.search(names, name)]
+    kin = [rule.name for rule in rules if rule.name in wanted and rule.knows(name)]
     if arguments.rules:
-        kin = arguments.rules
+        kin = wanted
     elif any(site.path == arguments.site and site.after for site in sites):
         kin = []  # its name has kept its promise: what else it might have been is of no interest
     print(f"{arguments.site or 'the model'}: {name}{_inside(trace, arguments.site)}\n")
@@ -68,13 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted(rules: list[Rule], chosen: list[str] | None) -> dict[str, str | None]:
-    """The rules to tell of, and the class names that make a module a candidate of each."""
-    known = {rule.name: rule.class_names for rule in rules}
+def _wanted(rules: list[Rule], chosen: list[str] | None) -> list[str]:
+    """The names of the rules to tell of."""
+    known = [rule.name for rule in rules]
     for name in chosen or ():
         if name not in known:
             raise UsageError(f"{name!r} is no rule; there are {', '.join(known)}.")
-    return {name: known[name] for name in chosen or known}
+    return chosen or known
 
 
 def _check_site(model: nn.Module, path: str) -> None:

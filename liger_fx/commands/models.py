@@ -43,8 +43,11 @@ def add_choosing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_strict(parser: argparse.ArgumentParser) -> None:
-    """Whether it may be less than everything."""
+def add_rewriting(parser: argparse.ArgumentParser) -> None:
+    """All of these, for a command that rewrites a model and judges the result."""
+    add_model(parser)
+    add_making(parser)
+    add_choosing(parser)
     parser.add_argument("--strict", action="store_true", help="fail when a site is not rewritten")
 
 

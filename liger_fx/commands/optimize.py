@@ -18,25 +18,13 @@ from liger_fx.commands.console import (
     colors_are_welcome,
     save_report,
 )
-from liger_fx.commands.models import (
-    add_choosing,
-    add_making,
-    add_model,
-    add_strict,
-    load,
-    optimized,
-    start,
-    strictly,
-)
+from liger_fx.commands.models import add_rewriting, load, optimized, start, strictly
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to those of liger-fx."""
     parser = add_command(commands, "optimize", "rewrite a model and show the report", __doc__, run)
-    add_model(parser)
-    add_making(parser)
-    add_choosing(parser)
-    add_strict(parser)
+    add_rewriting(parser)
     parser.add_argument("--full", action="store_true", help="list every layer, fold none")
     parser.add_argument(
         "--report", metavar="FILE", help="write the report to a .txt, .md, .json or .html file, too"

@@ -12,25 +12,13 @@ import argparse
 from typing import Any
 
 from liger_fx.commands.console import add_command, check_report_file, progress, save_report
-from liger_fx.commands.models import (
-    add_choosing,
-    add_making,
-    add_model,
-    add_strict,
-    load,
-    optimized,
-    start,
-    strictly,
-)
+from liger_fx.commands.models import add_rewriting, load, optimized, start, strictly
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to those of liger-fx."""
     parser = add_command(commands, "verify", "compare a rewritten model with float64", __doc__, run)
-    add_model(parser)
-    add_making(parser)
-    add_choosing(parser)
-    add_strict(parser)
+    add_rewriting(parser)
     parser.add_argument(
         "--report", metavar="FILE", help="write report and result to a .txt, .md, .json or .html"
     )

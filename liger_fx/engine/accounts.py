@@ -4,7 +4,6 @@ the name of one and holds none."""
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
@@ -67,7 +66,7 @@ def unexplained(trace: Trace, rules: Sequence[Rule], sites: Iterable[Site]) -> l
     called = _called(trace)
     for path in sorted(called, key=lambda path: path.count("."), reverse=True):
         name, source, is_leaf = called[path]
-        kin = [r.name for r in rules if r.class_names and re.search(r.class_names, name)]
+        kin = [rule.name for rule in rules if rule.knows(name)]
         if not kin or any(path in spoken[rule] for rule in kin):
             continue
         reason = f"no {' or '.join(kin)} was found in it"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,6 +80,10 @@ class Rule(ABC):
     pattern: ClassVar[Pattern]
     looks_like: ClassVar[Pattern]
     class_names: ClassVar[str | None] = None
+
+    def knows(self, class_name: str) -> bool:
+        """Whether a module of that class is a candidate by its name."""
+        return bool(self.class_names and re.search(self.class_names, class_name))
 
     @abstractmethod
     def check(self, match: Match) -> Any:

@@ -6,7 +6,6 @@ inputs=None, a model with a graph for (input_ids, attention_mask) in train mode
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from liger_fx.errors import UsageError
 from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
 from liger_fx.tracing.call import UnsupportedCall, named_arguments
 from liger_fx.verification.inputs import SHAPES, example_inputs, further_inputs
+from liger_fx.verification.reference import to_dtype
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,5 @@ class _WithoutDropout(TorchFunctionMode):
 
 def in_dtype(call: Call, dtype: torch.dtype) -> Call:
     """The call with every floating tensor in this dtype."""
-    convert = functools.partial(_converted, dtype)
-    args, kwargs = pytree.tree_map_only(torch.Tensor, convert, (call.args, call.kwargs))
+    args, kwargs = to_dtype((call.args, call.kwargs), dtype)
     return Call(args, kwargs, call.training, call.grad)
-
-
-def _converted(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

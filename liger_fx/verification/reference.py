@@ -66,8 +66,13 @@ def in_float64(module: Module) -> Module:
 
 def to_float64(tree: Any) -> Any:
     """The tree of arguments with every floating tensor as float64."""
-    return pytree.tree_map_only(torch.Tensor, _tensor_to_float64, tree)
+    return to_dtype(tree, torch.float64)
 
 
-def _tensor_to_float64(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def to_dtype(tree: Any, dtype: torch.dtype) -> Any:
+    """The tree of arguments with every floating tensor in this dtype."""
+
+    def converted(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return pytree.tree_map_only(torch.Tensor, converted, tree)
