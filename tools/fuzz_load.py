@@ -3,11 +3,11 @@
     python -m tools.fuzz_load --runs 100000 --out tools/bench/results/fuzz_load.json
 
 A mutant is a saved directory with one file changed: JSON by its structure (values replaced, fields
-removed, copied, renamed, attacks from a list put in), any file by its bytes. What loads is built in
-full and, now and then, called. While a mutant is read, Python's audit events are watched: a process
-started, a file written, a module imported or code executed that was not meant to be is a failure,
-and so are every exception but LoadError, a weight that a call has changed, and a class of
-transformers that is not what it was.
+removed, copied, renamed, attacks from a list put in), any file by its bytes; hypothesis draws the
+seed of each. What loads is built in full and, now and then, called. While a mutant is read, the audit
+events of Python are watched: a process started, a file written, a module imported or code executed
+that was not meant to be is a failure, and so are every exception but LoadError, a weight that a call
+has changed, and a class of transformers that is not what it was.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import torch
 import transformers
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 import liger_fx
 from liger_fx.errors import LoadError
@@ -128,8 +131,7 @@ def make_subjects(folder: Path) -> list[Path]:
 class Fuzzer:
     """Runs mutants of the subjects and counts what became of them."""
 
-    def __init__(self, subjects: list[Path], seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, subjects: list[Path]) -> None:
         self.subjects = [(path, self._weights(path)) for path in subjects]
         self.outcomes: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
@@ -139,12 +141,30 @@ class Fuzzer:
     def _weights(folder: Path) -> dict[str, int]:
         return {name: weight for name, weight in FILES.items() if (folder / name).exists()}
 
-    def run(self, number: int) -> None:
+    def fuzz(self, runs: int, seed: int) -> None:
+        """So many mutants, each from a seed that hypothesis draws."""
+
+        @hypothesis.seed(seed)
+        @settings(
+            max_examples=runs,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.randoms(use_true_random=True))
+        def one(rng: random.Random) -> None:
+            self.run(rng)
+
+        one()
+
+    def run(self, rng: random.Random) -> None:
         """One mutant; what is damaged is whole again afterwards."""
-        folder, files = self.random.choice(self.subjects)
-        (name,) = self.random.choices(list(files), list(files.values()))
+        number = self.outcomes.total()
+        folder, files = rng.choice(self.subjects)
+        (name,) = rng.choices(list(files), list(files.values()))
         whole = (folder / name).read_bytes()
-        mutant = mutate(name, whole, self.random)
+        mutant = mutate(name, whole, rng)
         (folder / name).write_bytes(mutant)
         classes = _classes()
         try:
@@ -217,15 +237,14 @@ def main() -> int:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     folder = Path(tempfile.mkdtemp())
     try:
-        fuzzer = Fuzzer(make_subjects(folder), arguments.seed)
+        fuzzer = Fuzzer(make_subjects(folder))
         start = time.perf_counter()
-        for number in range(arguments.runs):
-            fuzzer.run(number)
+        fuzzer.fuzz(arguments.runs, arguments.seed)
         seconds = time.perf_counter() - start
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result = {
-        "runs": arguments.runs,
+        "runs": fuzzer.outcomes.total(),
         "seed": arguments.seed,
         "seconds": round(seconds, 1),
         "failures": fuzzer.failures,

@@ -17,9 +17,8 @@ def test_two_thousand_damaged_graphs_load_or_are_refused(tmp_path: Path) -> None
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
-        fuzzer = Fuzzer(make_subjects(tmp_path), seed=20)
-        for number in range(2000):
-            fuzzer.run(number)
+        fuzzer = Fuzzer(make_subjects(tmp_path))
+        fuzzer.fuzz(2000, seed=20)
     finally:
         transformers.logging.set_verbosity(verbosity)
     assert fuzzer.failures == []
