@@ -4,10 +4,10 @@
 
 A mutant is a saved directory with one file changed: JSON by its structure (values replaced, fields
 removed, copied, renamed, attacks from a list put in), any file by its bytes; hypothesis draws the
-seed of each. What loads is built in full and, now and then, called. While a mutant is read, the audit
-events of Python are watched: a process started, a file written, a module imported or code executed
-that was not meant to be is a failure, and so are every exception but LoadError, a weight that a call
-has changed, and a class of transformers that is not what it was.
+seed of each. What loads is built in full and, now and then, called. While a mutant is read,
+Python's audit events are watched: a process started, a file written, a module imported or code
+executed that was not meant to be is a failure, and so are every exception but LoadError, a weight
+that a call has changed, and a class of transformers that is not what it was.
 """
 
 from __future__ import annotations
