@@ -1,11 +1,11 @@
 """The activation of a plain MLP, and the activation functions that the gated one shares.
 
-    fc2(gelu(fc1(x)))  ->  fc2(activation(fc1(x), "gelu"))
+fc2(gelu(fc1(x)))  ->  fc2(activation(fc1(x), "gelu"))
 
-    silu       x * s(x), s(x) = 1 / (1 + exp(-x))           Elfwing et al., 2017
-    gelu       x * (1 + erf(x / sqrt(2))) / 2                Hendrycks & Gimpel, 2016
-    gelu_tanh  x * (1 + tanh(u)) / 2 = x * s(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
-    relu       max(x, 0), derivative 0 at 0
+silu       x * s(x), s(x) = 1 / (1 + exp(-x))           Elfwing et al., 2017
+gelu       x * (1 + erf(x / sqrt(2))) / 2                Hendrycks & Gimpel, 2016
+gelu_tanh  x * (1 + tanh(u)) / 2 = x * s(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+relu       max(x, 0), derivative 0 at 0
 """
 
 from typing import Any

@@ -248,9 +248,7 @@ class _GatedActivation(torch.autograd.Function):
 
 class _PackedGatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, gate_up: torch.Tensor, activation: str, gate_first: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, gate_up: torch.Tensor, activation: str, gate_first: bool) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
         ctx.constants = activation, gate_first
         return below_autograd(_packed, gate_up, activation, gate_first)

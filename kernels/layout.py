@@ -1,7 +1,7 @@
 """Tensors as rows in memory, so that kernels read strided views without a copy.
 
-    x of shape (2, 8, 5, 64), a transpose of a contiguous (2, 5, 8, 64)
-        ->  80 rows of 64, the row index running over batch, sequence, head: memory order
+x of shape (2, 8, 5, 64), a transpose of a contiguous (2, 5, 8, 64)
+    ->  80 rows of 64, the row index running over batch, sequence, head: memory order
 """
 
 from typing import NamedTuple

@@ -343,9 +343,7 @@ class _RopePair(torch.autograd.Function):
         return below_autograd(_rope_pair, q, k, cos, sin, *rest)
 
     @staticmethod
-    def backward(
-        ctx: Any, dq: torch.Tensor, dk: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _refuse(*ctx.needs_input_grad[2:4])
         grads = _rope_pair(dq, dk, *ctx.saved_tensors, *ctx.form, *ctx.dtypes)
         return *grads, *(None,) * 8
@@ -364,9 +362,7 @@ def _refuse(cos_needs_grad: bool, sin_needs_grad: bool) -> None:
         )
 
 
-def _rope_plain(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any
-) -> torch.Tensor:
+def _rope_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any) -> torch.Tensor:
     return rope_reference(x, cos, sin, Form(*rest[:4]), rest[4])
 
 

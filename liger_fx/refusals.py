@@ -1,7 +1,7 @@
 """Calls that no graph could serve: remembered, so that a training loop does not try at every step.
 
-    gradient checkpointing is on   ->  the trace fails once, later steps run the original at once
-    it is turned off again         ->  other circumstances: the call is traced
+gradient checkpointing is on   ->  the trace fails once, later steps run the original at once
+it is turned off again         ->  other circumstances: the call is traced
 """
 
 from __future__ import annotations

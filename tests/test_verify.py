@@ -154,9 +154,7 @@ def test_a_planted_fault_is_found_and_named(fault: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "arch", ["llama", "gemma2", "phi3", "glm4", "cohere2", "deepseek_v3"]
-)
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "glm4", "cohere2", "deepseek_v3"])
 def test_what_is_right_passes_at_every_site(arch: str, dtype: torch.dtype) -> None:
     model, opt = pair(arch, dtype)
     found = liger_fx.verify(model, opt)

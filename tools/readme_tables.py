@@ -1,11 +1,11 @@
 """Fills the tables of README.md and docs/performance.md, and the outputs of the README's example.
 
-    <!-- table: training_step llama1b -->     the table of tools/bench/results/training_step.json
-    <!-- output: print(opt) -->               what that line of the example prints
-    <!-- output: $ liger-fx rules -->         what that command prints
+<!-- table: training_step llama1b -->     the table of tools/bench/results/training_step.json
+<!-- output: print(opt) -->               what that line of the example prints
+<!-- output: $ liger-fx rules -->         what that command prints
 
-    python tools/readme_tables.py             writes both
-    python tools/readme_tables.py --check     fails if a table is not what its result file says
+python tools/readme_tables.py             writes both
+python tools/readme_tables.py --check     fails if a table is not what its result file says
 """
 
 from __future__ import annotations

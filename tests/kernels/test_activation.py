@@ -29,9 +29,7 @@ from tests.kernels.accuracy import (
 TEXTBOOK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
-    "gelu_tanh": lambda x: (
-        x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-    ),
+    "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "relu": lambda x: torch.maximum(x, torch.zeros_like(x)),
 }
 
@@ -98,9 +96,7 @@ def test_gated(name: str, dtype: torch.dtype, layout: str, device: str) -> None:
 @dtypes
 @layouts
 @pytest.mark.parametrize("gate_first", [True, False])
-def test_packed(
-    name: str, dtype: torch.dtype, layout: str, gate_first: bool, device: str
-) -> None:
+def test_packed(name: str, dtype: torch.dtype, layout: str, gate_first: bool, device: str) -> None:
     gate_up = LAYOUTS[layout](twice(dtype))
     grad = torch.randn(*gate_up.shape[:-1], gate_up.shape[-1] // 2, device=device).to(dtype)
     ours = with_gradients(lambda x: packed_gated_activation(x, name, gate_first), (gate_up,), grad)

@@ -144,9 +144,7 @@ def test_compile_sees_one_operator_each(dynamic: bool) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_sees_one_operator_each(strict: bool) -> None:
     class Model(torch.nn.Module):
-        def forward(
-            self, x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor
-        ) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
             return every_op(x, weight, cos)
 
     tokens = torch.export.Dim("tokens", min=2, max=64)

@@ -78,9 +78,9 @@ def tables(
 HEADS: dict[str, Callable[[Draw, int, int], torch.Tensor]] = {
     "heads first": lambda draw, heads, dim: draw(2, heads, 5, dim),
     "tokens first": lambda draw, heads, dim: draw(2, 5, heads, dim).transpose(1, 2),
-    "part of a packed projection": lambda draw, heads, dim: (
-        draw(2, 5, heads + 4, dim)[:, :, 2:-2].transpose(1, 2)
-    ),
+    "part of a packed projection": lambda draw, heads, dim: draw(2, 5, heads + 4, dim)[
+        :, :, 2:-2
+    ].transpose(1, 2),
     "part of a head": lambda draw, heads, dim: draw(2, heads, 5, 2 * dim)[..., dim:],
     "last dimension strided": lambda draw, heads, dim: draw(2, heads, 5, 2 * dim)[..., ::2],
 }

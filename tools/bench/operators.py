@@ -82,9 +82,7 @@ def child(job: str, only: list[str]) -> dict[str, Any]:
 
 def print_checks(rows: list[dict[str, Any]]) -> bool:
     """The table of the checks; whether all passed."""
-    table = [
-        (r["operator"], r["dtype"], r["cases"], f"{r['worst']:.2f}", r["where"]) for r in rows
-    ]
+    table = [(r["operator"], r["dtype"], r["cases"], f"{r['worst']:.2f}", r["where"]) for r in rows]
     show(
         "Relative error against float64, over its limit",
         ("operator", "dtype", "cases", "worst", "where"),

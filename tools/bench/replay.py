@@ -1,6 +1,6 @@
 """The time of GPU work without the launches from Python: captured in a CUDA graph, then replayed.
 
-    seconds_per_call([lambda: f(a), lambda: f(b), ...])  ->  seconds per call of f, as a median
+seconds_per_call([lambda: f(a), lambda: f(b), ...])  ->  seconds per call of f, as a median
 """
 
 from __future__ import annotations
