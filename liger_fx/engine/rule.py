@@ -16,7 +16,7 @@ import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -124,14 +124,21 @@ class Selection:
     """Which sites to rewrite, by rule name, or by module path: a path with all below it, or a glob;
     ``rule@path`` is that rule there.
 
-    chosen: nothing but these, None for everything. excluded: not these.
+    chosen: nothing but these, None for everything. excluded: not these. prefix: where the paths
+    that are asked about begin.
     """
 
     chosen: tuple[str, ...] | None = None
     excluded: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def below(self, path: str) -> Selection:
+        """The same for paths below the module at ``path``."""
+        return replace(self, prefix=path)
 
     def refusal(self, rule: str, path: str) -> str | None:
         """Why a site is left out; None if it is not."""
+        path = ".".join(part for part in (self.prefix, path) if part)
         for entry in self.excluded:
             if _selects(entry, rule, path):
                 return f"excluded by {entry!r}"

@@ -183,18 +183,6 @@ def check_name(path: str | Path) -> str:
     return FACES[suffix]
 
 
-def operator_name(node: fx.Node, modules: dict[str, torch.nn.Module]) -> str:
-    """The name an operator is counted under: mul, softmax, size, Linear, LigerRMSNorm.
-
-    A method, a function and an operator of one name are one operator; a module is its type.
-    """
-    if node.op == "call_module":
-        return type(modules[str(node.target)]).__name__
-    if node.op == "call_method":
-        return str(node.target)
-    return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
-
-
 def versions() -> dict[str, str]:
     """The versions that a result depends on; a package that is not installed is left out."""
     found = {"liger_fx": __version__, "python": platform.python_version()}

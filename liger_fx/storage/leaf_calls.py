@@ -31,7 +31,7 @@ from liger_fx.storage.targets import (
 )
 from liger_fx.storage.values import DTYPES
 from liger_fx.tracing import leaves
-from liger_fx.tracing.patches import CACHE_METHODS
+from liger_fx.tracing.leaves import CACHE_METHODS
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]

@@ -1,34 +1,29 @@
-"""One kind of call of a model: which inputs, of which sizes and dtypes, and which plain arguments.
+"""One kind of call of a block: which inputs, of which sizes and dtypes, and which plain arguments.
 
-   model(input_ids=<int64 2 x 7>, labels=<int64 2 x 7>, use_cache=False)
+   layer(<float32 2 x 7 x 64>, position_embeddings=(<2 x 7 x 16>, <2 x 7 x 16>), use_cache=False)
 ->
-   input_ids int64[batch, sequence], labels int64[batch, sequence], use_cache=False
+   hidden_states float32[batch, sequence, 64],
+   position_embeddings (float32[batch, sequence, 16], float32[batch, sequence, 16]),
+   use_cache=False
+
+Arguments are trees: tuples, lists and dictionaries (ModelOutput among them) of tensors, plain values
+and opaque Python objects such as caches.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from liger_fx.errors import UsageError
-
-# The sizes that transformers models share between inputs, by the inputs' names.
-_TRANSFORMERS_SIZES: dict[str, tuple[str, ...]] = {
-    "input_ids": ("batch", "sequence"),
-    "attention_mask": ("batch", "sequence"),
-    "position_ids": ("batch", "sequence"),
-    "token_type_ids": ("batch", "sequence"),
-    "labels": ("batch", "sequence"),
-    "inputs_embeds": ("batch", "sequence", ""),
-}
 # Arguments that a graph is made for, one by one.
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
 @dataclass(frozen=True)
@@ -46,60 +41,206 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
-class CallSpec:
-    """The tensor inputs of a call by name, the plain arguments, and example values of the varying
-    sizes."""
+class Constant:
+    """A plain argument that the graph holds for this value only."""
 
-    tensors: dict[str, InputSpec]
-    constants: dict[str, Any] = field(default_factory=dict)
+    value: Any
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Constant)
+            and type(self.value) is type(other.value)
+            and repr(self.value) == repr(other.value)
+        )
+
+    def __hash__(self) -> int:
+        return hash(repr(self.value))
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that is an input of the graph: an int that is a size of that name, or one whose
+    value the model's code never asked for."""
+
+    kind: type
+    size: str | None = None
+
+    def __str__(self) -> str:
+        return f"any {self.kind.__name__}" if self.size is None else f"the size {self.size}"
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A Python object of this class, used by the graph through functions that are called."""
+
+    cls: type
+
+    def __str__(self) -> str:
+        return f"a {self.cls.__name__}"
+
+
+@dataclass(frozen=True)
+class Items:
+    """A tuple, list or mapping of that class; ``keys`` of a mapping in their order."""
+
+    kind: type
+    items: tuple[Spec, ...]
+    keys: tuple[Any, ...] | None = None
+
+    def places(self) -> list[tuple[Any, Spec]]:
+        """Each item with the index or key under which it is found."""
+        keys = range(len(self.items)) if self.keys is None else self.keys
+        return list(zip(keys, self.items, strict=True))
+
+    def __str__(self) -> str:
+        if self.keys is None:
+            return f"({', '.join(map(str, self.items))})"
+        return "{" + ", ".join(f"{key}: {item}" for key, item in self.places()) + "}"
+
+
+Spec = InputSpec | Constant | Number | Opaque | Items
+LEAVES = (InputSpec, Number, Opaque)  # what becomes an input of the graph
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The arguments of a call by name, and example values of the varying sizes; of ``loose`` ones
+    another example may do as well."""
+
+    arguments: dict[str, Spec]
     hints: dict[str, int] = field(default_factory=dict)
+    loose: frozenset[str] = frozenset()
 
     def describe(self) -> dict[str, str]:
-        """Each input by name, in words."""
-        tensors = {name: str(spec) for name, spec in self.tensors.items()}
-        return {**tensors, **{name: repr(value) for name, value in self.constants.items()}}
+        """Each argument by name, in words."""
+        return {name: str(spec) for name, spec in self.arguments.items()}
+
+    def leaves(self) -> Iterator[tuple[str, Spec]]:
+        """The inputs of the graph by the names of its placeholders, in the order of the
+        arguments."""
+        taken = set(self.arguments)
+        for name, spec in self.arguments.items():
+            yield from _leaves(name, spec, taken)
+
+    @property
+    def tensors(self) -> dict[str, InputSpec]:
+        """The tensors among the inputs, by the names of the placeholders."""
+        return {name: spec for name, spec in self.leaves() if isinstance(spec, InputSpec)}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The plain arguments that are given by name and hold for one value."""
+        specs = self.arguments.items()
+        return {name: spec.value for name, spec in specs if isinstance(spec, Constant)}
+
+
+def _leaves(name: str, spec: Spec, taken: set[str]) -> Iterator[tuple[str, Spec]]:
+    if isinstance(spec, Items):
+        for key, item in spec.places():
+            yield from _leaves(inner_name(name, key, taken), item, taken)
+    elif isinstance(spec, LEAVES):
+        yield name, spec
+
+
+def inner_name(name: str, key: Any, taken: set[str]) -> str:
+    """The name of an item of an argument, an identifier that is not taken, and from now on is."""
+    found = f"{name}_{key}"
+    found = found if found.isidentifier() else f"{name}_item"
+    while found in taken:
+        found += "_"
+    taken.add(found)
+    return found
 
 
 class UnsupportedCall(Exception):
     """An argument that a graph cannot take; its text says which."""
 
 
-def describe_call(model: nn.Module, arguments: Mapping[str, Any]) -> CallSpec:
-    """The kind of call that these keyword arguments make; UnsupportedCall where no graph can serve
-    it."""
-    named = is_transformers(model)
-    tensors: dict[str, InputSpec] = {}
-    constants: dict[str, Any] = {}
-    hints: dict[str, int] = {}
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            names = _TRANSFORMERS_SIZES.get(name, ()) if named else ()
-            names = names if len(names) == value.ndim else ()
-            tensors[name] = _describe_input(name, value, names, hints)
-        elif named and name == "is_causal":
-            raise UnsupportedCall("is_causal, which rewrites the config while the call lasts")
-        elif isinstance(value, PLAIN):
-            constants[name] = value
-        else:
+class Namer:
+    """Names the sizes of one call's tensors; ``hints`` are example values of those sizes."""
+
+    def __init__(self) -> None:
+        self.hints: dict[str, int] = {}
+        self.loose: set[str] = set()
+
+    def sizes(self, name: str, tensor: torch.Tensor) -> tuple[int | str, ...]:
+        """The sizes of the tensor whose placeholder has this name."""
+        raise NotImplementedError
+
+    def other(self, name: str, value: Any) -> Spec:
+        """What stands for a value that is no tensor, no container and not plain."""
+        return Opaque(type(value))
+
+    def describe(self, arguments: Mapping[str, Any]) -> CallSpec:
+        """The kind of call that these named arguments make; UnsupportedCall where no graph can
+        serve it."""
+        taken = set(arguments)
+        specs = {name: _describe(name, value, self, taken) for name, value in arguments.items()}
+        return CallSpec(specs, self.hints, frozenset(self.loose))
+
+
+def _describe(name: str, value: Any, sizes_of: Namer, taken: set[str]) -> Spec:
+    if isinstance(value, torch.Tensor):
+        return InputSpec(sizes_of.sizes(name, value), value.dtype, value.device)
+    if isinstance(value, PLAIN):
+        return Constant(value)
+    if isinstance(value, dict):
+        items = tuple(
+            _describe(inner_name(name, key, taken), item, sizes_of, taken)
+            for key, item in value.items()
+        )
+        if not all(isinstance(key, (str, int)) for key in value):
+            raise UnsupportedCall(f"{name}, a mapping whose keys are no names")
+        return Items(type(value), items, tuple(value))
+    if isinstance(value, (tuple, list)):
+        inner = tuple(
+            _describe(inner_name(name, i, taken), item, sizes_of, taken)
+            for i, item in enumerate(value)
+        )
+        return Items(type(value), inner)
+    return sizes_of.other(name, value)
+
+
+def is_mask(tensor: torch.Tensor) -> bool:
+    """Whether it is an attention mask by its shape, (batch, 1, queries, keys): what the last two
+    equal in one call, they need not in another."""
+    return tensor.ndim == 4 and isinstance(tensor.shape[1], int) and tensor.shape[1] == 1
+
+
+def flat_inputs(specs: Mapping[str, Spec], arguments: Mapping[str, Any]) -> list[Any]:
+    """The values of the graph's inputs, in the order of ``CallSpec.leaves``."""
+    found: list[Any] = []
+
+    def visit(spec: Spec, value: Any) -> None:
+        if isinstance(spec, Items):
+            for key, item in spec.places():
+                visit(item, value[key])
+        elif isinstance(spec, LEAVES):
+            found.append(value)
+
+    for name, spec in specs.items():
+        visit(spec, arguments[name])
+    return found
+
+
+def refuse_tensor_subclasses(arguments: Mapping[str, Any]) -> None:
+    """UnsupportedCall for a tensor with a class of its own, such as a DTensor."""
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and type(value) not in _TENSORS:
             raise UnsupportedCall(f"{name}, a {type(value).__name__}")
-    return CallSpec(tensors, constants, hints)
+        if isinstance(value, (tuple, list)):
+            for item in value:
+                visit(name, item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(name, item)
 
-
-def _describe_input(
-    name: str, tensor: torch.Tensor, names: tuple[str, ...], hints: dict[str, int]
-) -> InputSpec:
-    sizes: list[int | str] = []
-    for dim, size in enumerate(tensor.shape):
-        # A size of one may be a broadcast one (position_ids of all rows), so it is taken as it is,
-        # except where the name of the input says what it is.
-        known = names[dim] if names else f"{name}_{dim}"
-        if (size == 1 and not (names and name != "position_ids")) or not known:
-            sizes.append(int(size))
-            continue
-        sizes.append(known)
-        if not names:
-            hints[known] = int(size)
-    return InputSpec(tuple(sizes), tensor.dtype, tensor.device)
+    for name, value in arguments.items():
+        visit(name, value)
 
 
 def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:
@@ -109,19 +250,23 @@ def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:
     others.)
     """
     hints: dict[str, int] = {}
-    for name, spec in call.tensors.items():
-        for named, size in zip(spec.sizes, arguments[name].shape, strict=True):
-            if isinstance(named, str):
-                hints.setdefault(named, int(size))
+    values = flat_inputs(call.arguments, arguments)
+    for (_, spec), value in zip(call.leaves(), values, strict=True):
+        if isinstance(spec, InputSpec):
+            for named, size in zip(spec.sizes, value.shape, strict=True):
+                if isinstance(named, str):
+                    hints.setdefault(named, int(size))
 
-    def pinned(size: int | str) -> int | str:
-        return hints[size] if isinstance(size, str) and hints[size] < 2 else size
+    def pinned(spec: Spec) -> Spec:
+        if isinstance(spec, Items):
+            return replace(spec, items=tuple(map(pinned, spec.items)))
+        if isinstance(spec, InputSpec):
+            sizes = (hints[s] if isinstance(s, str) and hints[s] < 2 else s for s in spec.sizes)
+            return replace(spec, sizes=tuple(sizes))
+        return spec
 
-    tensors = {
-        name: replace(spec, sizes=tuple(map(pinned, spec.sizes)))
-        for name, spec in call.tensors.items()
-    }
-    return CallSpec(tensors, call.constants, hints)
+    arguments = {name: pinned(spec) for name, spec in call.arguments.items()}
+    return CallSpec(arguments, hints, call.loose)
 
 
 def named_arguments(
@@ -130,7 +275,7 @@ def named_arguments(
     """All arguments by name, without those that are None by default too (given or not is the
     same)."""
     names, kept, gathers = _parameters(forward)
-    named = {key: value for key, value in kwargs.items() if value is not None or key in kept}
+    named: dict[str, Any] = {}
     if args:
         if len(args) > len(names):
             count = f"{len(args)} positional argument{'s' * (len(args) > 1)}"
@@ -139,6 +284,9 @@ def named_arguments(
         for name, value in zip(names, args, strict=False):
             if value is not None or name in kept:
                 named[name] = value
+    for name, value in kwargs.items():
+        if value is not None or name in kept:
+            named[name] = value
     return named
 
 
@@ -154,43 +302,3 @@ def _parameters(forward: Any) -> tuple[tuple[str, ...], frozenset[str], bool]:
         frozenset(p.name for p in named if p.default is not None),
         any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters),
     )
-
-
-def is_transformers(model: nn.Module) -> bool:
-    """Whether the model is a transformers model, with a config that says how to call it."""
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel)
-
-
-def example_call(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...] | None) -> CallSpec:
-    """The kind of call to trace first: the user's example, or token ids with their mask."""
-    forward = type(model).forward
-    try:
-        if isinstance(inputs, Mapping):
-            return describe_call(model, named_arguments(forward, (), inputs))
-        if isinstance(inputs, (tuple, list)):
-            return describe_call(model, named_arguments(forward, tuple(inputs), {}))
-    except UnsupportedCall as unsupported:
-        raise UsageError(
-            f"The example inputs hold {unsupported}; a graph takes tensors and plain values."
-        ) from None
-    if inputs is not None:
-        raise UsageError(
-            "Example inputs are a tuple of positional arguments or a mapping of named ones, not "
-            f"a {type(inputs).__name__}."
-        )
-    if not is_transformers(model):
-        raise UsageError(
-            f"{type(model).__name__} is no transformers model, so it needs example inputs: pass "
-            "inputs=(tensor, ...) or inputs={'name': tensor, ...}."
-        )
-    names = set(inspect.signature(forward).parameters)
-    if "input_ids" not in names:
-        raise UsageError(
-            f"{type(model).__name__} takes no input_ids; pass example inputs as "
-            "inputs={'name': tensor, ...}."
-        )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    spec = InputSpec(("batch", "sequence"), torch.long, device)
-    return CallSpec({name: spec for name in ("input_ids", "attention_mask") if name in names})

@@ -21,6 +21,7 @@ _EFFECTFUL_FUNCTIONS = {
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
     leaves.new_cache,
+    leaves.encoder_decoder_cache,
     leaves.cache_call,
 }
 
@@ -41,10 +42,11 @@ def is_effectful(node: fx.Node, root: torch.nn.Module | None = None) -> bool:
     (``nn.ReLU(inplace=True)``) is effectful.
     """
     if node.op == "call_module":
-        return (
-            root is not None
-            and getattr(root.get_submodule(str(node.target)), "inplace", False) is True
-        )
+        if root is None:
+            return False
+        module = root.get_submodule(str(node.target))
+        # A block may change the cache it is given.
+        return isinstance(module, fx.GraphModule) or getattr(module, "inplace", False) is True
     if node.op == "call_method":
         return is_in_place_name(str(node.target))
     if node.op != "call_function":

@@ -11,6 +11,8 @@ in a few.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Hashable
 from typing import Any
 
@@ -18,12 +20,14 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from liger_fx.tracing.trace import TensorSpec
 
+# Sizes of one value may come out tied by an operation's fake kernel: examples are all different.
 _SIZE_HINTS = (3, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+_MORE_HINTS = 1009
 
 
 def as_expr(size: int | torch.SymInt) -> int | sympy.Expr:
@@ -44,9 +48,13 @@ class Metadata:
 
 
 class FakeWorld:
-    """The fakes and symbolic sizes of one trace."""
+    """The fakes and symbolic sizes of one trace.
 
-    def __init__(self) -> None:
+    exact: take every size that is told as it is, also where another example would do.
+    """
+
+    def __init__(self, exact: bool = False) -> None:
+        self.exact = exact
         # Without duck shaping two inputs that happen to be of one size stay apart, and without the
         # specialisation of 0 and 1 the graph holds for a batch of one too.
         self.shape_env = ShapeEnv(
@@ -57,13 +65,16 @@ class FakeWorld:
         )
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self.symbols: dict[str, torch.SymInt] = {}
+        self._fresh: list[Any] = []
+        self._hints: set[int] = set()
         self._metadata: dict[Hashable, Metadata] = {}
         self._of_real: dict[int, tuple[torch.Tensor, FakeTensor]] = {}
 
     def size(self, name: str, hint: int | None = None) -> torch.SymInt:
         """The symbolic size of that name, made on first use."""
         if name not in self.symbols:
-            value = hint if hint is not None else _SIZE_HINTS[len(self.symbols) % len(_SIZE_HINTS)]
+            value = hint if hint is not None else self._another_hint(_SIZE_HINTS)
+            self._hints.add(value)
             source = ConstantSource(name)
             symbol = self.shape_env.create_symbol(
                 value, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
@@ -72,6 +83,42 @@ class FakeWorld:
             assert isinstance(made, torch.SymInt)
             self.symbols[name] = made
         return self.symbols[name]
+
+    def fresh_size(self, hint: int) -> Any:
+        """A symbolic size without a name: a node of the graph gives it when it runs."""
+        hint = hint if self.exact else self._another_hint()
+        self._hints.add(hint)
+        source = ConstantSource(f"fresh_{len(self._fresh)}")
+        symbol = self.shape_env.create_symbol(
+            hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
+        made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+        self._fresh.append(made)
+        return made
+
+    def _another_hint(self, hints: tuple[int, ...] = ()) -> int:
+        numbers = itertools.chain(hints, itertools.count(_MORE_HINTS, 4))
+        return next(number for number in numbers if number not in self._hints)
+
+    def renewed(self, value: Any) -> Any:
+        """A tensor's twin with an identity of its own; anything else as it is."""
+        return self.new(self.metadata(value)) if isinstance(value, torch.Tensor) else value
+
+    def copied(self, example: Any) -> Any:
+        """A copy of an object with fakes for its tensors; their first sizes are the batch's where
+        they are as large."""
+        batch = self.symbols.get("batch")
+
+        def fake(tensor: torch.Tensor) -> torch.Tensor:
+            sizes: list[Any] = list(tensor.shape)
+            if batch is not None and sizes and sizes[0] == self.hint(batch):
+                sizes[0] = batch
+            return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+
+        with unset_fake_temporarily():
+            tensors = _tensors_in(example, {})
+        memo: dict[int, Any] = {key: fake(tensor) for key, tensor in tensors.items()}
+        return copy.deepcopy(example, memo)
 
     def metadata(self, tensor: torch.Tensor) -> Metadata:
         """The interned metadata of a fake or real tensor."""
@@ -132,6 +179,21 @@ class FakeWorld:
 def _settled(size: int | sympy.Expr, settled: dict[sympy.Expr, Any]) -> int | sympy.Expr:
     expr = sympy.sympify(size).xreplace(settled)
     return int(expr) if expr.is_number else expr
+
+
+def _tensors_in(value: Any, found: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The tensors that an object holds, in its attributes and containers, by identity."""
+    if isinstance(value, torch.Tensor):
+        found[id(value)] = value
+    elif isinstance(value, dict):
+        for item in value.values():
+            _tensors_in(item, found)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _tensors_in(item, found)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        _tensors_in(vars(value), found)
+    return found
 
 
 def set_node(value: Any, node: Any) -> None:

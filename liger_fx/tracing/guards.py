@@ -13,58 +13,69 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-import sympy
 import torch
 from torch import nn
-from torch.utils._sympy.printers import PythonPrinter
 
-from liger_fx.tracing.call import CallSpec, InputSpec
-from liger_fx.tracing.tree_state import Modules, TreeFacts, TreeState
+from liger_fx.tracing.call import CallSpec, Constant, InputSpec, Items, Number, Opaque, Spec
 
-if TYPE_CHECKING:
-    from liger_fx.tracing.tracer import HFTracer
+# The graph's inputs for a call of a block with these named arguments; None if it is not for them.
+Take = Callable[[nn.Module, Mapping[str, Any]], tuple[Any, ...] | None]
 
-Check = Callable[[Mapping[str, Any]], bool]
+
+@dataclass(frozen=True)
+class Read:
+    """What the code read of an opaque argument, step by step, and found.
+
+    steps: ("attr", name), ("item", key) or ("call", method, *arguments); a key or an argument that
+    is an attribute of the block is written as Attribute.
+    """
+
+    argument: str
+    steps: tuple[tuple[Any, ...], ...]
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.argument}{_steps_text(self.steps)} is {self.value!r}"
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An int that a module of the block holds: ``self_attn.layer_idx``."""
+
+    path: str
 
 
 @dataclass(frozen=True)
 class Guards:
     """The assumptions of one trace.
 
-    ``sizes`` are Python expressions over the names of sizes; ``autocast`` maps device types to the
-    dtype autocast had, or None where it was off.
+    ``sizes`` are Python expressions over the names of sizes, and over ``attributes``, which map
+    names to the ints of modules that alike blocks do not share. ``grad_enabled`` is None where the
+    graph serves both; ``autocast`` maps device types to the dtype autocast had, or None where it
+    was off. ``reads`` are what the code asked of opaque arguments.
     """
 
     call: CallSpec
     sizes: tuple[str, ...]
     training: bool
-    grad_enabled: bool
+    grad_enabled: bool | None
     autocast: dict[str, torch.dtype | None]
     attention_fixed: bool
-
-    @classmethod
-    def of_trace(cls, tracer: HFTracer, call: CallSpec) -> Guards:
-        """The guards of a trace that just finished in this thread's modes."""
-        return cls(
-            call=call,
-            sizes=tuple(_size_guards(tracer)),
-            training=tracer.root.training,
-            grad_enabled=torch.is_grad_enabled(),
-            autocast=_autocast_state(_device_types(tracer.root, call)),
-            attention_fixed=tracer.leaves.masks_are_read,
-        )
+    attributes: dict[str, str] = field(default_factory=dict)
+    reads: tuple[Read, ...] = ()
 
     def describe(self) -> list[str]:
         """Each assumption as a line of text."""
-        lines = [f"{name} is {spec}" for name, spec in self.call.tensors.items()]
-        lines += [f"{name} is {value!r}" for name, value in self.call.constants.items()]
+        lines = [f"{name} is {spec}" for name, spec in self.call.arguments.items()]
         lines.append("no other input is given")
         lines += [f"{guard}, asked by the model's code" for guard in self.sizes]
+        lines += [f"{read}, asked by the model's code" for read in self.reads]
         lines.append(f"the model is in {'train' if self.training else 'eval'} mode")
-        lines.append(f"grad mode is {'on' if self.grad_enabled else 'off'}")
+        if self.grad_enabled is not None:
+            lines.append(f"grad mode is {'on' if self.grad_enabled else 'off'}")
         for device, dtype in self.autocast.items():
             lines.append(f"autocast on {device} is {'off' if dtype is None else dtype}")
         lines.append("parameters keep their dtype and device, and the config its values")
@@ -74,111 +85,169 @@ class Guards:
         lines.append("plain attributes of its modules (eps, scaling) stay so: this is not checked")
         return lines
 
-    def bind(self, root: nn.Module, modules: Modules, facts: TreeFacts) -> Check:
-        """A fast check of a call's named arguments against a tree that shall be as in ``facts``.
+    def modes_hold(self) -> bool:
+        """Whether this thread's grad and autocast modes are those of the trace."""
+        if self.grad_enabled is not None and torch.is_grad_enabled() is not self.grad_enabled:
+            return False
+        return all(_autocast_dtype(kind) == dtype for kind, dtype in self.autocast.items())
 
-        ``modules`` are those whose code the graph replaces: their hooks and modes are assumptions
-        too.
-        """
-        state = TreeState(root, modules, facts, self.training, self.attention_fixed)
-        inputs_hold = _compile_inputs(self)
-        grad_enabled, autocast = self.grad_enabled, self.autocast
-        is_grad_enabled = torch.is_grad_enabled
-        devices = tuple(autocast)
-
-        def holds(arguments: Mapping[str, Any]) -> bool:
-            return (
-                inputs_hold(arguments)
-                and is_grad_enabled() is grad_enabled
-                and _autocast_state(devices) == autocast
-                and state.holds()
-            )
-
-        return holds
-
-
-def _autocast_state(devices: tuple[str, ...]) -> dict[str, torch.dtype | None]:
-    return {
-        device: torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        for device in devices
-    }
-
-
-def _device_types(root: nn.Module, call: CallSpec) -> tuple[str, ...]:
-    types = {spec.device.type for spec in call.tensors.values()}
-    types |= {p.device.type for p in root.parameters()}
-    return tuple(sorted(types - {"meta"})) or ("cpu",)
-
-
-def _size_guards(tracer: HFTracer) -> list[str]:
-    """Size comparisons of the model's own code, and sizes of inputs that came out fixed or tied."""
-    names = {sympy.Symbol(str(s.node._expr)): n for n, s in tracer.world.symbols.items()}
-    printer = PythonPrinter()
-
-    def text(expr: sympy.Basic) -> str:
-        named = expr.subs(
-            {s: sympy.Symbol(names[sympy.Symbol(str(s))], integer=True) for s in expr.free_symbols}
+    def holds_for_attributes(self, block: nn.Module) -> bool:
+        """Whether what the code asked of the block's own ints holds for this block's."""
+        places = {name: _attribute_text(path) for name, path in self.attributes.items()}
+        scope = {"math": math, "block": block}
+        sizes = {size for spec in self.call.tensors.values() for size in spec.sizes}
+        asked = (set(_NAME.findall(guard)) for guard in self.sizes)
+        own = [not names & sizes and names & places.keys() for names in asked]
+        return all(
+            eval(_with_places(guard, places), scope)
+            for guard, is_own in zip(self.sizes, own, strict=True)
+            if is_own
         )
-        return printer.doprint(named)
-
-    known = set(names)
-    guards: list[str] = []
-    for guard in tracer.recorder.own_guards:
-        expr = guard.expr
-        if {sympy.Symbol(str(s)) for s in expr.free_symbols} <= known:
-            guards.append(text(expr))
-    for name, size in tracer.world.symbols.items():
-        now = size.node.expr
-        if now != size.node._expr:
-            guards.append(f"{name} == {text(now)}")
-    return sorted(set(guards) - {"True"})
 
 
-def _compile_inputs(guards: Guards) -> Check:
-    """A Python function that compares a call's inputs; generated, because a loop would cost three
-    times."""
-    scope: dict[str, Any] = {"constants": guards.call.constants}
-    lines = ["def inputs_hold(arguments):", "    try:"]
-    bound: dict[str, str] = {}
-    conditions = [f"len(arguments) == {len(guards.call.tensors) + len(guards.call.constants)}"]
-    for i, (name, spec) in enumerate(guards.call.tensors.items()):
-        lines.append(f"        x{i} = arguments[{name!r}]; s{i} = x{i}.shape")
-        scope[f"dtype{i}"], scope[f"device{i}"] = spec.dtype, spec.device
-        conditions += [
-            f"len(s{i}) == {len(spec.sizes)}",
-            f"x{i}.dtype is dtype{i}",
-            f"x{i}.device == device{i}",
+def autocast_state(devices: tuple[str, ...]) -> dict[str, torch.dtype | None]:
+    """The dtype of autocast for each of these types of device, None where it is off."""
+    return {device: _autocast_dtype(device) for device in devices}
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def compile_take(guards: Guards) -> Take:
+    """A Python function that compares a call's arguments and hands out the graph's inputs;
+    generated, because a loop would cost three times."""
+    writer = _TakeWriter(guards)
+    source = writer.source()
+    scope: dict[str, Any] = {"math": math, **writer.scope}
+    exec(compile(source, "<guards>", "exec"), scope)
+    take: Take = scope["take"]
+    return take
+
+
+class _TakeWriter:
+    """Writes the source of one check; ``scope`` holds the values that it compares with."""
+
+    def __init__(self, guards: Guards) -> None:
+        self.guards = guards
+        self.scope: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.conditions: list[str] = [f"len(arguments) == {len(guards.call.arguments)}"]
+        self.inputs: list[str] = []
+        self.bound = {name: _attribute_text(path) for name, path in guards.attributes.items()}
+        self._variables = 0
+
+    def source(self) -> str:
+        guards = self.guards
+        for name, spec in guards.call.arguments.items():
+            self._visit(spec, f"arguments[{name!r}]")
+        names = dict(zip((name for name, _ in guards.call.leaves()), self.inputs, strict=True))
+        # A symbol may also appear in a guard without being an input's size when its input was not
+        # given.
+        self.conditions += [f"({_with_places(guard, self.bound)})" for guard in guards.sizes]
+        self.conditions += [self._read(read, names) for read in guards.reads]
+        body = [f"        {line}" for line in self.lines]
+        inputs = "".join(f"{name}, " for name in self.inputs)
+        return "\n".join(
+            [
+                "def take(block, arguments):",
+                "    try:",
+                *body,
+                f"        return ({inputs}) if {' and '.join(self.conditions)} else None",
+                # A guard that divides by a size of zero says nothing about such a call.
+                "    except (LookupError, AttributeError, ArithmeticError, TypeError):",
+                "        return None",
+            ]
+        )
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self.scope)}"
+        self.scope[name] = value
+        return name
+
+    def _visit(self, spec: Spec, place: str) -> None:
+        v = f"v{self._variables}"
+        self._variables += 1
+        if isinstance(spec, Constant):
+            self._compare(spec.value, place)
+            return
+        self.lines.append(f"{v} = {place}")
+        if isinstance(spec, Items):
+            self.conditions.append(f"type({v}) is {self._constant(spec.kind)}")
+            whole = f"len({v}) == {len(spec.items)}"
+            if spec.keys is not None:
+                whole = f"tuple({v}) == {self._constant(spec.keys)}"
+            self.conditions.append(whole)
+            for key, item in spec.places():
+                self._visit(item, f"{v}[{key!r}]")
+            return
+        self.inputs.append(v)
+        if isinstance(spec, InputSpec):
+            self._tensor(spec, v)
+        elif isinstance(spec, Number):
+            self.conditions.append(f"type({v}) is {self._constant(spec.kind)}")
+            if spec.size is not None:
+                self._size(spec.size, v)
+        elif isinstance(spec, Opaque):
+            self.conditions.append(f"type({v}) is {self._constant(spec.cls)}")
+
+    def _compare(self, value: Any, place: str) -> None:
+        if value is None or isinstance(value, bool):
+            self.conditions.append(f"{place} is {value!r}")
+            return
+        name = self._constant(value)
+        self.conditions += [f"type({place}) is type({name})", f"{place} == {name}"]
+
+    def _tensor(self, spec: InputSpec, v: str) -> None:
+        self.lines.append(f"s{v} = {v}.shape")
+        self.conditions += [
+            f"len(s{v}) == {len(spec.sizes)}",
+            f"{v}.dtype is {self._constant(spec.dtype)}",
+            f"{v}.device == {self._constant(spec.device)}",
         ]
-        conditions += _size_conditions(i, spec, bound)
-    for i, name in enumerate(guards.call.constants):
-        lines.append(f"        c{i} = arguments[{name!r}]")
-        conditions.append(
-            f"type(c{i}) is type(constants[{name!r}]) and c{i} == constants[{name!r}]"
-        )
-    # A symbol may also appear in a guard without being an input's size when its input was not
-    # given.
-    conditions += [f"({_with_places(guard, bound)})" for guard in guards.sizes]
-    lines.append("        return " + " and ".join(conditions))
-    # A guard that divides by a size of zero says nothing about such a call.
-    lines += ["    except (KeyError, AttributeError, ArithmeticError):", "        return False"]
-    scope["math"] = math
-    exec(compile("\n".join(lines), "<guards>", "exec"), scope)
-    return scope["inputs_hold"]
+        for dim, size in enumerate(spec.sizes):
+            self._size(size, f"s{v}[{dim}]")
 
-
-def _size_conditions(i: int, spec: InputSpec, bound: dict[str, str]) -> list[str]:
-    conditions = []
-    for dim, size in enumerate(spec.sizes):
-        place = f"s{i}[{dim}]"
-        if isinstance(size, int):
-            conditions.append(f"{place} == {size}")
-        elif size in bound:
-            conditions.append(f"{place} == {bound[size]}")
+    def _size(self, size: int | str, place: str) -> None:
+        if isinstance(size, str) and size not in self.bound:
+            self.bound[size] = place
         else:
-            bound[size] = place
-    return conditions
+            wanted = size if isinstance(size, int) else self.bound[size]
+            self.conditions.append(f"{place} == {wanted}")
+
+    def _read(self, read: Read, names: Mapping[str, str]) -> str:
+        value = names[read.argument] + _steps_text(read.steps)
+        if read.value is None or isinstance(read.value, bool):
+            return f"{value} is {read.value!r}"
+        name = self._constant(read.value)
+        return f"{value} == {name}"
+
+
+def _steps_text(steps: tuple[tuple[Any, ...], ...]) -> str:
+    text = ""
+    for kind, name, *arguments in steps:
+        if kind == "attr":
+            text += f".{name}"
+        elif kind == "item":
+            text += f"[{_step_value(name)}]"
+        else:
+            text += f".{name}({', '.join(map(_step_value, arguments))})"
+    return text
+
+
+def _step_value(value: Any) -> str:
+    return _attribute_text(value.path) if isinstance(value, Attribute) else repr(value)
+
+
+def _attribute_text(path: str) -> str:
+    """The attribute below the variable ``block``; a number in the path is a child of a list."""
+    parts = path.split(".")
+    return "block" + "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in parts)
+
+
+_NAME = re.compile(r"[^\W\d]\w*")
 
 
 def _with_places(text: str, places: Mapping[str, str]) -> str:
     """``text`` with the place of each size for its name."""
-    return re.sub(r"[^\W\d]\w*", lambda match: places.get(match[0], match[0]), text)
+    return _NAME.sub(lambda match: places.get(match[0], match[0]), text)

@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.memo import Unknowable, run_without_grad
 from liger_fx.tracing.recorder import Recorder
-from liger_fx.tracing.tree_state import hooks_of
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 
@@ -60,7 +59,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def infer_leaf(
-    recorder: Recorder, call: Any, module: nn.Module, args: Any, kwargs: Any, *, concrete: bool
+    recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concrete: bool
 ) -> Any:
     """Fakes for what the leaf returns; ``concrete`` runs it on random data because its code cannot
     run on fakes."""
@@ -68,10 +67,12 @@ def infer_leaf(
         hidden = args[0] if args else next(iter(kwargs.values()))
         return torch.empty_like(hidden)
     if concrete:
-        return _infer_by_running(recorder, call, module, args, kwargs)
+        return _infer_by_running(recorder, module, args, kwargs)
+
+    forward = getattr(module, "block_class", type(module)).forward
 
     def run() -> Any:
-        return call(module, *args, **kwargs)
+        return forward(module, *args, **kwargs)
 
     try:
         key = _module_key(module)
@@ -83,8 +84,6 @@ def infer_leaf(
 def _module_key(module: nn.Module) -> Hashable:
     """What a module's result can depend on besides its inputs: class, plain attributes,
     parameters, children."""
-    if any(hooks_of(module)):
-        raise Unknowable
     plain = []
     for name, value in module.__dict__.items():
         if name in _MODULE_INTERNALS and name != "training":
@@ -101,9 +100,7 @@ def _module_key(module: nn.Module) -> Hashable:
     return type(module), tuple(plain), tuple(tensors), tuple(children)
 
 
-def _infer_by_running(
-    recorder: Recorder, call: Any, module: nn.Module, args: Any, kwargs: Any
-) -> Any:
+def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -> Any:
     """Run the module on random data of distinctive sizes and read the sizes of its results back."""
     world = recorder.world
     sizes: dict[int, Any] = {world.hint(size): size for size in world.symbols.values()}
@@ -137,5 +134,6 @@ def _infer_by_running(
                 if isinstance(value, torch.Tensor):
                     group[name] = value.clone()
         arguments, keywords = pytree.tree_map(example, (args, kwargs))
-        result = call(module, *arguments, **keywords)
+        forward = getattr(module, "block_class", type(module)).forward
+        result = forward(module, *arguments, **keywords)
     return pytree.tree_map(as_fake, result)

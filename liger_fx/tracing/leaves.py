@@ -17,8 +17,16 @@ from typing import Any
 
 import torch
 from transformers import masking_utils
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import AttentionInterface
+
+
+# What a graph may do with a cache through ``cache_call``.
+CACHE_METHODS = (
+    "update", "update_conv_state", "update_recurrent_state", "get_conv_state",
+    "get_recurrent_state", "update_indexer", "get_seq_length", "get_mask_sizes", "get_max_length",
+    "get_max_cache_shape", "get_query_offset",
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,6 +86,11 @@ def new_cache(owner: torch.nn.Module | None) -> DynamicCache:
     """An empty key-value cache laid out for ``owner.config``, or for any model when there is no
     owner."""
     return DynamicCache(config=owner.config) if owner is not None else DynamicCache()
+
+
+def encoder_decoder_cache(*caches: Any) -> EncoderDecoderCache:
+    """A cache of a decoder's own keys and values, and one of the encoder's."""
+    return EncoderDecoderCache(*caches)
 
 
 def cache_call(cache: Any, method: str, *args: Any, **kwargs: Any) -> Any:

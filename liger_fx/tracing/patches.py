@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import masking_utils
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from liger_fx.tracing.recorder import CannotRecord
@@ -30,16 +31,16 @@ _lock = threading.RLock()
 _thread = threading.local()
 _MISSING = object()
 
-CACHE_METHODS = (
-    "update", "update_conv_state", "update_recurrent_state",
-    "get_conv_state", "get_recurrent_state", "update_indexer",
-)  # fmt: skip
-
 
 def recording_tracer() -> HFTracer | None:
     """The tracer of this thread, if it is recording at the moment."""
     tracer: HFTracer | None = getattr(_thread, "tracer", None)
     return tracer if tracer is not None and tracer.recorder.recording else None
+
+
+def is_tracing() -> bool:
+    """Whether a trace is under way in this thread."""
+    return getattr(_thread, "tracer", None) is not None
 
 
 @contextmanager
@@ -57,6 +58,7 @@ def patched(tracer: HFTracer) -> Iterator[None]:
         try:
             _thread.tracer = tracer
             _patch_modules(replace)
+            _patch_questions(replace)
             if tracer.writes:
                 _patch_attributes(replace)
             _patch_autocast(replace)
@@ -92,11 +94,37 @@ def _patch_modules(replace: Any) -> None:
     @functools.wraps(original)
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tracer = recording_tracer()
-        if tracer is None:
-            return original(module, *args, **kwargs)
-        return tracer.trace_module_call(original, module, args, kwargs)
+        if tracer is not None:
+            return tracer.trace_module_call(module, args, kwargs)
+        if is_tracing():
+            # Nothing is recorded, but no hook may see what a trace works with.
+            return type(module).forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+        return original(module, *args, **kwargs)
 
     replace(nn.Module, "__call__", call)
+    if "__call__" in GradientCheckpointingLayer.__dict__:
+        checkpointed = GradientCheckpointingLayer.__call__
+
+        @functools.wraps(checkpointed)
+        def call_layer(module: GradientCheckpointingLayer, *args: Any, **kwargs: Any) -> Any:
+            if is_tracing():
+                return nn.Module.__call__(module, *args, **kwargs)
+            return checkpointed(module, *args, **kwargs)
+
+        replace(GradientCheckpointingLayer, "__call__", call_layer)
+
+
+def _patch_questions(replace: Any) -> None:
+    original = torch.is_grad_enabled
+
+    @functools.wraps(original)
+    def is_grad_enabled() -> bool:
+        tracer = recording_tracer()
+        if tracer is not None:
+            tracer.recorder.grad_mode_asked = True
+        return original()
+
+    replace(torch, "is_grad_enabled", is_grad_enabled)
 
 
 def _patch_attributes(replace: Any) -> None:
@@ -154,7 +182,6 @@ def _patch_attention(replace: Any) -> None:
 
 def _patch_caches(replace: Any) -> None:
     init = DynamicCache.__init__
-    get_seq_length = Cache.get_seq_length
 
     @functools.wraps(init)
     def traced_init(cache: DynamicCache, *args: Any, **kwargs: Any) -> None:
@@ -164,29 +191,18 @@ def _patch_caches(replace: Any) -> None:
         else:
             tracer.leaves.new_cache(init, cache, args, kwargs)
 
-    @functools.wraps(get_seq_length)
-    def traced_length(cache: Cache, *args: Any, **kwargs: Any) -> Any:
+    init_pair = EncoderDecoderCache.__init__
+
+    @functools.wraps(init_pair)
+    def traced_init_pair(cache: EncoderDecoderCache, *caches: Any) -> None:
         tracer = recording_tracer()
-        if tracer is None:
-            return get_seq_length(cache, *args, **kwargs)
-        return tracer.leaves.cache_length(get_seq_length, cache, args, kwargs)
+        if tracer is None or len(caches) != 2:
+            init_pair(cache, *caches)
+        else:
+            tracer.leaves.new_cache_pair(init_pair, cache, caches)
 
     replace(DynamicCache, "__init__", traced_init)
-    replace(Cache, "get_seq_length", traced_length)
-    for name in CACHE_METHODS:
-        if name in Cache.__dict__:
-            replace(Cache, name, _traced_cache_method(name, Cache.__dict__[name]))
-
-
-def _traced_cache_method(name: str, original: Any) -> Any:
-    @functools.wraps(original)
-    def method(cache: Cache, *args: Any, **kwargs: Any) -> Any:
-        tracer = recording_tracer()
-        if tracer is None:
-            return original(cache, *args, **kwargs)
-        return tracer.leaves.cache_call(original, name, cache, args, kwargs)
-
-    return method
+    replace(EncoderDecoderCache, "__init__", traced_init_pair)
 
 
 def _patch_mask_builders(replace: Any, root: nn.Module) -> None:

@@ -33,6 +33,7 @@ from liger_fx.tracing.memo import Memo, run_without_grad
 from liger_fx.tracing.sizes import SizeNodes
 from liger_fx.tracing.torch_calls import (
     as_node_target,
+    asks_about_gradients,
     asks_about_metadata,
     holds_values,
     is_in_place,
@@ -63,6 +64,8 @@ class Recorder(TorchFunctionMode):
         self.recording = False
         self.own_guards: list[Any] = []
         self._guards_seen = 0
+        # Whether the code asked for the grad mode, or changes it: it is guarded then.
+        self.grad_mode_asked = False
 
     def __torch_function__(
         self,
@@ -77,22 +80,24 @@ class Recorder(TorchFunctionMode):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if asks_about_metadata(func, name, args, kwargs):
+            self.grad_mode_asked |= asks_about_gradients(func, name)
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
             return self._set_grad_enabled(func, *args)
         if func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
-        with self.paused(), self.kernel_guards_dropped():
+        with self.paused():
             return self._record(func, name, args, kwargs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside is not recorded."""
+        """What runs inside is not recorded, and what it asks of sizes is not the model's question."""
         was, self.recording = self.recording, False
-        try:
-            yield
-        finally:
-            self.recording = was
+        with self.kernel_guards_dropped():
+            try:
+                yield
+            finally:
+                self.recording = was
 
     @contextmanager
     def kernel_guards_dropped(self) -> Iterator[None]:
@@ -114,6 +119,7 @@ class Recorder(TorchFunctionMode):
         self._guards_seen = len(guards)
 
     def _set_grad_enabled(self, func: Any, enabled: bool) -> None:
+        self.grad_mode_asked = True
         if enabled != torch.is_grad_enabled():
             self.create_node("call_function", func, (enabled,))
         func(enabled)

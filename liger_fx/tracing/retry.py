@@ -1,8 +1,10 @@
-"""Trace a model; what cannot be followed becomes a module that is called, and the trace starts
+"""Trace a block; what cannot be followed becomes a module that is called, and the trace starts
 again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,28 +12,48 @@ from transformers import PreTrainedModel
 
 from liger_fx.errors import TraceError
 from liger_fx.tracing.call import CallSpec
+from liger_fx.tracing.inner_blocks import NeedsInside
 from liger_fx.tracing.readiness import refuse_unready
 from liger_fx.tracing.state import Place
 from liger_fx.tracing.trace import Source, Trace
-from liger_fx.tracing.tracer import HFTracer, Untraceable
+from liger_fx.tracing.tracer import AsksAttributes, HFTracer, Plans, Untraceable
 
 _MAX_OPAQUE_CLASSES = 24
 
 
-def trace_tree(root: nn.Module, call: CallSpec, forward: Any = None) -> Trace:
-    """The trace of ``forward(root, **call)``, opaque leaves where it cannot be followed.
+def trace_block(
+    block: nn.Module,
+    call: CallSpec,
+    forward: Any = None,
+    *,
+    plans: Plans | None = None,
+    examples: Mapping[str, Any] | None = None,
+) -> Trace:
+    """The trace of ``forward(block, **call)``, opaque leaves where it cannot be followed.
 
     A class of modules whose code stops the trace stays whole; it is the innermost one that is not
-    itself a PreTrainedModel. TraceError where nothing below the top is left to keep whole.
+    itself a PreTrainedModel. TraceError where nothing below the top is left to keep whole;
+    NeedsPlan where a block inside must be traced first.
     """
-    refuse_unready(root)
+    refuse_unready(block)
+    plans = plans or Plans()
     opaque: dict[type, tuple[str, Source | None]] = {}
     fixed: frozenset[str] = frozenset()
     writes: frozenset[Place] = frozenset()
     first: Untraceable | None = None
     while True:
         try:
-            return HFTracer(opaque, fixed, writes).trace(root, call, forward)
+            return HFTracer(opaque, fixed, writes, plans).trace(block, call, forward, examples)
+        except NeedsInside:
+            plans = replace(plans, inside=True)
+        except AsksAttributes as asks:
+            known = {**plans.attributes, **plans.fixed_attributes}
+            fixed_ones = {*asks.paths, *plans.fixed_attributes}
+            plans = replace(
+                plans,
+                attributes={p: v for p, v in known.items() if p not in fixed_ones},
+                fixed_attributes={p: v for p, v in known.items() if p in fixed_ones},
+            )
         except Untraceable as failure:
             # A module that fails when it is called whole takes its parents along: what the user
             # needs to know is where that began.

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -23,6 +24,7 @@ class SizeNodes:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self._nodes: dict[sympy.Expr, Any] = {}
+        self._later: dict[sympy.Expr, Callable[[], fx.Node]] = {}
 
     def is_new(self, size: torch.SymInt) -> bool:
         """Whether the size is a symbol that no node of the graph computes yet."""
@@ -33,6 +35,10 @@ class SizeNodes:
         expr = size.node.expr
         if expr.is_symbol:
             self._nodes.setdefault(expr, node)
+
+    def define_later(self, size: Any, make: Callable[[], fx.Node]) -> None:
+        """Let ``make`` give the node that computes this size, when one is needed."""
+        self._later[size.node.expr] = make
 
     def define_by_shape(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """Let sizes that appear here first (rows found by nonzero, say) be read off ``node``'s
@@ -54,6 +60,10 @@ class SizeNodes:
         return self._nodes[expr]
 
     def _compute(self, expr: sympy.Expr) -> Any:
+        for symbol in expr.free_symbols & self._later.keys() - self._nodes.keys():
+            self._nodes[symbol] = self._later[symbol]()
+        if expr in self._nodes:
+            return self._nodes[expr]
         unbound = [s for s in expr.free_symbols if s not in self._nodes]
         if unbound:
             raise NotImplementedError(f"no node of the graph has the size {unbound[0]}")

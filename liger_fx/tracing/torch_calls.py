@@ -46,6 +46,12 @@ def asks_about_metadata(func: Any, name: str, args: tuple[Any, ...], kwargs: Any
     return name in _METADATA_FUNCTIONS or (name == "type" and len(args) < 2 and not kwargs)
 
 
+def asks_about_gradients(func: Any, name: str) -> bool:
+    """Whether the answer may depend on the grad mode."""
+    asked = func.__self__.__name__ if name == "__get__" else name
+    return asked in ("requires_grad", "grad_fn", "is_leaf", "grad", "is_inference")
+
+
 def is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether the call writes into one of its arguments."""
     return (

@@ -69,12 +69,37 @@ class OpaqueLeaf:
         return f"{self.path}: {self.class_name} stays a module that is called, {self.reason}{where}"
 
 
+@dataclass(frozen=True)
+class ResultTensor:
+    """A tensor that a block returns; sizes and strides may be expressions of the call's sizes."""
+
+    spec: TensorSpec
+    strides: tuple[int | sympy.Expr, ...]
+
+
+@dataclass(frozen=True)
+class ResultSize:
+    """A number that a block returns, as an expression of the call's sizes."""
+
+    expr: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a block returns: a tree of tuples, lists and mappings of tensors, plain values, sizes
+    and opaque objects; ``names`` are those of the sizes in it, as the call has them."""
+
+    tree: Any
+    names: dict[sympy.Symbol, str]
+
+
 @dataclass
 class Trace:
-    """The graph of one model for one kind of call; the graph's targets are paths below ``root``."""
+    """The graph of one block for one kind of call; the graph's targets are paths below ``root``."""
 
     graph: fx.Graph
     root: torch.nn.Module
     calls: list[ModuleCall]
     guards: Guards
     opaque: list[OpaqueLeaf]
+    result: Result

@@ -12,7 +12,12 @@ what cannot be followed become call_module nodes.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,28 +25,63 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from liger_fx.errors import TraceError
 from liger_fx.tracing import leaves
-from liger_fx.tracing.call import CallSpec, InputSpec
+from liger_fx.tracing.call import (
+    CallSpec,
+    Constant,
+    InputSpec,
+    Items,
+    Number,
+    Spec,
+    UnsupportedCall,
+    flat_inputs,
+    named_arguments,
+)
 from liger_fx.tracing.cleanup import erase_unread_nodes
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
-from liger_fx.tracing.guards import Guards
+from liger_fx.tracing.guards import Guards, Read, autocast_state
+from liger_fx.tracing.inner_blocks import (
+    InnerNames,
+    NeedsInside,
+    NeedsPlan,
+    ResultObject,
+    Results,
+    changed_by_call,
+    collected,
+    collects_inside,
+    describe_result,
+    examples_of,
+    is_block,
+    rebuilt,
+)
 from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf, is_parametrized_code
 from liger_fx.tracing.patches import patched
-from liger_fx.tracing.recorder import Recorder, Recording
+from liger_fx.tracing.recorder import CannotRecord, Recorder, Recording
 from liger_fx.tracing.root_state import (
     Snapshot,
     attributes_kept,
     autocast_cache_off,
     named_tensors,
 )
+from liger_fx.tracing.size_guards import size_guards
+from liger_fx.tracing.stand_ins import Origin, stand_in
 from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.torch_calls import is_model_code
-from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Source, Trace
+from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 from liger_fx.tracing.tree_state import GLOBAL_HOOKS, hooks_of, is_capturing
+
+
+class AsksAttributes(BaseException):
+    """The code asks for the value of ints that alike blocks do not share, by path."""
+
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__(", ".join(paths))
+        self.paths = paths
 
 
 class Untraceable(Exception):
@@ -61,8 +101,25 @@ class Untraceable(Exception):
         self.stack, self.source, self.writes = stack, source, writes
 
 
+@dataclass(frozen=True)
+class Plans:
+    """What a trace asks about the blocks inside the one that it traces.
+
+    of: the plan that serves such a call of a block, as (its number, its result); None if there is
+    none yet. attributes: the ints of the traced block's modules that alike blocks do not share, by
+    path, which stay symbolic; fixed_attributes: those whose value the code asks. inside: trace through the blocks instead of calling them. exact: at
+    the very sizes of the call.
+    """
+
+    of: Callable[[nn.Module, CallSpec], tuple[int, Result] | None] = lambda block, call: None
+    attributes: Mapping[str, int] = field(default_factory=dict)
+    fixed_attributes: Mapping[str, int] = field(default_factory=dict)
+    inside: bool = False
+    exact: bool = False
+
+
 class HFTracer(fx.Tracer, Recording):
-    """Traces one model for one kind of call.
+    """Traces one block for one kind of call.
 
     ``opaque`` maps module classes that are called instead of followed to the reason why;
     ``fixed_sizes`` names the sizes of transformers inputs that the model's code may fix to a
@@ -74,76 +131,169 @@ class HFTracer(fx.Tracer, Recording):
         opaque: dict[type, tuple[str, Source | None]] | None = None,
         fixed_sizes: frozenset[str] = frozenset(),
         writes: frozenset[Place] = frozenset(),
+        plans: Plans | None = None,
     ) -> None:
         super().__init__()
         self.writes = writes
         self.opaque_classes = opaque or {}
         self.fixed_sizes = fixed_sizes
+        self.plans = plans or Plans()
 
     def trace(  # type: ignore[override]
-        self, root: nn.Module, call: CallSpec, forward: Any = None
+        self,
+        root: nn.Module,
+        call: CallSpec,
+        forward: Any = None,
+        examples: Mapping[str, Any] | None = None,
     ) -> Trace:
-        """Trace ``forward(root, **inputs)`` (the class's own forward by default).
+        """Trace ``forward(root, **arguments)`` (the class's own forward by default); ``examples``
+        are the opaque arguments by name.
 
-        Raises Untraceable. Nothing of ``root``, PyTorch or transformers stays changed, whatever
-        happens.
+        Raises Untraceable, and NeedsPlan where a block inside has no plan for its call. Nothing of
+        ``root``, PyTorch or transformers stays changed, whatever happens.
         """
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.world = FakeWorld()
+        self.world = FakeWorld(self.plans.exact)
         self.recorder = Recorder(self.graph, self.world, self)
-        self.leaves = TransformersLeaves(self.recorder, root)
+        self.leaves = TransformersLeaves(self.recorder, root, self)
         self.calls = [ModuleCall(0, "", type(root), None)]
         self.stack: list[tuple[ModuleCall, nn.Module]] = [(self.calls[0], root)]
         self.paths = {module: path for path, module in root.named_modules()}
+        self.reads: list[Read] = []
         self._named_tensors = named_tensors(root)
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
         self._autocast_cache_enabled = torch.is_autocast_cache_enabled()
+        self._attribute_names: dict[str, str] = {}
         self.opaque_leaves: dict[str, OpaqueLeaf] = {}
         forward = forward or type(root).forward
-        with self.world.mode:
-            inputs = self._placeholders(call)
+        # No size is tied to another because a contiguous tensor of these sizes was asked for.
+        with self.world.mode, self.world.shape_env.suppress_guards():
+            arguments = self._placeholders(call, examples or {})
         with attributes_kept(root) as before, patched(self):
             self.hidden = HiddenState(before, dict(root.named_modules()), self.writes)
-            output = self._run(forward, inputs, call)
+            with self._symbolic_attributes():
+                result, output = self._run(forward, arguments)
             self.hidden.show(root)
             self._refuse_writes(before)
         # Kept until now: what the tree looked like is back in place.
         for path, tensor in self._constants.items():
             root.register_buffer(path, tensor, persistent=False)
         self._finish(output)
-        guards = Guards.of_trace(self, call)
-        return Trace(self.graph, root, self.calls, guards, list(self.opaque_leaves.values()))
+        leaves = list(self.opaque_leaves.values())
+        return Trace(self.graph, root, self.calls, self._guards(call), leaves, result)
 
-    def _placeholders(self, call: CallSpec) -> dict[str, torch.Tensor]:
-        inputs: dict[str, torch.Tensor] = {}
-        nodes: dict[str, fx.Node] = {}
-        for name, spec in call.tensors.items():
-            inputs[name] = self._fake_input(spec, call.hints)
-            nodes[name] = self.graph.placeholder(name)
-            nodes[name].meta.update(call=0, module="", source=None)
-            nodes[name].meta["spec"] = self.world.metadata(inputs[name]).spec
-            set_node(inputs[name], nodes[name])
-        for name, fake in inputs.items():
-            self.recorder.sizes.define_by_shape(fake, nodes[name])
-        return inputs
+    def _guards(self, call: CallSpec) -> Guards:
+        """The assumptions of the trace that just finished in this thread's modes."""
+        asked = self.recorder.grad_mode_asked or not torch.is_grad_enabled()
+        sizes = size_guards(self.world, self.recorder.own_guards)
+        if values := self._asked_attributes(sizes):
+            raise AsksAttributes(values)
+        fixed = self.plans.fixed_attributes
+        sizes += [f"{_symbol(path)} == {value}" for path, value in fixed.items()]
+        return Guards(
+            call=call,
+            sizes=tuple(sizes),
+            training=self.root.training,
+            grad_enabled=torch.is_grad_enabled() if asked else None,
+            autocast=autocast_state(_device_types(self.root, call)),
+            attention_fixed=self.leaves.masks_are_read,
+            attributes={_symbol(path): path for path in fixed},
+            reads=tuple(self.reads),
+        )
 
-    def _fake_input(self, spec: InputSpec, hints: dict[str, int]) -> torch.Tensor:
-        sizes = [self.world.size(s, hints.get(s)) if isinstance(s, str) else s for s in spec.sizes]
+    def _placeholders(self, call: CallSpec, examples: Mapping[str, Any]) -> dict[str, Any]:
+        leaves, made = call.leaves(), list[tuple[Any, fx.Node]]()
+
+        def build(spec: Spec) -> Any:
+            if isinstance(spec, Constant):
+                return spec.value
+            if isinstance(spec, Items):
+                return rebuilt(spec.kind, spec.keys, [build(item) for item in spec.items])
+            name, _ = next(leaves)
+            node = self.graph.placeholder(name)
+            node.meta.update(call=0, module="", source=None)
+            value = self._input(spec, name, node, call, examples)
+            made.append((value, node))
+            return value
+
+        arguments = {name: build(spec) for name, spec in call.arguments.items()}
+        for value, node in made:
+            if isinstance(value, torch.Tensor):
+                self.recorder.sizes.define_by_shape(value, node)
+            elif isinstance(value, torch.SymInt):
+                self.recorder.sizes.define(value, node)
+        return arguments
+
+    def _input(
+        self, spec: Spec, name: str, node: fx.Node, call: CallSpec, examples: Mapping[str, Any]
+    ) -> Any:
+        if isinstance(spec, InputSpec):
+            fake = self._fake_input(spec, call)
+            node.meta["spec"] = self.world.metadata(fake).spec
+            set_node(fake, node)
+            return fake
+        if isinstance(spec, Number):
+            assert spec.size is not None
+            return self.world.size(spec.size, call.hints.get(spec.size))
+        if name not in examples:
+            raise UnsupportedCall(f"{name}, {spec}, of which there is no example")
+        return stand_in(Origin(self, examples[name], node, name))
+
+    def _fake_input(self, spec: InputSpec, call: CallSpec) -> torch.Tensor:
+        def size(named: str) -> Any:
+            is_free = named in call.loose and not self.plans.exact
+            return self.world.size(named, None if is_free else call.hints.get(named))
+
+        sizes = [size(s) if isinstance(s, str) else s for s in spec.sizes]
         return torch.empty(sizes, dtype=spec.dtype, device=spec.device)
 
-    def _run(self, forward: Any, inputs: dict[str, torch.Tensor], call: CallSpec) -> Any:
+    @contextlib.contextmanager
+    def _symbolic_attributes(self) -> Iterator[None]:
+        """The ints that alike blocks do not share are sizes, as long as the trace lasts."""
+        held = []
+        for path, value in self.plans.attributes.items():
+            owner, _, name = path.rpartition(".")
+            module = self.root.get_submodule(owner)
+            symbol = _symbol(path)
+            size = self.world.fresh_size(value)
+            self.world.symbols[symbol] = size
+            self._attribute_names[symbol] = path
+            self.recorder.sizes.define_later(size, functools.partial(self._get_attr, path))
+            module.__dict__[name] = size
+            held.append((module, name, size, value))
+        try:
+            yield
+        finally:
+            for module, name, size, value in held:
+                if module.__dict__.get(name) is size:
+                    module.__dict__[name] = value
+
+    def _asked_attributes(self, guards: list[str]) -> list[str]:
+        """The symbolic attributes whose value the code asked for: there the example was a wrong
+        one."""
+        asked = [name for name in self._attribute_names if any(name in guard for guard in guards)]
+        return [self._attribute_names[name] for name in asked]
+
+    def attribute_of(self, size: torch.SymInt) -> str | None:
+        """The path of the block's own int behind this symbolic size, if it is one."""
+        for symbol, path in self._attribute_names.items():
+            if self.world.symbols[symbol].node.expr == size.node.expr:
+                return path
+        return None
+
+    def _run(self, forward: Any, arguments: dict[str, Any]) -> tuple[Result, Any]:
         recorder = self.recorder
         with autocast_cache_off(), enable_python_dispatcher(), self.world.mode, recorder:
             recorder.recording = True
             try:
-                result = forward(self.root, **inputs, **call.constants)
+                result = forward(self.root, **arguments)
                 recorder.take_own_guards()
                 recorder.recording = False
-                return self._output_argument(result)
-            except (Untraceable, TraceError):
+                return describe_result(result, self.world), self._output_argument(result)
+            except (Untraceable, TraceError, UnsupportedCall):
                 raise
             except Exception as error:
                 raise self._untraceable(error) from error
@@ -157,19 +307,23 @@ class HFTracer(fx.Tracer, Recording):
             return self.recorder.create_node(
                 "call_function", leaves.model_output, (reference,), fields
             )
-        if isinstance(result, (tuple, list)):
+        if isinstance(result, (tuple, list)) and not hasattr(result, "_fields"):
             return type(result)(map(self._output_argument, result))
+        if type(result) is dict:
+            return {key: self._output_argument(value) for key, value in result.items()}
+        if isinstance(result, (dict, tuple)):
+            raise CannotRecord(f"a {type(result).__name__} as result")
         return self.recorder.argument(result)
 
     def _finish(self, output: Any) -> None:
         self.calls[0].output = output
         node = self.graph.output(output)
         node.meta.update(call=0, module="", source=None)
-        self.leaves.materialise_masks()
         # The calls that change something are made whether or not their result is read.
         changing = {path for path, _ in self.writes}
         needed = {leaf for leaf in self.opaque_leaves if _holds_one_of(changing, leaf)}
         erase_unread_nodes(self.graph, self.root, needed)
+        self.leaves.materialise_masks()
         self.world.settle(self.graph)
 
     # -- module calls
@@ -179,24 +333,26 @@ class HFTracer(fx.Tracer, Recording):
         """Whether the module becomes a call_module node."""
         return type(m) in self.opaque_classes or is_leaf(m)
 
-    def trace_module_call(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def trace_module_call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What ``module(*args, **kwargs)`` does during the trace."""
         path = self.paths.get(module)
         if (
             path is None
         ):  # made on the fly by the model's code: its parameters are constants to the graph
-            return original(module, *args, **kwargs)
+            return _forward_of(module)(module, *args, **kwargs)
         if self.is_leaf_module(module, path):
-            return self._call_leaf(original, module, path, args, kwargs)
+            return self._call_leaf(module, path, args, kwargs)
+        if is_block(module) and module is not self.root and not self.plans.inside:
+            return self._call_block(module, path, args, kwargs)
         call = ModuleCall(len(self.calls), path, type(module), self.stack[-1][0].index)
         self.calls.append(call)
         call.args, call.kwargs = self._noted(args), self._noted(kwargs)
         self.stack.append((call, module))
         try:
             self._refuse_hooks(module)
-            result = original(module, *args, **kwargs)
+            result = _forward_of(module)(module, *args, **kwargs)
             self._refuse_fixed_sizes()
-        except (Untraceable, TraceError):
+        except (Untraceable, TraceError, UnsupportedCall):
             raise
         except Exception as error:
             raise self._untraceable(error) from error
@@ -205,9 +361,53 @@ class HFTracer(fx.Tracer, Recording):
         call.output = self._noted(result)
         return result
 
-    def _call_leaf(
-        self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any
-    ) -> Any:
+    def _call_block(self, block: Any, path: str, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        keys = collected()
+        if keys and collects_inside(block, keys):
+            raise NeedsInside
+        with recorder.paused():
+            args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
+            arguments = named_arguments(block.block_class.forward, args, kwargs)
+            names = InnerNames(self.world)
+            call = names.describe(arguments)
+            values = flat_inputs(call.arguments, arguments)
+            known = self.plans.of(block, call)
+            if known is None:
+                raise NeedsPlan(block, call, examples_of(call, values))
+            number, result = known
+            node = recorder.create_node(
+                "call_module", path, tuple(map(recorder.argument, args)),
+                {key: recorder.argument(value) for key, value in kwargs.items()},
+            )  # fmt: skip
+            node.meta["plan"] = number
+            inputs = dict(zip((name for name, _ in call.leaves()), values, strict=True))
+            made = Results(self.world, result, names.symbols, inputs).make()
+            changed_by_call(values)
+            made = self._with_objects(recorder.bind(made, node), node)
+        for hook in block._forward_hooks.values():
+            if is_capturing(hook):
+                hook(block, args, made)
+        return made
+
+    def _with_objects(self, value: Any, node: fx.Node) -> Any:
+        """A block's result with stand-ins for the objects that its graph makes."""
+        if isinstance(value, ResultObject):
+            return stand_in(Origin(self, value.example, node, None))
+        if isinstance(value, dict):
+            keys: Any = value.keys()
+        elif isinstance(value, (tuple, list)):
+            keys = range(len(value))
+        else:
+            return value
+        items = [value[key] for key in keys]
+        for i, (key, item) in enumerate(zip(keys, items, strict=True)):
+            if any(isinstance(leaf, ResultObject) for leaf in pytree.tree_leaves(item)):
+                got = self.recorder.create_node("call_function", operator.getitem, (node, key))
+                items[i] = self._with_objects(item, got)
+        return rebuilt(type(value), tuple(keys) if isinstance(value, dict) else None, items)
+
+    def _call_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
@@ -216,7 +416,7 @@ class HFTracer(fx.Tracer, Recording):
             try:
                 # What it writes to itself it writes again when the graph calls it.
                 with self.hidden.shown(module), attributes_kept(module):
-                    result = infer_leaf(recorder, original, module, args, kwargs, concrete=concrete)
+                    result = infer_leaf(recorder, module, args, kwargs, concrete=concrete)
             except Exception as error:
                 self.stack.append((ModuleCall(-1, path, type(module), None), module))
                 try:
@@ -247,21 +447,21 @@ class HFTracer(fx.Tracer, Recording):
         return self.opaque_classes.get(type(module))
 
     def _refuse_hooks(self, module: nn.Module) -> None:
-        """What happens around a module's call would be lost in a flat graph."""
-        path, cause = self.stack[-1][0].path, ""
+        """What happens around a module's call would be lost in a graph: it stays a module that is
+        called."""
+        cause = ""
         if not all(is_capturing(hook) for hooks in hooks_of(module) for hook in hooks.values()):
-            cause = f"a hook stands on {path or 'the model'}, and a flat graph would not run it"
-            way_out = (
-                "Remove the hook, or put it on a module that the graph calls (a linear layer)."
-            )
+            cause = "a hook stands on it"
         elif any(GLOBAL_HOOKS):
-            cause = "a hook stands on all modules, and a flat graph would not run it for each"
-            way_out = "Remove the hook, or put it on a module that the graph calls."
-        elif getattr(module, "gradient_checkpointing", False) and module.training:
-            cause = "gradient checkpointing is on, and a flat graph would not recompute"
-            way_out = "Turn it off where memory allows."
+            cause = "a hook stands on all modules"
+        elif (
+            isinstance(module, GradientCheckpointingLayer)
+            and module.gradient_checkpointing
+            and module.training
+        ):
+            cause = "it is checkpointed"
         if cause:
-            raise TraceError(path, None, cause, way_out)
+            raise Untraceable(self._stack(), None, cause)
 
     def _refuse_writes(self, before: Snapshot) -> None:
         """What the code writes to the model a flat graph would not: find the module that does."""
@@ -381,6 +581,21 @@ def _told(error: Exception) -> str:
     text = " ".join(" ".join(lines).split())
     most = max(300, len(" ".join(first.split())))
     return text if len(text) <= most else text[: most + 1].rpartition(" ")[0] + " ..."
+
+
+def _symbol(path: str) -> str:
+    return f"own_{path.replace('.', '_')}"
+
+
+def _forward_of(module: Any) -> Any:
+    """The forward of the module's class; of a block's own class, not the one that runs a graph."""
+    return module.block_class.forward if is_block(module) else type(module).forward
+
+
+def _device_types(root: nn.Module, call: CallSpec) -> tuple[str, ...]:
+    types = {spec.device.type for spec in call.tensors.values()}
+    types |= {p.device.type for p in root.parameters()}
+    return tuple(sorted(types - {"meta"})) or ("cpu",)
 
 
 def _holds_one_of(paths: set[str], ancestor: str) -> bool:

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
 from liger_fx.tracing import leaves
-from liger_fx.tracing.fakes import node_of, set_node
+from liger_fx.tracing.fakes import node_of
 from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.stand_ins import Host, Origin, become, origin_of
 
 
 class TransformersLeaves:
     """Records the calls that the patches of transformers hand over."""
 
-    def __init__(self, recorder: Recorder, root: torch.nn.Module) -> None:
-        self.recorder, self.root = recorder, root
+    def __init__(self, recorder: Recorder, root: torch.nn.Module, host: Host) -> None:
+        self.recorder, self.root, self.host = recorder, root, host
         self._masks: list[tuple[fx.Node, Any]] = []
         self.masks_are_read = False
 
@@ -51,7 +51,7 @@ class TransformersLeaves:
             ):
                 keywords["implementation"] = implementation
             if implementation == "eager" or not isinstance(args[0], torch.Tensor):
-                result = interface(module, *args, **kwargs)
+                result = _eager(interface, module, args, kwargs)
             else:
                 query, value = args[0], args[2]
                 shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
@@ -99,6 +99,10 @@ class TransformersLeaves:
         keys = given.get("encoder_hidden_states")
         keys = embeds if keys is None else keys
         width = keys.shape[1] if mask is None else mask.shape[-1]
+        origin = origin_of(given.get("past_key_values"))
+        if origin is not None and (origin.argument is not None or origin.changed):
+            queries = self.recorder.world.hint(embeds.shape[1])
+            width = self.recorder.world.fresh_size(origin.length(queries, 0))
         # Eager attention adds its mask; the others select by it.
         eager = config._attn_implementation == "eager"
         dtype = embeds.dtype if eager else torch.bool
@@ -107,15 +111,19 @@ class TransformersLeaves:
 
     def _owner_of(self, config: PreTrainedConfig) -> torch.nn.Module:
         """A module below the root that carries this very config."""
-        for path, module in self.root.named_modules():
-            if path and getattr(module, "config", None) is config:
-                return module
+        owners = [
+            (path.count("."), path, module)
+            for path, module in self.root.named_modules()
+            if path and getattr(module, "config", None) is config
+        ]
+        if owners:
+            return min(owners, key=lambda owner: owner[:2])[2]
         raise CannotRecord(f"a {type(config).__name__} that no submodule carries as .config")
 
     def materialise_masks(self) -> None:
         """Have masks built in full wherever something other than attention reads them."""
         for node, builder in self._masks:
-            if all(user.target is leaves.attention for user in node.users):
+            if all(_hands_it_on(user, self.root) for user in node.users):
                 continue
             self.masks_are_read = True
             skippable = "allow_is_causal_skip" in inspect.signature(builder).parameters
@@ -128,49 +136,46 @@ class TransformersLeaves:
         """Record the construction of a DynamicCache, empty and for a config or for none."""
         recorder = self.recorder
         with recorder.paused():
-            init(cache, *args, **kwargs)
             given = dict(inspect.signature(init).bind(cache, *args, **kwargs).arguments)
             config = given.pop("config", None)
             if any(value for key, value in given.items() if key != "self"):
                 raise CannotRecord("a cache that is filled or offloaded from the start")
             owner = None if config is None else recorder.argument(self._owner_of(config))
-            set_node(cache, recorder.create_node("call_function", leaves.new_cache, (owner,)))
+            example = object.__new__(type(cache))
+            init(example, *args, **kwargs)
+            node = recorder.create_node("call_function", leaves.new_cache, (owner,))
+            become(cache, Origin(self.host, example, node, None))
 
-    def cache_length(
-        self, original: Any, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """The cache's length; where no other node knows that size, a node that asks the cache."""
+    def new_cache_pair(self, init: Any, cache: Any, caches: tuple[Any, ...]) -> None:
+        """Record the construction of an EncoderDecoderCache from two caches."""
         recorder = self.recorder
         with recorder.paused():
-            length = original(cache, *args, **kwargs)
-            node = node_of(cache)
-            if (
-                node is not None
-                and isinstance(length, torch.SymInt)
-                and recorder.sizes.is_new(length)
-            ):
-                asked = recorder.create_node("call_method", "get_seq_length", (node, *args), kwargs)
-                recorder.sizes.define(length, asked)
-            return length
+            origins = [origin_of(inner) for inner in caches]
+            if not all(origins):
+                raise CannotRecord("an EncoderDecoderCache of caches that the graph does not know")
+            example = object.__new__(type(cache))
+            init(example, *(origin.example for origin in origins if origin))
+            arguments = tuple(map(recorder.argument, caches))
+            node = recorder.create_node(
+                "call_function", leaves.encoder_decoder_cache, arguments
+            )
+            become(cache, Origin(self.host, example, node, None))
 
-    def cache_call(
-        self, original: Any, name: str, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Record a state method of a cache that the graph made itself."""
-        recorder = self.recorder
-        node = node_of(cache)
-        if node is None:
-            return original(cache, *args, **kwargs)
-        with recorder.paused():
-            args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
-            arguments = (node, name, *map(recorder.argument, args))
-            keywords = {key: recorder.argument(value) for key, value in kwargs.items()}
-            result = original(cache, *args, **kwargs)
-            called = recorder.create_node("call_function", leaves.cache_call, arguments, keywords)
-            # The cache keeps the tensors it was given; what it hands out gets identities of its
-            # own.
-            return recorder.bind(pytree.tree_map(self._renewed, result), called)
 
-    def _renewed(self, value: Any) -> Any:
-        world = self.recorder.world
-        return world.new(world.metadata(value)) if isinstance(value, torch.Tensor) else value
+def _eager(interface: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What eager attention returns. A mask says nothing about that, and may be of other sizes."""
+    if len(args) > 3:
+        try:
+            return interface(module, *args[:3], None, *args[4:], **kwargs)
+        except (TypeError, AttributeError):  # an implementation that cannot do without
+            pass
+    return interface(module, *args, **kwargs)
+
+
+def _hands_it_on(node: fx.Node, root: torch.nn.Module) -> bool:
+    """Whether the node gives a mask to attention, or to a block that sees what it was given."""
+    if node.target is leaves.attention:
+        return True
+    return node.op == "call_module" and isinstance(
+        root.get_submodule(str(node.target)), fx.GraphModule
+    )

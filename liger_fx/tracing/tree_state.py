@@ -11,7 +11,7 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Looked up when the graph runs, so it may change.
 _ATTENTION = ("_attn_implementation_internal", "_attn_implementation")
@@ -42,10 +43,13 @@ class TreeFacts:
 
     kinds: dtypes and devices of the parameters that tell what the graph's frozen casts mean.
     configs: the values of each config. A config in another has a place of its own.
+    checkpointed: whether gradient checkpointing is on, which the code of a model asks. (A layer
+    that is checkpointed is called as it is.)
     """
 
     kinds: dict[str, Kind]
     configs: dict[Place, dict[str, Any]]
+    checkpointed: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
     def of(cls, root: nn.Module, modules: Modules) -> TreeFacts:
@@ -55,7 +59,13 @@ class TreeFacts:
             place: copy.deepcopy({k: v for k, v in vars(config).items() if not _holds_config(v)})
             for place, config in configs_of(modules).items()
         }
-        return cls(kinds, configs)
+        checkpointed = {
+            path: module.gradient_checkpointing
+            for path, module in modules.items()
+            if hasattr(module, "gradient_checkpointing")
+            and not isinstance(module, GradientCheckpointingLayer)
+        }
+        return cls(kinds, configs, checkpointed)
 
 
 class TreeState:
@@ -82,7 +92,13 @@ class TreeState:
         self.hooks = [*GLOBAL_HOOKS, *(hooks for m in below for hooks in hooks_of(m))]
         # PyTorch numbers all hooks of the process: while the number stands, no new one does.
         self.hooks_seen = -1
-        self.checkpointing = [m.__dict__ for m in followed if hasattr(m, "gradient_checkpointing")]
+        self.checkpointed = [
+            (modules[path].__dict__, on) for path, on in facts.checkpointed.items() if path in modules
+        ]
+        # A module that is exchanged for another has code that was not traced.
+        parents = [(_group_of(root, path, "_modules"), m) for path, m in modules.items() if path]
+        self.places = [group for group, _ in parents]
+        self.followed = [module for _, module in parents]
         # Looked up by name at each check: a parameter may be replaced.
         self.tensors = [_group_of(root, path) for path in facts.kinds]
         self.kinds = list(facts.kinds.values())
@@ -101,10 +117,11 @@ class TreeState:
             return False
         if RemovableHandle.next_id != self.hooks_seen and not self._no_hooks():
             return False
-        if training:
-            for attributes in self.checkpointing:
-                if attributes.get("gradient_checkpointing"):
-                    return False
+        for attributes, on in self.checkpointed:
+            if attributes.get("gradient_checkpointing", False) is not on:
+                return False
+        if [group.get(name) for group, name in self.places] != self.followed:
+            return False
         return self.is_as_traced()
 
     def is_as_traced(self) -> bool:
@@ -149,11 +166,14 @@ def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _group_of(root: nn.Module, path: str) -> tuple[dict[str, Any], str]:
-    """The dictionary that holds the parameter at ``path``, empty if there is no such module."""
+def _group_of(
+    root: nn.Module, path: str, group: str = "_parameters"
+) -> tuple[dict[str, Any], str]:
+    """The dictionary that holds the parameter (or module) at ``path``, empty if there is no such
+    module."""
     owner, _, name = path.rpartition(".")
     try:
-        return root.get_submodule(owner)._parameters, name
+        return getattr(root.get_submodule(owner), group), name
     except AttributeError:
         return {}, name
 

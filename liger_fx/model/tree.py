@@ -11,32 +11,35 @@ are not.
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-M = TypeVar("M", bound=nn.Module)
+Bare = Callable[[nn.Module], nn.Module]
 
 
-def copy_tree(model: M) -> M:
+def bare_module(module: nn.Module) -> nn.Module:
+    """A module of the same class without any attributes."""
+    return module.__class__.__new__(module.__class__)
+
+
+def copy_tree(model: nn.Module, bare: Bare = bare_module) -> Any:
     """A copy of every module of ``model``, sharing its parameters and buffers; no memory for
-    weights."""
-    copies = {module: _bare_copy(module) for module in model.modules()}
+    weights. ``bare`` makes what a module becomes, without attributes."""
+    copies = {module: bare(module) for module in model.modules()}
+    configs: dict[int, Any] = {}
     known: dict[int, Any] = {id(module): twin for module, twin in copies.items()}
     for module, twin in copies.items():
         attributes = twin.__dict__
         for name, value in module.__dict__.items():
             if name == "config" or name.endswith("_config"):
-                # One copy for all modules that shared the config: what is set on one copy, all of
-                # them see.
-                attributes[name] = known.setdefault(id(value), copy.deepcopy(value))
+                # One copy for all that share a config, modules and other configs: what is set on
+                # it, all of them see.
+                attributes[name] = copy.deepcopy(value, configs)
             else:
                 attributes[name] = _copied(value, known)
-    return copies[model]  # type: ignore[return-value]
-
-
-def _bare_copy(module: nn.Module) -> nn.Module:
-    return module.__class__.__new__(module.__class__)
+    return copies[model]
 
 
 def _copied(value: Any, known: dict[int, Any]) -> Any:

@@ -16,7 +16,7 @@ from torch import fx
 from torch.fx.node import _get_qualified_name
 
 Encoded = dict[str, Any]
-_META = ("spec", "module", "source", "rewrite")
+_META = ("spec", "module", "source", "rewrite", "plan")
 
 
 def encode_graph(graph: fx.Graph) -> list[Encoded]:

@@ -1,0 +1,149 @@
+"""Alike blocks: they share plans, told by what they are made of.
+
+layers.0, layers.1, ..., layers.31    one list of plans; self_attn.layer_idx is read as it runs
+layers.5 with a sliding window        another
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from liger_fx.model.plan import Plan
+from liger_fx.model.refusals import Refusals
+from liger_fx.tracing.call import PLAIN
+
+_INTERNALS = frozenset(vars(nn.Module()))
+_OWN = frozenset(("_block", "_origins"))
+
+
+class Alike:
+    """The plans of blocks that are made alike, and what was refused.
+
+    attributes: paths of the ints in which they differ, read from each block as its graph runs.
+    ints: the others, which they share.
+    """
+
+    def __init__(self, key: Hashable, attributes: tuple[str, ...]) -> None:
+        self.key, self.attributes = key, attributes
+        self.ints: dict[str, int] = {}
+        self.plans: list[Plan] = []
+        self.refusals = Refusals()
+        self._members: list[weakref.ref[nn.Module]] = []
+
+    def add(self, block: nn.Module) -> None:
+        """Count a block in."""
+        self._members.append(weakref.ref(block))
+
+    def remove(self, block: nn.Module) -> None:
+        """The block is not like the others any more."""
+        self._members = [ref for ref in self._members if ref() is not block]
+
+    @property
+    def members(self) -> list[Any]:
+        """The blocks, in the order in which they were found."""
+        return [block for ref in self._members if (block := ref()) is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"attributes": self.attributes, "ints": self.ints, "plans": self.plans}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(None, state["attributes"])  # type: ignore[misc]
+        self.ints, self.plans = state["ints"], state["plans"]
+
+
+def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:
+    """What a block is made of, but for its ints, and those, by path."""
+    parts: list[Hashable] = []
+    ints: dict[str, int] = {}
+    seen: dict[int, str] = {}
+    for path, module in block.named_modules():
+        attributes = vars(module)
+        plain = []
+        for name, value in attributes.items():
+            if name in _INTERNALS or name in _OWN:
+                continue
+            if type(value) is int:
+                ints[f"{path}.{name}" if path else name] = value
+                plain.append((name, int))
+            else:
+                plain.append((name, _value(value)))
+        tensors = tuple(
+            (name, seen.setdefault(id(t), f"{path}.{name}"), _tensor(t))
+            for group in (module._parameters, module._buffers)
+            for name, t in group.items()
+        )
+        kind = getattr(module, "block_class", type(module))
+        parts.append((path, kind, tuple(plain), tensors))
+    return tuple(parts), ints
+
+
+def _value(value: Any) -> Hashable:
+    if isinstance(value, PLAIN):
+        return type(value), repr(value)
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_value, value))
+    if isinstance(value, dict):
+        return type(value), tuple((repr(key), _value(item)) for key, item in value.items())
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    return type(value), id(value)
+
+
+def _tensor(tensor: torch.Tensor | None) -> Hashable:
+    if tensor is None:
+        return None
+    kind = type(tensor)
+    return kind, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def differing(ints: list[dict[str, int]]) -> tuple[str, ...]:
+    """The paths at which blocks of one make hold different ints."""
+    return tuple(path for path in ints[0] if len({own[path] for own in ints}) > 1)
+
+
+def places(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block by path, as they hang there now."""
+    return dict(block.named_modules(remove_duplicate=False))
+
+
+class Transplant:
+    """Puts the named modules that a rewrite put into one block into blocks like it.
+
+    before: the modules of the rewritten block by path, as they were.
+    """
+
+    def __init__(self, block: nn.Module, before: dict[str, nn.Module]) -> None:
+        self.before = before
+        now = places(block)
+        self.new = {path: m for path, m in now.items() if before.get(path) is not m}
+        self.new = {p: m for p, m in self.new.items() if p.rpartition(".")[0] not in self.new}
+
+    def onto(self, block: nn.Module) -> None:
+        """Give ``block`` modules like the new ones, around its own parameters and modules."""
+        if not self.new:
+            return
+        known: dict[int, Any] = {}
+        own = places(block)
+        for path, module in self.before.items():
+            known[id(module)] = own[path]
+            for theirs, ours in zip(_tensors(module), _tensors(own[path]), strict=True):
+                known[id(theirs)] = ours
+        for module in self.new.values():
+            for inner in module.modules():  # what a named module replaced is said once
+                said = vars(inner).get("_origins")
+                known[id(said)] = said
+        for path, module in self.new.items():
+            owner, _, name = path.rpartition(".")
+            twin = copy.deepcopy(module, dict(known))
+            own[owner].add_module(name, twin)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    for group in (module._parameters, module._buffers):
+        yield from (tensor for tensor in group.values() if tensor is not None)

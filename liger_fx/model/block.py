@@ -1,0 +1,270 @@
+"""A block: a torch.fx.GraphModule that is still the user's module, called as it was.
+
+    LlamaDecoderLayer(hidden, position_embeddings=(cos, sin))   the graph traced for such a call
+    the same with a mask                                        traced at its first use, then kept
+    a call that no graph can serve                              the class's own forward, said once
+
+Its class derives from GraphModule and from the module's own class, so ``isinstance``, ``config``,
+``generate``, ``save_pretrained``, gradient checkpointing and the Trainer see what they know.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
+from liger_fx.model.alike import Alike
+from liger_fx.model.plan import Plan
+from liger_fx.model.planner import Fallback, Planner
+from liger_fx.tracing.call import (
+    UnsupportedCall,
+    flat_inputs,
+    named_arguments,
+    refuse_tensor_subclasses,
+)
+from liger_fx.tracing.guards import Take
+from liger_fx.tracing.inner_blocks import collected, collects_inside, examples_of
+from liger_fx.tracing.naming import describe_call
+from liger_fx.tracing.patches import is_tracing
+from liger_fx.tracing.tree_state import TreeState
+
+Ready = tuple[Take, Callable[[], bool], Callable[..., Any], Plan]
+
+
+class BlockState:
+    """What a block holds besides its module: its path in the model, whom it is like, who makes its
+    plans.
+
+    states: the plans with this block's own checks, as far as they were needed.
+    failed: calls of outer traces that no plan could be made for, with the reason.
+    """
+
+    def __init__(self, path: str, planner: Planner, alike: Alike) -> None:
+        self.path, self.planner, self.alike = path, planner, alike
+        self.states: list[Ready] = []
+        self.failed: list[tuple[Any, str]] = []
+        self.meta: dict[str, Any] = {}
+
+    def ready(self, block: Block) -> list[Ready]:
+        """Each plan as its check of arguments, its check of the block, and its function."""
+        for plan in self.alike.plans[len(self.states) :]:
+            self.states.append((plan.take, _check(plan, block), plan.run, plan))
+        return self.states
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "planner": self.planner, "alike": self.alike}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _check(plan: Plan, block: nn.Module) -> Callable[[], bool]:
+    modes_hold, owner = plan.guards.modes_hold, weakref.ref(block)
+    states: list[TreeState] = []
+
+    def holds() -> bool:
+        if not states:
+            states.extend(plan.states_of(owner()))
+        if not modes_hold():
+            return False
+        for state in states:
+            if not state.holds():
+                return False
+        return True
+
+    return holds
+
+
+class Block(fx.GraphModule):
+    """What ``liger_fx.optimize`` makes of the root and of each block inside; subclasses also derive
+    from the module's class, ``block_class``."""
+
+    block_class: type[nn.Module]
+    _block: BlockState
+    # What GraphModule's own __init__, which is never run, would set.
+    _tracer_cls = None
+    _tracer_extras: dict[str, Any] = {}
+    shape_env = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A module of the plain class: what ``type(opt).from_pretrained`` asks for."""
+        return cls.block_class(*args, **kwargs)
+
+    # -- the graph, as torch.fx shows it -----------------------------------------------------------
+
+    @property
+    def plans(self) -> list[Plan]:
+        """A graph for each kind of call met so far; alike blocks share them."""
+        return self._block.alike.plans
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the first kind of call. UsageError if the block was not called yet."""
+        if not self.plans:
+            where = self._block.path or "the model"
+            raise UsageError(f"{where} has no graph: {self._why_none()}")
+        return self.plans[0].graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        self.graph  # noqa: B018  (there must be one)
+        self.plans[0].graph = graph
+        self.recompile()
+
+    def _why_none(self) -> str:
+        told = [f for f in self._block.planner.fallbacks if f.path == self._block.path]
+        return f"no call of it could be traced: {told[0].reason}" if told else "it was not called yet."
+
+    @property
+    def code(self) -> str:
+        """The Python code of ``.graph``."""
+        return str(self.graph.python_code(root_module="self").src)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """GraphModule's notes."""
+        return self._block.meta
+
+    def recompile(self) -> Any:
+        """Compile ``.graph`` anew after it was edited; it serves the calls it was traced for, in all
+        alike blocks."""
+        self.plans[0].recompile()
+        for member in self._block.alike.members:
+            member._block.states.clear()
+        return self.graph.python_code(root_module="self")
+
+    def __str__(self) -> str:
+        """The module tree under the modules' true names; ``.code`` and ``.graph`` show the
+        graph."""
+        return nn.Module.__repr__(self)
+
+    __repr__ = __str__
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def call_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the graph that serves this call; trace one if there is none, else the class's own
+        forward."""
+        state = self._block
+        try:
+            arguments = named_arguments(self.block_class.forward, args, kwargs)
+        except UnsupportedCall as unsupported:
+            return self._run_original(f"the call has {unsupported}", args, kwargs)
+        keys = collected()
+        if keys and collects_inside(self, keys):
+            reason = f"{', '.join(keys)} of modules inside it are collected"
+            return self._run_original(reason, args, kwargs)
+        for take, holds, run, _ in state.ready(self):
+            inputs = take(self, arguments)
+            if inputs is not None and holds():
+                return run(self, inputs)
+        return self._first_call(arguments, args, kwargs)
+
+    def _first_call(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        state = self._block
+        with state.planner.lock:
+            known = state.alike.refusals.reason(self, arguments)
+            if known is not None:
+                return self._run_original(known, args, kwargs)
+            state.planner.regroup(self)
+            state.states.clear()
+            plan = self._served_by(arguments)
+            if plan is None:
+                try:
+                    refuse_tensor_subclasses(arguments)
+                    call = describe_call(self, arguments, inner=bool(state.path))
+                    values = flat_inputs(call.arguments, arguments)
+                    examples = examples_of(call, values)
+                    plan = state.planner.plan_for(self, call, arguments, examples)
+                except (UnsupportedCall, LigerFxError) as reason:
+                    state.alike.refusals.remember(self, arguments, str(reason))
+                    return self._run_original(str(reason), args, kwargs)
+        inputs = plan.take(self, arguments)
+        assert inputs is not None
+        return plan.run(self, inputs)
+
+    def _served_by(self, arguments: dict[str, Any]) -> Plan | None:
+        for take, holds, _, plan in self._block.ready(self):
+            if take(self, arguments) is not None and holds():
+                return plan
+        return None
+
+    def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state, name = self._block, self.block_class.__name__
+        reason = reason.rstrip(".")
+        given = ", ".join(kwargs)
+        if state.planner.note(Fallback(state.path, name, given, reason)):
+            where = f"{name} ({state.path})" if state.path else name
+            warnings.warn(
+                f"{where}: no graph serves this call, so its own forward runs, with the named "
+                f"modules in place: {reason}.",
+                FallbackWarning,
+                stacklevel=6,
+            )
+        return self.block_class.forward(self, *args, **kwargs)
+
+    # -- copies ------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Block:
+        twin = bare_block(self.block_class)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __copy__(self) -> Block:
+        twin = bare_block(self.block_class)
+        state = self._block
+        twin.__setstate__({**self.__dict__, "_block": BlockState(**state.__getstate__())})
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bare_block, (self.block_class,), self.__dict__
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._block.alike.add(self)
+
+
+def bare_block(block_class: type[nn.Module]) -> Any:
+    """A block of that class without any attributes."""
+    return object.__new__(graph_class(block_class))
+
+
+def graph_class(block_class: type[nn.Module]) -> type[Block]:
+    """The Block class that is also a ``block_class``, under its name and with its forward's
+    signature; one for each class."""
+    found = _GRAPH_CLASSES.get(block_class)
+    if found is None:
+        found = _GRAPH_CLASSES[block_class] = _derive(block_class)
+    return found
+
+
+_GRAPH_CLASSES: weakref.WeakValueDictionary[type, type[Block]] = weakref.WeakValueDictionary()
+
+
+def _derive(block_class: type[nn.Module]) -> type[Block]:
+    @functools.wraps(block_class.forward)
+    def forward(self: Block, *args: Any, **kwargs: Any) -> Any:
+        if is_tracing():
+            return block_class.forward(self, *args, **kwargs)
+        return self.call_graph(args, kwargs)
+
+    namespace = {
+        "forward": forward,
+        "block_class": block_class,
+        "__module__": block_class.__module__,
+        "__qualname__": block_class.__qualname__,
+        "__doc__": block_class.__doc__,
+    }
+    return type(block_class.__name__, (Block, block_class), namespace)
+

@@ -1,0 +1,193 @@
+"""One traced and rewritten graph of a block, the kind of call it serves, and the check that a call
+is one.
+
+input_ids int64[batch, sequence], eval mode, no autocast  ->  this graph
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from liger_fx.engine.site import Site
+from liger_fx.errors import UsageError
+from liger_fx.model.codec import decode_graph, encode_graph
+from liger_fx.tracing.effects import is_region_boundary
+from liger_fx.tracing.guards import Guards, Take, compile_take
+from liger_fx.tracing.leaf_modules import is_leaf
+from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
+from liger_fx.tracing.tree_state import Kind, Modules, TreeFacts, TreeState
+
+Operators = dict[str, int]
+
+
+class Plan:
+    """A graph that serves one kind of call of alike blocks.
+
+    sites: what the rules rewrote and refused, paths below the block; nothing for a plain trace.
+    operators: how often each operator stood in the graph before it was rewritten.
+    result: what the graph returns, for the traces of blocks around; None if it was loaded.
+    """
+
+    def __init__(self, trace: Trace, sites: tuple[Site, ...] = (), before: Operators | None = None):
+        self.graph: fx.Graph = trace.graph
+        self.guards: Guards = trace.guards
+        self.opaque: list[OpaqueLeaf] = trace.opaque
+        self.paths = sorted({call.path for call in trace.calls})
+        self.result: Result | None = trace.result
+        self.sites, self.operators = sites, before
+        self.assume(trace.root)
+        self._prepare()
+
+    @classmethod
+    def restored(
+        cls,
+        graph: fx.Graph,
+        guards: Guards,
+        opaque: list[OpaqueLeaf],
+        paths: list[str],
+        sites: tuple[Site, ...],
+        operators: Operators | None,
+    ) -> Plan:
+        """A plan from its parts; it holds for no call before ``assume``."""
+        plan = cls.__new__(cls)
+        plan.graph, plan.guards, plan.opaque = graph, guards, opaque
+        plan.paths, plan.sites, plan.operators, plan.result = paths, sites, operators, None
+        plan._prepare()
+        return plan
+
+    def assume(self, block: nn.Module, kinds: Mapping[str, Kind] | None = None) -> None:
+        """Take the tree as it is now for the one the graph was made for, but for the dtypes and
+        devices in ``kinds``, if given."""
+        facts = TreeFacts.of(block, self._followed_modules(block))
+        self.facts = facts if kinds is None else replace(facts, kinds=dict(kinds))
+
+    def fits(self, block: nn.Module) -> bool:
+        """Whether the dtypes, devices and configs of the tree are those the graph was made for."""
+        return self.state_of(block).is_as_traced()
+
+    def state_of(self, block: nn.Module) -> TreeState:
+        """The check of one block's modes, hooks, dtypes, devices and configs."""
+        guards, modules = self.guards, self._followed_modules(block)
+        return TreeState(block, modules, self.facts, guards.training, guards.attention_fixed)
+
+    def states_of(self, block: Any) -> Iterator[TreeState]:
+        """The check of the block, and those of the models inside it, whose results depend on it.
+
+        (What a layer returns depends on what the graph around it checks as well: dtypes, configs.)
+        """
+        yield self.state_of(block)
+        for path, number in self.inner:
+            inner = block.get_submodule(path)
+            if len(inner._block.alike.members) == 1 and number < len(inner.plans):
+                yield from inner.plans[number].states_of(inner)
+
+    @property
+    def inner(self) -> list[tuple[str, int]]:
+        """The blocks that the graph calls, each by its path and the number of its plan."""
+        nodes = self.graph.find_nodes(op="call_module")
+        return [(str(n.target), n.meta["plan"]) for n in nodes if "plan" in n.meta]
+
+    def _prepare(self) -> None:
+        self.has_regions = any(map(is_region_boundary, self.graph.nodes))
+        self._take: Take | None = None
+        self._function: Callable[..., Any] | None = None
+
+    def explain(self, reasons: Mapping[tuple[str, str], str]) -> None:
+        """Say in the report why sites, named by rule and path, were left alone."""
+        self.sites = tuple(
+            replace(s, reason=reasons.get((s.rule, s.path), s.reason)) for s in self.sites
+        )
+
+    @property
+    def take(self) -> Take:
+        """The check of a call's arguments, which hands out the graph's inputs."""
+        if self._take is None:
+            self._take = compile_take(self.guards)
+        return self._take
+
+    def _followed_modules(self, block: nn.Module) -> Modules:
+        tree = dict(block.named_modules())
+        return {path: tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])}
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The graph as a Python function of the block and the inputs in order."""
+        if self._function is None:
+            self._function = compile_graph(self.graph)
+        return self._function
+
+    def run(self, block: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """The graph's result for inputs that ``take`` handed out.
+
+        UsageError where modules that the graph names are no longer there.
+        """
+        try:
+            if not self.has_regions:
+                return self.function(block, *inputs)
+            with _modes_restored(self.guards.autocast):
+                return self.function(block, *inputs)
+        except AttributeError as error:
+            missing = self._missing_path(block)
+            if missing is None:
+                raise
+            raise UsageError(
+                f"{missing} is gone: the module tree was changed after it was traced. Change the "
+                "model that this one was made from, and optimise that again."
+            ) from error
+
+    def _missing_path(self, block: nn.Module) -> str | None:
+        """A path that the graph names and the tree does not have, if any."""
+        for node in self.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                try:
+                    operator.attrgetter(node.target)(block)
+                except AttributeError:
+                    return str(node.target)
+        return None
+
+    def recompile(self) -> None:
+        """Take the graph as it is now: it was edited."""
+        self._function = compile_graph(self.graph)
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_take", "_function", "graph", "result", "has_regions")
+        state = {k: v for k, v in self.__dict__.items() if k not in left_out}
+        return {**state, "graph": encode_graph(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, graph=decode_graph(state["graph"]), result=None)
+        self._prepare()
+
+
+def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a Python function of the module tree and the inputs in order."""
+    code = graph.python_code(root_module="self")
+    return fx.graph_module._forward_from_src(code.src, code.globals)
+
+
+@contextmanager
+def _modes_restored(autocast: Mapping[str, Any]) -> Iterator[None]:
+    """A graph opens and closes its no_grad and autocast regions by single calls: close them on an
+    error too."""
+    grad_enabled = torch.is_grad_enabled()
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    states = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in autocast]
+    try:
+        yield
+    except BaseException:
+        torch._C._set_grad_enabled(grad_enabled)
+        for device, enabled, dtype in states:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        while torch.autocast_decrement_nesting() >= nesting:
+            pass
+        torch.autocast_increment_nesting()
+        raise

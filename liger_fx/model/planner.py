@@ -1,0 +1,234 @@
+"""How a kind of call of a block becomes a plan: traced, and rewritten where rules are to be applied.
+
+    planner.plan(block, call, examples)   ->   Plan: the graph, rewritten; its guards; its sites
+
+One planner serves all blocks of a model. Alike blocks share what it makes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from liger_fx.engine.counts import count_operators
+from liger_fx.engine.rewriter import rewrite
+from liger_fx.engine.rule import Selection, discover
+from liger_fx.errors import LigerFxError
+from liger_fx.model.alike import Alike, Transplant, describe, differing, places
+from liger_fx.model.plan import Plan
+from liger_fx.tracing.call import CallSpec, UnsupportedCall, with_sizes_of
+from liger_fx.tracing.inner_blocks import NeedsPlan
+from liger_fx.tracing.retry import trace_block
+from liger_fx.tracing.trace import Result, Trace
+from liger_fx.tracing.tracer import Plans
+
+# Each kind of call costs a trace and a graph; a block called in more ways than this has a
+# plain argument that changes at every call.
+MAX_PLANS = 16
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A call that a block's own forward served, the blocks inside it their graphs if they could."""
+
+    path: str
+    class_name: str
+    call: str
+    reason: str
+
+
+class Planner:
+    """Makes the plans of one model's blocks; ``selection`` says what is rewritten, None that
+    nothing is. ``fallbacks`` are the calls that no graph served."""
+
+    def __init__(self, selection: Selection | None) -> None:
+        self.selection = selection
+        self.fallbacks: list[Fallback] = []
+        self.lock = threading.RLock()
+        self._alike: dict[Hashable, Alike] = {}
+
+    # -- which blocks are alike -------------------------------------------------------------------
+
+    def group(self, blocks: Mapping[str, Any]) -> None:
+        """Let alike ones among the blocks, by path, share their plans."""
+        kinds = Counter(block.block_class for block in blocks.values())
+        made: dict[Hashable, list[tuple[Any, dict[str, int]]]] = {}
+        for path, block in blocks.items():
+            key: Hashable = path
+            ints: dict[str, int] = {}
+            if kinds[block.block_class] > 1:
+                key, ints = self._key(path, block)
+            made.setdefault(key, []).append((block, ints))
+        for key, group in made.items():
+            alike = Alike(key, differing([ints for _, ints in group]))
+            alike.ints = {p: i for p, i in group[0][1].items() if p not in alike.attributes}
+            self._alike[key] = alike
+            for block, _ in group:
+                alike.add(block)
+                block._block.alike = alike
+
+    def _key(self, path: str, block: nn.Module) -> tuple[Hashable, dict[str, int]]:
+        key, ints = describe(block)
+        return (key, self._chosen_in(path, block)), ints
+
+    def _chosen_in(self, path: str, block: nn.Module) -> Hashable:
+        """What the selection says of each module of the block: alike blocks are chosen alike."""
+        selection = self.selection
+        if selection is None or not (selection.excluded or selection.chosen):
+            return None
+        names = [rule.name for rule in discover()]
+        below = selection.below(path)
+        return tuple(
+            below.refusal(name, inner) is None for inner in places(block) for name in names
+        )
+
+    def regroup(self, block: Any) -> None:
+        """Let a block that was changed share the plans of those that it is like now."""
+        alike: Alike = block._block.alike
+        if len(alike.members) < 2:
+            return
+        key, ints = self._key(block._block.path, block)
+        own = {p: i for p, i in ints.items() if p not in alike.attributes}
+        if alike.key is None:  # of a copied model: nothing was changed since
+            alike.key, alike.ints = key, own
+            self._alike[key] = alike
+        if key == alike.key and own == alike.ints:
+            return
+        alike.remove(block)
+        found = self._alike.get(key)
+        if found is None or found.ints != own:
+            found = Alike(key, tuple(p for p in alike.attributes if p in ints))
+            found.ints = own
+            self._alike[key] = found
+        found.add(block)
+        block._block.alike = found
+
+    # -- plans ------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        block: Any,
+        call: CallSpec,
+        examples: Mapping[str, Any] | None = None,
+        *,
+        exact: bool = False,
+    ) -> tuple[int, Plan]:
+        """A plan for this kind of call of ``block``, made if there is none yet, and its number.
+        ``exact`` traces it at the very sizes of the call.
+
+        TraceError for what cannot be put into a graph, UnsupportedCall for too many kinds of calls.
+        """
+        alike: Alike = block._block.alike
+        for number, plan in enumerate(alike.plans):
+            if _serves(plan, block, call) and plan.result is not None:
+                return number, plan
+        if len(alike.plans) >= MAX_PLANS:
+            names = ", ".join(sorted(call.arguments))
+            raise UnsupportedCall(
+                f"it is called in more than {MAX_PLANS} ways, this time with {names}"
+            )
+        ints = {path: _int_at(block, path) for path in alike.attributes}
+        plans = Plans(of=self._result_of, attributes=ints, exact=exact)
+        forward = block.block_class.forward
+        while isinstance(
+            traced := _trace(block, call, forward, plans=plans, examples=examples), NeedsPlan
+        ):
+            self._plan_inside(traced)
+        before = places(block)
+        if self.selection is None:
+            plan = Plan(traced)
+        else:
+            operators = count_operators(traced.graph, block)
+            rewriting = rewrite(traced, discover(), self.selection.below(block._block.path))
+            plan = Plan(traced, tuple(rewriting.sites), operators)
+        transplant = Transplant(block, before)
+        for other in alike.members:
+            if other is not block and plan.guards.holds_for_attributes(other):
+                transplant.onto(other)
+        if transplant.new and len(alike.members) > 1:
+            alike.key, ints = self._key(block._block.path, block)
+            alike.ints = {p: i for p, i in ints.items() if p not in alike.attributes}
+            self._alike[alike.key] = alike
+            for member in alike.members:  # earlier plans look at what is there now
+                member._block.states.clear()
+        alike.plans.append(plan)
+        return len(alike.plans) - 1, plan
+
+    def _plan_inside(self, needed: NeedsPlan) -> None:
+        block, first = needed.block, None
+        for exact in (False, True):
+            try:
+                self.plan(block, needed.call, needed.examples, exact=exact)
+                return
+            except (LigerFxError, UnsupportedCall) as error:
+                first = first or str(error)
+        block._block.failed.append((needed.call.arguments, first))
+
+    def _result_of(self, block: Any, call: CallSpec) -> tuple[int, Result] | None:
+        for arguments, reason in block._block.failed:
+            if arguments == call.arguments:
+                raise UnsupportedCall(f"{block._block.path or 'the model'}: {reason}")
+        for number, plan in enumerate(block._block.alike.plans):
+            if plan.result is not None and _serves(plan, block, call):
+                return number, plan.result
+        return None
+
+    def plan_for(self, block: Any, call: CallSpec, arguments: Mapping[str, Any], examples: Any) -> Plan:
+        """A plan that serves this very call, traced at example sizes, or else at the call's own."""
+        tries = ((call, False), (with_sizes_of(call, arguments), True))
+        first: Exception | None = None
+        for candidate, exact in tries:
+            try:
+                _, plan = self.plan(block, candidate, examples, exact=exact)
+            except (LigerFxError, UnsupportedCall) as error:
+                first = first or error
+                continue
+            if plan.take(block, arguments) is not None:
+                return plan
+        if first is not None:
+            raise first
+        raise UnsupportedCall("the model's code asks of these sizes what no graph can promise")
+
+    def note(self, fallback: Fallback) -> bool:
+        """Keep a fallback for the report; whether it is a new one."""
+        if fallback in self.fallbacks:
+            return False
+        self.fallbacks.append(fallback)
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"selection": self.selection, "fallbacks": self.fallbacks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["selection"])  # type: ignore[misc]
+        self.fallbacks = state["fallbacks"]
+
+
+def _trace(*args: Any, **kwargs: Any) -> Trace | NeedsPlan:
+    try:
+        return trace_block(*args, **kwargs)
+    except NeedsPlan as needed:
+        return needed
+
+
+def _serves(plan: Plan, block: Any, call: CallSpec) -> bool:
+    guards = plan.guards
+    return (
+        guards.call.arguments == call.arguments
+        and guards.training == block.training
+        and guards.modes_hold()
+        and guards.holds_for_attributes(block)
+        and all(state.holds() for state in plan.states_of(block))
+    )
+
+
+def _int_at(block: nn.Module, path: str) -> int:
+    owner, _, name = path.rpartition(".")
+    value: int = vars(block.get_submodule(owner))[name]
+    return value
+

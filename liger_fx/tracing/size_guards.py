@@ -1,0 +1,36 @@
+"""What a trace asked of sizes, as Python expressions over their names.
+
+if hidden.shape[1] > self.window     ->  "sequence > 16"
+x.view(4, -1) of 4 rows              ->  "batch == 4"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+from torch.utils._sympy.printers import PythonPrinter
+
+from liger_fx.tracing.fakes import FakeWorld
+
+
+def size_guards(world: FakeWorld, own_guards: Iterable[Any]) -> list[str]:
+    """Size comparisons of the model's own code, and sizes of inputs that came out fixed or tied."""
+    names = {str(size.node._expr): name for name, size in world.symbols.items()}
+    printer = PythonPrinter()
+
+    def text(expr: sympy.Basic) -> str:
+        named = {s: sympy.Symbol(names[str(s)], integer=True) for s in expr.free_symbols}
+        return printer.doprint(expr.subs(named))
+
+    def is_known(expr: sympy.Basic) -> bool:
+        return {str(s) for s in expr.free_symbols} <= names.keys()
+
+    # A size that has no name comes out of an operation: only the graph, as it runs, can tell it.
+    guards = {text(guard.expr) for guard in own_guards if is_known(guard.expr)}
+    for name, size in world.symbols.items():
+        now = size.node.expr
+        if now != size.node._expr and is_known(now):
+            guards.add(f"{name} == {text(now)}")
+    return sorted(guards - {"True"})

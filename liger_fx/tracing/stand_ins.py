@@ -1,0 +1,315 @@
+"""What stands in for an opaque argument (a cache) while a trace runs.
+
+    past_key_values.update(k, v, self.layer_idx)      ->  a node, whose sizes nothing foretells
+    past_key_values.get_seq_length()                  ->  a node, a size
+    past_key_values.is_compileable                    ->  answered from the example, and guarded
+    past_key_values.something = x                     ->  refused
+
+It is of the argument's class, so that ``isinstance`` says what it would, and answers no question
+that the graph or a guard could not answer later.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
+
+from liger_fx.tracing import leaves
+from liger_fx.tracing.call import PLAIN
+from liger_fx.tracing.fakes import set_node
+from liger_fx.tracing.guards import Attribute, Read
+from liger_fx.tracing.recorder import CannotRecord, Recorder
+
+_UPDATES = ("update",)
+# Methods that hand out states of fixed sizes: what they give is inferred on a copy with fakes.
+_STATES = (
+    "update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state",
+    "update_indexer",
+)  # fmt: skip
+
+
+class Host(Protocol):
+    """What a stand-in asks of the tracer."""
+
+    recorder: Recorder
+    reads: list[Read]
+
+    def attribute_of(self, size: torch.SymInt) -> str | None:
+        """The path of the block's own int behind this symbolic size, if it is one."""
+
+
+class Origin:
+    """Where a stand-in comes from: the argument and the steps from it, or a node of the graph
+    alone; and the real object that answers questions."""
+
+    def __init__(
+        self,
+        host: Host,
+        example: Any,
+        node: fx.Node,
+        argument: str | None,
+        steps: tuple[tuple[Any, ...], ...] = (),
+        outer: Origin | None = None,
+    ) -> None:
+        self.host, self.example, self.node = host, example, node
+        self.argument, self.steps, self.outer = argument, steps, outer
+        self._changed = False
+        self._simulated: Any = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether something before may have changed the object that the example stands for."""
+        return self._changed if self.outer is None else self.outer.changed
+
+    def change(self) -> None:
+        """Note that something may have changed it."""
+        if self.outer is None:
+            self._changed = True
+        else:
+            self.outer.change()
+
+    def inner(self, kind: str, key: Any, example: Any) -> Any:
+        """The stand-in for an attribute or item."""
+        recorder = self.host.recorder
+        with recorder.paused():
+            steps = (*self.steps, (kind, self.step_value(key)))
+            target: Any = getattr if kind == "attr" else operator.getitem
+            arguments = (self.node, recorder.argument(key))
+            node = recorder.create_node("call_function", target, arguments)
+        return stand_in(Origin(self.host, example, node, self.argument, steps, self))
+
+    def step_value(self, key: Any) -> Any:
+        """A key or an argument as a guard writes it."""
+        if isinstance(key, torch.SymInt):
+            path = self.host.attribute_of(key)
+            if path is not None:
+                return Attribute(path)
+            if not key.node.expr.is_number:
+                raise CannotRecord(f"a {self._class_name} asked about a size of this call")
+            return int(key)
+        if isinstance(key, PLAIN):
+            return key
+        raise CannotRecord(f"a {self._class_name} asked with a {type(key).__name__}")
+
+    def answer(self, kind: str, value: Any, *key: Any) -> Any:
+        """A plain answer, which the call must confirm."""
+        if self.changed:
+            raise CannotRecord(f"{self._class_name} is asked for {key[0]} after it was changed")
+        if self.argument is not None:
+            step = (kind, *map(self.step_value, key))
+            read = Read(self.argument, (*self.steps, step), value)
+            if read not in self.host.reads:
+                self.host.reads.append(read)
+        return value
+
+    @property
+    def _class_name(self) -> str:
+        return type(self.example).__name__
+
+    # -- attributes --------------------------------------------------------------------------------
+
+    def attribute(self, name: str) -> Any:
+        """What the model's code gets for ``object.name``."""
+        recorder = self.host.recorder
+        with recorder.paused():
+            value = getattr(self.example, name)
+        if isinstance(value, PLAIN):
+            return self.answer("attr", value, name)
+        if callable(value) and hasattr(value, "__self__"):
+            return functools.partial(self.call, name)
+        if isinstance(value, torch.Tensor):
+            node = recorder.create_node("call_function", getattr, (self.node, name))
+            return self._tensor(value, node)
+        return self.inner("attr", name, value)
+
+    def _tensor(self, example: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        recorder = self.host.recorder
+        with recorder.paused():
+            sizes = [recorder.world.fresh_size(int(size)) for size in example.shape]
+            fake = torch.empty(sizes, dtype=example.dtype, device=example.device)
+            return recorder.bind(fake, node)
+
+    # -- methods -----------------------------------------------------------------------------------
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """What the model's code gets for ``object.name(...)``."""
+        if name in _UPDATES and isinstance(self.example, Cache):
+            return self._update(*args, **kwargs)
+        if name in _STATES and isinstance(self.example, Cache):
+            return self._state(name, args, kwargs)
+        given = [*args, *kwargs.values()]
+        if any(not isinstance(value, (*PLAIN, torch.SymInt)) for value in given):
+            raise CannotRecord(f"{name} of a {self._class_name} with more than plain arguments")
+        real_args, real_kwargs = map(_concrete, args), {k: _concrete(v) for k, v in kwargs.items()}
+        with self.host.recorder.paused():
+            value = getattr(self.example, name)(*real_args, **real_kwargs)
+        if isinstance(value, bool) or value is None or isinstance(value, str):
+            if kwargs:
+                raise CannotRecord(f"{name} of a {self._class_name} with arguments by name")
+            return self.answer("call", value, name, *args)
+        if isinstance(value, int) or (
+            isinstance(value, tuple) and all(isinstance(v, int) for v in value)
+        ):
+            return self._numbers(name, value, args, kwargs)
+        raise CannotRecord(f"{name} of a {self._class_name} that gives a {type(value).__name__}")
+
+    def _node_of_call(self, name: str, args: Any, kwargs: Any) -> fx.Node:
+        recorder = self.host.recorder
+        arguments = (self.node, name, *map(recorder.argument, args))
+        keywords = {key: recorder.argument(value) for key, value in kwargs.items()}
+        return recorder.create_node("call_function", leaves.cache_call, arguments, keywords)
+
+    def _numbers(self, name: str, value: Any, args: Any, kwargs: Any) -> Any:
+        recorder = self.host.recorder
+        with recorder.paused():
+            node = self._node_of_call(name, args, kwargs)
+            world = recorder.world
+            if isinstance(value, int):
+                return recorder.bind(world.fresh_size(value), node)
+            return recorder.bind(tuple(map(world.fresh_size, value)), node)
+
+    def _update(self, key: Any, value: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """All keys and values of the layer: of a length that nothing in the call tells."""
+        recorder = self.host.recorder
+        with recorder.paused():
+            key, value = recorder.with_fakes(key), recorder.with_fakes(value)
+            node = self._node_of_call("update", (key, value, layer, *args), kwargs)
+            new = recorder.world.hint(key.shape[-2])
+            length = recorder.world.fresh_size(self.length(new, _concrete(layer)))
+            shapes = ((*t.shape[:-2], length, t.shape[-1]) for t in (key, value))
+            results = tuple(
+                torch.empty(shape, dtype=t.dtype, device=t.device)
+                for shape, t in zip(shapes, (key, value), strict=True)
+            )
+            self.change()
+            return recorder.bind(results, node)
+
+    def _state(self, name: str, args: Any, kwargs: Any) -> Any:
+        recorder = self.host.recorder
+        with recorder.paused():
+            args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
+            node = self._node_of_call(name, args, kwargs)
+            if self._simulated is None:
+                self._simulated = recorder.world.copied(self.example)
+            concrete = [_concrete(value) for value in args]
+            keywords = {key: _concrete(value) for key, value in kwargs.items()}
+            result = getattr(self._simulated, name)(*concrete, **keywords)
+            self.change()
+            return recorder.bind(pytree.tree_map(recorder.world.renewed, result), node)
+
+    def length(self, new: int, layer: int) -> int:
+        """How many keys attention sees when ``new`` ones are added to a layer of the example."""
+        try:
+            return int(self.example.get_mask_sizes(new, layer)[0])
+        except (TypeError, AttributeError, IndexError, ValueError):
+            return int(self.example.get_seq_length(layer)) + new
+
+
+def _concrete(value: Any) -> Any:
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+
+
+def origin_of(value: Any) -> Origin | None:
+    """The origin of a stand-in; None for anything else."""
+    if not hasattr(type(value), "_liger_fx_is_stand_in"):
+        return None
+    found: Origin = object.__getattribute__(value, "_liger_fx_origin")
+    return found
+
+
+def stand_in(origin: Origin) -> Any:
+    """An object of the example's class that answers as ``origin`` does."""
+    if isinstance(origin.example, (list, dict)):
+        return _Container(origin)
+    made = object.__new__(_class_for(type(origin.example)))
+    become(made, origin)
+    return made
+
+
+def become(value: Any, origin: Origin) -> None:
+    """Make an object of the example's class its stand-in."""
+    object.__setattr__(value, "__class__", _class_for(type(origin.example)))
+    value.__dict__.clear()
+    object.__setattr__(value, "_liger_fx_origin", origin)
+    set_node(value, origin.node)
+
+
+@functools.lru_cache(maxsize=64)
+def _class_for(cls: type) -> type:
+    try:
+        return type(cls.__name__, (_StandIn, cls), {})
+    except TypeError:  # a class that cannot be derived from
+        return _StandIn
+
+
+class _StandIn:
+    _liger_fx_is_stand_in = True
+    _liger_fx_origin: Origin
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith(("__", "_liger_fx")):
+            return object.__getattribute__(self, name)
+        origin: Origin = object.__getattribute__(self, "_liger_fx_origin")
+        return origin.attribute(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_liger_fx"):
+            object.__setattr__(self, name, value)
+            return
+        raise CannotRecord(f"{name} of an argument is set")
+
+    def __repr__(self) -> str:
+        return f"<stand-in for a {type(self).__name__}>"
+
+
+class _Container:
+    """A list or dict of an opaque argument."""
+
+    _liger_fx_is_stand_in = True
+
+    def __init__(self, origin: Origin) -> None:
+        self._liger_fx_origin = origin
+        set_node(self, origin.node)
+
+    def __getitem__(self, key: Any) -> Any:
+        origin = self._liger_fx_origin
+        value = origin.example[_concrete(key)]
+        if isinstance(value, PLAIN):
+            return origin.answer("item", value, key)
+        return origin.inner("item", key, value)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """As a dict has it."""
+        origin = self._liger_fx_origin
+        value = origin.example.get(_concrete(key), default)
+        if isinstance(value, PLAIN):
+            return origin.answer("call", value, "get", key, default)
+        raise CannotRecord(f"a {type(value).__name__} out of a mapping of an argument")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        origin = self._liger_fx_origin
+        recorder = origin.host.recorder
+        with recorder.paused():
+            arguments = (origin.node, recorder.argument(key), recorder.argument(value))
+            recorder.create_node("call_function", operator.setitem, arguments)
+        origin.change()
+
+    def __len__(self) -> int:
+        origin = self._liger_fx_origin
+        return int(origin.answer("call", len(origin.example), "__len__"))
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def __iter__(self) -> Any:
+        raise CannotRecord("the items of an argument's list are gone through")
+
+    def __contains__(self, key: Any) -> bool:
+        origin = self._liger_fx_origin
+        return bool(origin.answer("call", _concrete(key) in origin.example, "__contains__", key))
