@@ -13,6 +13,7 @@ _HOME = {
     "optimize": "liger_fx.api",
     "trace": "liger_fx.api",
     "compare": "liger_fx.api",
+    "flatten": "liger_fx.model.flatten",
     "verify": "liger_fx.verification",
     "save": "liger_fx.storage.save",
     "load": "liger_fx.storage.load",

@@ -18,15 +18,23 @@ from liger_fx.engine.rule import Selection, discover
 from liger_fx.errors import (
     MissedSiteError,
     NothingRewrittenWarning,
+    TraceError,
     UsageError,
     VerificationError,
     VerificationWarning,
 )
-from liger_fx.graph_model import GraphModel, build
-from liger_fx.module_tree import copy_tree
-from liger_fx.planning import Planner
-from liger_fx.report import GraphDiff
-from liger_fx.tracing.call import example_call
+from liger_fx.inputs import example_arguments
+from liger_fx.model.account import blocks_of, report_of, side_of
+from liger_fx.model.block import Block
+from liger_fx.model.blocks import find_blocks
+from liger_fx.model.build import build
+from liger_fx.model.planner import Fallback, Planner
+from liger_fx.report.between import Subject
+from liger_fx.report.between import compare as compare_subjects
+from liger_fx.report.facts import GraphDiff, tree_rows
+from liger_fx.tracing.call import UnsupportedCall, flat_inputs
+from liger_fx.tracing.inner_blocks import examples_of
+from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.root_state import attributes_kept
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | None
@@ -38,9 +46,10 @@ def optimize(
     *,
     rules: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
+    blocks: Iterable[str] | None = None,
     strict: bool = False,
     verify: bool = False,
-) -> GraphModel:
+) -> Block:
     """Trace ``model`` and rewrite what the rules find into named modules; ``model`` stays as it is.
 
     The result shares the model's parameters (what changes them in place, ``.half()`` for one,
@@ -53,6 +62,9 @@ def optimize(
         them in (``model.layers.0``, ``*.mlp``), or both (``rms_norm@model.norm``); all of them,
         everywhere, by default.
     exclude: rules, module paths or both to leave alone, written likewise.
+    blocks: paths or globs of the modules that are traced, rewritten and called by themselves,
+        besides the model; ``()`` makes one flat graph. By default every PreTrainedModel inside and
+        every layer that can be checkpointed; in other models the alike entries of a ModuleList.
     strict: raise MissedSiteError if a site that looked like one could not be rewritten, or none
         was found.
     verify: run ``liger_fx.verify`` on the result, and leave alone each site that fails, with a
@@ -64,24 +76,58 @@ def optimize(
     """
     _check_model(model)
     selection = _selection(model, rules, exclude)
-    optimized = _rewritten(model, inputs, selection)
+    chosen = None if blocks is None else tuple(blocks)
+    optimized = _blocks(model, inputs, selection, chosen)
     if verify:
-        optimized = _without_faults(model, inputs, selection, optimized)
-    assert optimized.report is not None
-    _judge(model, optimized.report, selection, strict)
+        optimized = _without_faults(model, inputs, selection, chosen, optimized)
+    _judge(model, report_of(optimized), selection, strict)
     return optimized
 
 
-def _rewritten(model: nn.Module, inputs: Inputs, selection: Selection | None) -> GraphModel:
-    planner, tree = Planner(selection), copy_tree(model)
+def _blocks(
+    model: nn.Module, inputs: Inputs, selection: Selection | None, chosen: Iterable[str] | None
+) -> Block:
+    """The model as blocks, those that the example call reaches with a graph."""
+    planner = Planner(selection)
+    planner.original = tree_rows(model)
+    paths = find_blocks(model, chosen)
+    arguments = example_arguments(model, inputs)
+    root = build(model, paths, planner)
     # What hangs on the copy may lead back to the given model: a bound method, a closure.
     with attributes_kept(model):
-        return build(tree, planner(tree, example_call(model, inputs)), planner)
+        try:
+            call = describe_call(root, arguments, inner=False)
+            values = flat_inputs(call.arguments, arguments)
+            planner.plan(root, call, examples_of(call, values))
+        except UnsupportedCall as unsupported:
+            raise UsageError(f"The example inputs hold {unsupported}.") from None
+        except TraceError as failure:
+            _run_inside(root, arguments, failure)
+    return root
+
+
+def _run_inside(root: Block, arguments: dict[str, Any], failure: TraceError) -> None:
+    """The root cannot be put into a graph: run it, so that the blocks inside it are called."""
+    inside = [block for path, block in blocks_of(root).items() if path]
+    if not inside or any(p.is_meta for p in root.parameters()):
+        raise failure
+    planner = root._block.planner
+    planner.note(Fallback("", root.block_class.__name__, ", ".join(arguments), str(failure)))
+    try:
+        root.block_class.forward(root, **arguments)
+    except Exception as error:
+        raise failure from error
+    if not any(block.plans for block in inside):
+        raise failure
 
 
 def _without_faults(
-    model: nn.Module, inputs: Inputs, selection: Selection, optimized: GraphModel
-) -> GraphModel:
+    model: nn.Module,
+    inputs: Inputs,
+    selection: Selection,
+    chosen: Iterable[str] | None,
+    optimized: Block,
+) -> Block:
     """The model rewritten again, without the sites that verify finds at fault."""
     from liger_fx.verification import verify
 
@@ -90,7 +136,7 @@ def _without_faults(
         faults = {check.path: check.fault for check in found.sites if check.fault}
         new = {
             (site.rule, site.path): f"verify dropped it: {faults[place]}"
-            for site in optimized.plans[0].sites
+            for site in report_of(optimized).sites
             if (place := (site.after or "").removeprefix("call_module ")) in faults
         }
         if not new:
@@ -100,21 +146,45 @@ def _without_faults(
         dropped |= new
         entries = tuple(f"{rule}@{path}" for rule, path in new)
         selection = replace(selection, excluded=(*selection.excluded, *entries))
-        optimized = _rewritten(model, inputs, selection)
-        optimized.plans[0].explain(dropped)
-    optimized.plans[0].note(found.summary())
+        optimized = _blocks(model, inputs, selection, chosen)
+        for path, block in blocks_of(optimized).items():
+            for plan in block.plans:
+                plan.explain(_below(dropped, path))
+    optimized._block.planner.verified = found.summary()
     return optimized
 
 
-def trace(model: nn.Module, inputs: Inputs = None) -> GraphModel:
-    """The model as one graph, nothing rewritten; ``inputs`` and errors as for ``optimize``."""
+def _below(reasons: dict[tuple[str, str], str], path: str) -> dict[tuple[str, str], str]:
+    """The reasons for sites inside the block at ``path``, under their paths in it."""
+    prefix = f"{path}." if path else ""
+    return {
+        (rule, place.removeprefix(prefix)): why
+        for (rule, place), why in reasons.items()
+        if place.startswith(prefix)
+    }
+
+
+def trace(
+    model: nn.Module, inputs: Inputs = None, *, blocks: Iterable[str] | None = None
+) -> Block:
+    """The model's graphs, nothing rewritten; arguments and errors as for ``optimize``."""
     _check_model(model)
-    return _rewritten(model, inputs, None)
+    return _blocks(model, inputs, None, None if blocks is None else tuple(blocks))
 
 
 def compare(a: nn.Module, b: nn.Module, inputs: Inputs = None) -> GraphDiff:
-    """What differs between two models, plain ones traced with ``inputs``, traced or optimised."""
-    return GraphDiff.between(a, b, inputs)
+    """What differs between any two of: a plain model, a traced one, an optimised one.
+
+    A plain model is traced first, with ``inputs`` as in ``trace`` (and raises what that raises).
+    The sites, rules, guards and opaque modules are those of b's own report; a site that a's report
+    holds as well is no difference and is left out, and ``changes`` says what is rewritten in one of
+    them alone.
+    """
+    subjects = []
+    for model in (a, b):
+        made = model if isinstance(model, Block) else trace(model, inputs)
+        subjects.append(Subject(side_of(made), made.report))
+    return compare_subjects(*subjects)
 
 
 def _check_model(model: Any) -> None:

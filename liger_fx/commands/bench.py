@@ -91,7 +91,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     start()
     import torch
 
-    from liger_fx.verification.inputs import example_inputs
+    from liger_fx.inputs import example_inputs
 
     torch.manual_seed(0)  # random weights are the same ones in every process
     device = "cuda" if torch.cuda.is_available() else "cpu"

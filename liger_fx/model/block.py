@@ -23,6 +23,7 @@ from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
 from liger_fx.model.alike import Alike
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Fallback, Planner
+from liger_fx.report.facts import GraphDiff
 from liger_fx.tracing.call import (
     UnsupportedCall,
     flat_inputs,
@@ -117,6 +118,14 @@ class Block(fx.GraphModule):
         self.graph  # noqa: B018  (there must be one)
         self.plans[0].graph = graph
         self.recompile()
+
+    @property
+    def report(self) -> GraphDiff | None:
+        """What was rewritten in all blocks from this one down, why the rest was not, and what no
+        graph served; None for a plain trace."""
+        from liger_fx.model.account import report_of
+
+        return None if self._block.planner.selection is None else report_of(self)
 
     def _why_none(self) -> str:
         told = [f for f in self._block.planner.fallbacks if f.path == self._block.path]

@@ -21,6 +21,8 @@ from liger_fx.engine.rule import Selection, discover
 from liger_fx.errors import LigerFxError
 from liger_fx.model.alike import Alike, Transplant, describe, differing, places
 from liger_fx.model.plan import Plan
+from liger_fx.report.facts import TreeRow
+from liger_fx.report.verified import Verified
 from liger_fx.tracing.call import CallSpec, UnsupportedCall, with_sizes_of
 from liger_fx.tracing.inner_blocks import NeedsPlan
 from liger_fx.tracing.retry import trace_block
@@ -44,10 +46,13 @@ class Fallback:
 
 class Planner:
     """Makes the plans of one model's blocks; ``selection`` says what is rewritten, None that
-    nothing is. ``fallbacks`` are the calls that no graph served."""
+    nothing is. ``fallbacks`` are the calls that no graph served; ``original`` is the tree of the
+    given model, ``verified`` what verify found, for the report."""
 
     def __init__(self, selection: Selection | None) -> None:
         self.selection = selection
+        self.original: tuple[TreeRow, ...] = ()
+        self.verified: Verified | None = None
         self.fallbacks: list[Fallback] = []
         self.lock = threading.RLock()
         self._alike: dict[Hashable, Alike] = {}
@@ -202,11 +207,12 @@ class Planner:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"selection": self.selection, "fallbacks": self.fallbacks}
+        kept = ("selection", "original", "verified", "fallbacks")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["selection"])  # type: ignore[misc]
-        self.fallbacks = state["fallbacks"]
+        self.__dict__.update(state)
 
 
 def _trace(*args: Any, **kwargs: Any) -> Trace | NeedsPlan:

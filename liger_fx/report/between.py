@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from torch import fx
-
 from liger_fx.engine.site import Site
 from liger_fx.report.changes import changes
 from liger_fx.report.facts import GraphDiff, Side
@@ -22,12 +20,6 @@ class Subject:
 
     side: Side
     report: GraphDiff | None
-
-    @classmethod
-    def of(cls, graph_module: fx.GraphModule) -> Subject:
-        """What ``optimize`` or ``trace`` returned."""
-        side = Side.of(graph_module, graph_module.graph)
-        return cls(side, getattr(graph_module, "report", None))
 
     @classmethod
     def of_report(cls, report: GraphDiff) -> Subject:

@@ -10,23 +10,21 @@ and a diff can be kept when the models are gone.
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
 from liger_fx import __version__
 from liger_fx.engine.site import Site
 from liger_fx.errors import UsageError
+from liger_fx.report.blocks import BlockRow, FallbackRow
 from liger_fx.report.changes import SiteChange
 from liger_fx.report.verified import Verified
 
 FACES = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
-_NOT_OPERATORS = {"placeholder", "output", "get_attr"}
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,13 @@ class Side:
     operators: dict[str, int]
     tree: tuple[TreeRow, ...]
 
-    @classmethod
-    def of(cls, root: torch.nn.Module, graph: fx.Graph) -> Side:
-        """The facts of `graph` as they are now; its call_module targets are paths below `root`."""
-        modules = dict(root.named_modules(remove_duplicate=False))
-        counts = Counter(
-            operator_name(node, modules) for node in graph.nodes if node.op not in _NOT_OPERATORS
-        )
-        tree = tuple(
-            TreeRow(path, type(module).__name__, " ".join(module.extra_repr().split()))
-            for path, module in modules.items()
-        )
-        return cls(type(root).__name__, dict(sorted(counts.items())), tree)
+
+def tree_rows(root: torch.nn.Module) -> tuple[TreeRow, ...]:
+    """The module tree as it is now."""
+    return tuple(
+        TreeRow(path, type(module).__name__, " ".join(module.extra_repr().split()))
+        for path, module in root.named_modules(remove_duplicate=False)
+    )
 
 
 @dataclass(frozen=True)
@@ -74,6 +67,7 @@ class GraphDiff:
     verified: what verify() found, None when it was not asked.
     changes: where the two are both optimised, what is rewritten in one of them alone.
     versions_before: the versions that the first of two reports was made with.
+    blocks: the units that have graphs of their own; fallbacks: the calls that none served.
     """
 
     before: Side
@@ -87,6 +81,8 @@ class GraphDiff:
     verified: Verified | None = None
     changes: tuple[SiteChange, ...] = ()
     versions_before: dict[str, str] = field(default_factory=dict)
+    blocks: tuple[BlockRow, ...] = ()
+    fallbacks: tuple[FallbackRow, ...] = ()
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -106,21 +102,6 @@ class GraphDiff:
     def with_verified(self, found: Verified) -> GraphDiff:
         """The report with what verify found: ``report.with_verified(verify(...).summary())``."""
         return replace(self, verified=found)
-
-    @classmethod
-    def between(cls, a: torch.nn.Module, b: torch.nn.Module, inputs: Any = None) -> GraphDiff:
-        """Compare any two of: a plain model, a traced one, an optimised one.
-
-        A plain model is traced first, with `inputs` as in liger_fx.trace (and raises what that
-        raises). The sites, rules, guards and opaque modules are those of b's own report; a site
-        that a's report holds as well is no difference and is left out, and `changes` says what is
-        rewritten in one of them alone.
-        """
-        from liger_fx.api import trace
-        from liger_fx.report.between import Subject, compare
-
-        graphs = [m if isinstance(m, fx.GraphModule) else trace(m, inputs) for m in (a, b)]
-        return compare(*map(Subject.of, graphs))
 
     def text(self, full: bool = False, color: bool = False) -> str:
         """The report as text of a hundred columns where its longest words allow.

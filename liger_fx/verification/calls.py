@@ -20,7 +20,7 @@ from liger_fx.errors import UsageError
 from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
 from liger_fx.tracing.call import UnsupportedCall, named_arguments
-from liger_fx.verification.inputs import SHAPES, example_inputs, further_inputs
+from liger_fx.inputs import SHAPES, example_inputs, further_inputs
 from liger_fx.verification.reference import to_dtype
 
 

@@ -6,6 +6,7 @@ LlamaForCausalLM   ->   input_ids, attention_mask (one row padded on the right),
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from liger_fx.errors import UsageError
+from liger_fx.tracing.call import UnsupportedCall, named_arguments
 
+Inputs = Mapping[str, Any] | tuple[Any, ...] | None
 SHAPES = ((2, 7), (3, 16), (1, 33), (4, 24))  # batch, length
 _WITH_LABELS = {
     name
@@ -26,6 +29,39 @@ _WITH_LABELS = {
     for value in names.values()
     for name in ([value] if isinstance(value, str) else value)
 }
+
+
+def example_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """The arguments by name of the call to trace first: the user's example, or token ids and a mask.
+
+    UsageError for what is no example, and for a model that needs one.
+    """
+    forward = type(model).forward
+    try:
+        if isinstance(inputs, Mapping):
+            return named_arguments(forward, (), inputs)
+        if isinstance(inputs, (tuple, list)):
+            return named_arguments(forward, tuple(inputs), {})
+    except UnsupportedCall as unsupported:
+        raise UsageError(f"The example inputs hold {unsupported}.") from None
+    if inputs is not None:
+        raise UsageError(
+            "Example inputs are a tuple of positional arguments or a mapping of named ones, not "
+            f"a {type(inputs).__name__}."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(
+            f"{type(model).__name__} is no transformers model, so it needs example inputs: pass "
+            "inputs=(tensor, ...) or inputs={'name': tensor, ...}."
+        )
+    names = inspect.signature(forward).parameters
+    if "input_ids" not in names:
+        raise UsageError(
+            f"{type(model).__name__} takes no input_ids; pass example inputs as "
+            "inputs={'name': tensor, ...}."
+        )
+    made = example_inputs(model, *SHAPES[1])
+    return {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
 
 
 def example_inputs(model: nn.Module, batch: int, length: int, seed: int = 0) -> dict[str, Any]:

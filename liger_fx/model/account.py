@@ -1,0 +1,124 @@
+"""What was done to a model made of blocks, as one report.
+
+each block's sites, counted for all blocks alike   ->   GraphDiff
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from liger_fx.engine.counts import count_operators
+from liger_fx.engine.rule import discover
+from liger_fx.engine.site import Site
+from liger_fx.model.block import Block
+from liger_fx.model.plan import Plan
+from liger_fx.report.blocks import BlockRow, FallbackRow
+from liger_fx.report.facts import GraphDiff, Side, tree_rows
+
+
+def blocks_of(root: nn.Module) -> dict[str, Block]:
+    """The blocks of a tree by path, the root first; one that hangs in two places, once."""
+    return {path: m for path, m in root.named_modules() if isinstance(m, Block)}
+
+
+def report_of(root: Block) -> GraphDiff:
+    """Every site of every block, and the calls that no graph served."""
+    planner = root._block.planner
+    blocks = blocks_of(root)
+    assert planner.original is not None
+    first = root.plans[0] if root.plans else None
+    before = Side(root.block_class.__name__, _operators(root, blocks, after=False), planner.original)
+    return GraphDiff(
+        before,
+        side_of(root),
+        tuple(_sites(blocks)),
+        rules=tuple(rule.name for rule in discover()),
+        inputs=first.guards.call.describe() if first else {},
+        guards=tuple(first.guards.describe()) if first else (),
+        opaque=tuple(_opaque(blocks)),
+        verified=planner.verified,
+        blocks=tuple(_rows(blocks)),
+        fallbacks=tuple(
+            FallbackRow(f.path, f.class_name, f.call, f.reason) for f in planner.fallbacks
+        ),
+    )
+
+
+def side_of(root: Block) -> Side:
+    """A model as it stands: its operators, counted over all blocks, and its tree."""
+    return Side(
+        root.block_class.__name__, _operators(root, blocks_of(root), after=True), tree_rows(root)
+    )
+
+
+def _operators(root: Block, blocks: dict[str, Block], *, after: bool) -> dict[str, int]:
+    known: dict[tuple[int, int], Counter[str]] = {}
+
+    def count(block: Any, number: int) -> Counter[str]:
+        key = id(block._block.alike), number
+        if key not in known:
+            plan: Plan = block.plans[number]
+            own = count_operators(plan.graph, block) if after else plan.operators or {}
+            total = Counter(own)
+            for path, inner in plan.inner:
+                total.update(count(block.get_submodule(path), inner))
+            known[key] = total
+        return known[key]
+
+    if root.plans:
+        total = count(root, 0)
+    else:
+        total = Counter()
+        for block in blocks.values():
+            if block.plans:
+                total.update(count(block, 0))
+    return dict(sorted(total.items()))
+
+
+def _sites(blocks: dict[str, Block]) -> Iterator[Site]:
+    for path, block in blocks.items():
+        seen = set()
+        for plan in block.plans:
+            for site in plan.sites:
+                key = site.rule, site.path, site.before
+                if key not in seen:
+                    seen.add(key)
+                    yield _below(site, path)
+
+
+def _below(site: Site, path: str) -> Site:
+    if not path:
+        return site
+    after = site.after and site.after.replace("call_module ", f"call_module {path}.", 1)
+    return replace(site, path=f"{path}.{site.path}".rstrip("."), after=after)
+
+
+def _opaque(blocks: dict[str, Block]) -> Iterator[str]:
+    seen = set[str]()
+    for path, block in blocks.items():
+        for leaf in (leaf for plan in block.plans for leaf in plan.opaque):
+            text = str(replace(leaf, path=f"{path}.{leaf.path}".lstrip(".")))
+            if text not in seen:
+                seen.add(text)
+                yield text
+
+
+def _rows(blocks: dict[str, Block]) -> Iterator[BlockRow]:
+    groups: dict[int, list[str]] = {}
+    for path, block in blocks.items():
+        groups.setdefault(id(block._block.alike), []).append(path)
+    for paths in groups.values():
+        block = blocks[paths[0]]
+        calls = tuple(
+            ", ".join(f"{name} {text}" for name, text in plan.guards.call.describe().items())
+            for plan in block.plans
+        )
+        code = block.code if block.plans else ""
+        yield BlockRow(block.block_class.__name__, tuple(paths), calls, code)
+
+
