@@ -180,11 +180,13 @@ def compare(a: nn.Module, b: nn.Module, inputs: Inputs = None) -> GraphDiff:
     holds as well is no difference and is left out, and ``changes`` says what is rewritten in one of
     them alone.
     """
-    subjects = []
-    for model in (a, b):
-        made = model if isinstance(model, Block) else trace(model, inputs)
-        subjects.append(Subject(side_of(made), made.report))
-    return compare_subjects(*subjects)
+    return compare_subjects(subject_of(a, inputs), subject_of(b, inputs))
+
+
+def subject_of(model: nn.Module, inputs: Inputs = None) -> Subject:
+    """A model as ``compare`` sees it; a plain one is traced first."""
+    made = model if isinstance(model, Block) else trace(model, inputs)
+    return Subject(side_of(made), made.report)
 
 
 def _check_model(model: Any) -> None:

@@ -109,12 +109,13 @@ def _subject(text: str, arguments: argparse.Namespace) -> Subject:
     if (Path(text) / "graph.json").is_file():
         return _saved(Path(text))
     model = load(name, arguments, weights=False)
+    from liger_fx.api import subject_of, trace
+
     if name != text:
-        return Subject.of(optimized(model, arguments))
-    from liger_fx.api import trace
+        return subject_of(optimized(model, arguments))
 
     with progress(f"tracing {type(model).__name__}"):
-        return Subject.of(trace(model))
+        return subject_of(trace(model))
 
 
 def _report(path: Path) -> GraphDiff:
@@ -132,7 +133,8 @@ def _saved(path: Path) -> Subject:
 
     if (path / "report.json").is_file():
         return Subject.of_report(_report(path / "report.json"))
+    from liger_fx.api import subject_of
     from liger_fx.storage.load import load as load_graph
 
     with progress(f"loading {path}"):
-        return Subject.of(load_graph(path))
+        return subject_of(load_graph(path))

@@ -86,11 +86,13 @@ def _check_site(model: nn.Module, path: str) -> None:
 
 
 def _trace(model: nn.Module) -> Trace:
-    from liger_fx.module_tree import copy_tree
-    from liger_fx.tracing.call import example_call
-    from liger_fx.tracing.retry import trace_tree
+    from liger_fx.inputs import example_arguments
+    from liger_fx.model.tree import copy_tree
+    from liger_fx.tracing.naming import describe_call
+    from liger_fx.tracing.retry import trace_block
 
-    return trace_tree(copy_tree(model), example_call(model, None), type(model).forward)
+    tree = copy_tree(model)  # one flat graph: a site may lie anywhere in it
+    return trace_block(tree, describe_call(tree, example_arguments(model, None), inner=False))
 
 
 def _inside(trace: Trace, path: str) -> str:

@@ -85,7 +85,7 @@ def _sites(blocks: dict[str, Block]) -> Iterator[Site]:
         seen = set()
         for plan in block.plans:
             for site in plan.sites:
-                key = site.rule, site.path, site.before
+                key = site.rule, site.path, site.after or site.before
                 if key not in seen:
                     seen.add(key)
                     yield _below(site, path)

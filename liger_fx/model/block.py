@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
@@ -25,9 +26,9 @@ from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Fallback, Planner
 from liger_fx.report.facts import GraphDiff
 from liger_fx.tracing.call import (
+    Signature,
     UnsupportedCall,
     flat_inputs,
-    named_arguments,
     refuse_tensor_subclasses,
 )
 from liger_fx.tracing.guards import Take
@@ -88,6 +89,7 @@ class Block(fx.GraphModule):
     from the module's class, ``block_class``."""
 
     block_class: type[nn.Module]
+    signature: Signature
     _block: BlockState
     # What GraphModule's own __init__, which is never run, would set.
     _tracer_cls = None
@@ -163,7 +165,7 @@ class Block(fx.GraphModule):
         forward."""
         state = self._block
         try:
-            arguments = named_arguments(self.block_class.forward, args, kwargs)
+            arguments = self.signature.named(args, kwargs)
         except UnsupportedCall as unsupported:
             return self._run_original(f"the call has {unsupported}", args, kwargs)
         keys = collected()
@@ -176,6 +178,22 @@ class Block(fx.GraphModule):
                 return run(self, inputs)
         return self._first_call(arguments, args, kwargs)
 
+    def call_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same for torch.compile, which guards by itself what a plan assumes of the block: the
+        graph of the first plan whose arguments and modes these are, else the class's own
+        forward."""
+        arguments = self.signature.named(args, kwargs)
+        for plan in self._block.alike.plans:
+            guards = plan.guards
+            if guards.training is self.training and guards.grad_enabled in (
+                None,
+                torch.is_grad_enabled(),
+            ):
+                inputs = plan.take(self, arguments)
+                if inputs is not None:
+                    return plan.function(self, *inputs)
+        return self.block_class.forward(self, *args, **kwargs)
+
     def _first_call(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         state = self._block
         with state.planner.lock:
@@ -184,7 +202,7 @@ class Block(fx.GraphModule):
                 return self._run_original(known, args, kwargs)
             state.planner.regroup(self)
             state.states.clear()
-            plan = self._served_by(arguments)
+            plan = self.serving(arguments)
             if plan is None:
                 try:
                     refuse_tensor_subclasses(arguments)
@@ -199,7 +217,9 @@ class Block(fx.GraphModule):
         assert inputs is not None
         return plan.run(self, inputs)
 
-    def _served_by(self, arguments: dict[str, Any]) -> Plan | None:
+    def serving(self, arguments: dict[str, Any]) -> Plan | None:
+        """The plan that serves a call with these named arguments in this thread's modes, if one
+        does."""
         for take, holds, _, plan in self._block.ready(self):
             if take(self, arguments) is not None and holds():
                 return plan
@@ -264,6 +284,8 @@ _GRAPH_CLASSES: weakref.WeakValueDictionary[type, type[Block]] = weakref.WeakVal
 def _derive(block_class: type[nn.Module]) -> type[Block]:
     @functools.wraps(block_class.forward)
     def forward(self: Block, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self.call_compiled(args, kwargs)
         if is_tracing():
             return block_class.forward(self, *args, **kwargs)
         return self.call_graph(args, kwargs)
@@ -271,6 +293,7 @@ def _derive(block_class: type[nn.Module]) -> type[Block]:
     namespace = {
         "forward": forward,
         "block_class": block_class,
+        "signature": Signature.of(block_class.forward),
         "__module__": block_class.__module__,
         "__qualname__": block_class.__qualname__,
         "__doc__": block_class.__doc__,

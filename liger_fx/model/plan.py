@@ -96,8 +96,10 @@ class Plan:
 
     def _prepare(self) -> None:
         self.has_regions = any(map(is_region_boundary, self.graph.nodes))
-        self._take: Take | None = None
-        self._function: Callable[..., Any] | None = None
+        # The check of a call's arguments, which hands out the graph's inputs.
+        self.take: Take = compile_take(self.guards)
+        # The graph as a Python function of the block and the inputs in order.
+        self.function = compile_graph(self.graph)
 
     def explain(self, reasons: Mapping[tuple[str, str], str]) -> None:
         """Say in the report why sites, named by rule and path, were left alone."""
@@ -105,23 +107,9 @@ class Plan:
             replace(s, reason=reasons.get((s.rule, s.path), s.reason)) for s in self.sites
         )
 
-    @property
-    def take(self) -> Take:
-        """The check of a call's arguments, which hands out the graph's inputs."""
-        if self._take is None:
-            self._take = compile_take(self.guards)
-        return self._take
-
     def _followed_modules(self, block: nn.Module) -> Modules:
         tree = dict(block.named_modules())
         return {path: tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])}
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """The graph as a Python function of the block and the inputs in order."""
-        if self._function is None:
-            self._function = compile_graph(self.graph)
-        return self._function
 
     def run(self, block: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """The graph's result for inputs that ``take`` handed out.
@@ -154,10 +142,10 @@ class Plan:
 
     def recompile(self) -> None:
         """Take the graph as it is now: it was edited."""
-        self._function = compile_graph(self.graph)
+        self.function = compile_graph(self.graph)
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_take", "_function", "graph", "result", "has_regions")
+        left_out = ("take", "function", "graph", "result", "has_regions")
         state = {k: v for k, v in self.__dict__.items() if k not in left_out}
         return {**state, "graph": encode_graph(self.graph)}
 

@@ -137,13 +137,7 @@ class Planner:
             raise UnsupportedCall(
                 f"it is called in more than {MAX_PLANS} ways, this time with {names}"
             )
-        ints = {path: _int_at(block, path) for path in alike.attributes}
-        plans = Plans(of=self._result_of, attributes=ints, exact=exact)
-        forward = block.block_class.forward
-        while isinstance(
-            traced := _trace(block, call, forward, plans=plans, examples=examples), NeedsPlan
-        ):
-            self._plan_inside(traced)
+        traced = self.traced(block, call, examples, exact=exact)
         before = places(block)
         if self.selection is None:
             plan = Plan(traced)
@@ -163,6 +157,24 @@ class Planner:
                 member._block.states.clear()
         alike.plans.append(plan)
         return len(alike.plans) - 1, plan
+
+    def traced(
+        self,
+        block: Any,
+        call: CallSpec,
+        examples: Mapping[str, Any] | None = None,
+        *,
+        exact: bool = False,
+    ) -> Trace:
+        """The trace of a call, not rewritten; blocks inside get the plans that it needs."""
+        ints = {path: _int_at(block, path) for path in block._block.alike.attributes}
+        plans = Plans(of=self._result_of, attributes=ints, exact=exact)
+        forward = block.block_class.forward
+        while isinstance(
+            found := _trace(block, call, forward, plans=plans, examples=examples), NeedsPlan
+        ):
+            self._plan_inside(found)
+        return found
 
     def _plan_inside(self, needed: NeedsPlan) -> None:
         block, first = needed.block, None

@@ -12,7 +12,6 @@ and opaque Python objects such as caches.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -269,36 +268,48 @@ def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:
     return CallSpec(arguments, hints, call.loose)
 
 
+@dataclass(frozen=True)
+class Signature:
+    """How a block is called: the parameters that may be given by position, without self; those to
+    which None says something; whether there is an *args."""
+
+    positional: tuple[str, ...]
+    kept: frozenset[str]
+    gathers: bool
+
+    @classmethod
+    def of(cls, forward: Any) -> Signature:
+        """That of an unbound forward."""
+        parameters = list(inspect.signature(forward).parameters.values())
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = [p for p in parameters if p.kind in (*by_position, inspect.Parameter.KEYWORD_ONLY)]
+        return cls(
+            tuple(p.name for p in parameters if p.kind in by_position)[1:],
+            frozenset(p.name for p in named if p.default is not None),
+            any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters),
+        )
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments by name, without those that are None by default too (given or not is the
+        same). UnsupportedCall for more positional ones than have names."""
+        found: dict[str, Any] = {}
+        kept = self.kept
+        if args:
+            if len(args) > len(self.positional):
+                count = f"{len(args)} positional argument{'s' * (len(args) > 1)}"
+                why = " where forward takes *args, which has no names for them"
+                raise UnsupportedCall(count + why * self.gathers)
+            for name, value in zip(self.positional, args):  # noqa: B905  (there may be fewer)
+                if value is not None or name in kept:
+                    found[name] = value
+        for name, value in kwargs.items():
+            if value is not None or name in kept:
+                found[name] = value
+        return found
+
+
 def named_arguments(
     forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All arguments by name, without those that are None by default too (given or not is the
-    same)."""
-    names, kept, gathers = _parameters(forward)
-    named: dict[str, Any] = {}
-    if args:
-        if len(args) > len(names):
-            count = f"{len(args)} positional argument{'s' * (len(args) > 1)}"
-            why = " where forward takes *args, which has no names for them" if gathers else ""
-            raise UnsupportedCall(count + why)
-        for name, value in zip(names, args, strict=False):
-            if value is not None or name in kept:
-                named[name] = value
-    for name, value in kwargs.items():
-        if value is not None or name in kept:
-            named[name] = value
-    return named
-
-
-@functools.lru_cache(maxsize=256)
-def _parameters(forward: Any) -> tuple[tuple[str, ...], frozenset[str], bool]:
-    """Of an unbound forward: the parameters that may be given by position, without self; those to
-    which None says something; whether there is an *args."""
-    parameters = list(inspect.signature(forward).parameters.values())
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    named = [p for p in parameters if p.kind in (*by_position, inspect.Parameter.KEYWORD_ONLY)]
-    return (
-        tuple(p.name for p in parameters if p.kind in by_position)[1:],
-        frozenset(p.name for p in named if p.default is not None),
-        any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters),
-    )
+    """``Signature.named`` for an unbound forward."""
+    return Signature.of(forward).named(args, kwargs)

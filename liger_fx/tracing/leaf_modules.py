@@ -86,7 +86,7 @@ def _module_key(module: nn.Module) -> Hashable:
     parameters, children."""
     plain = []
     for name, value in module.__dict__.items():
-        if name in _MODULE_INTERNALS and name != "training":
+        if (name in _MODULE_INTERNALS and name != "training") or name == "_origins":
             continue
         if isinstance(value, torch.Tensor) or callable(value) or not isinstance(value, Hashable):
             raise Unknowable

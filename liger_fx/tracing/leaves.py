@@ -11,8 +11,8 @@ what it needs (attention implementation, mask builder, output class) when it run
 
 from __future__ import annotations
 
-import functools
 import importlib
+import sys
 from typing import Any
 
 import torch
@@ -29,12 +29,17 @@ CACHE_METHODS = (
 )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
 def resolve(reference: str) -> Any:
     """The object named ``module:qualified.name``; AttributeError or ImportError when there is
     none."""
-    module, _, name = reference.partition(":")
-    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    # torch.compile goes through this: it can look a module up, but not import one.
+    module, name = reference.split(":")
+    found: Any = sys.modules.get(module)
+    if found is None:
+        found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def reference_to(obj: Any) -> str:

@@ -6,20 +6,29 @@ nn.LazyLinear(16), never called  ->  the first call gives its parameters their s
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from liger_fx.errors import TraceError
 
 
+def _own_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a block without those of the blocks inside it."""
+    inner = [p for p, m in block.named_modules() if p and isinstance(m, fx.GraphModule)]
+    for path, module in block.named_modules():
+        if not any(path == own or path.startswith(f"{own}.") for own in inner):
+            yield path, module
+
+
 def refuse_unready(root: nn.Module) -> None:
     """TraceError where a module's forward is the instance's own, or a parameter has no shape yet.
 
-    The forward of an optimised model's root is not looked at: what wraps it runs around the graph.
+    That of a block is not looked at: what wraps it runs around the graph.
     """
-    optimised = hasattr(root, "model_class")
-    for path, module in root.named_modules():
-        if "forward" in module.__dict__ and not (optimised and module is root):
+    for path, module in _own_modules(root):
+        if "forward" in module.__dict__ and not isinstance(module, fx.GraphModule):
             hooked = hasattr(module, "_hf_hook")
             raise TraceError(
                 path,

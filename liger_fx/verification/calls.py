@@ -17,10 +17,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from liger_fx.errors import UsageError
-from liger_fx.graph_model import GraphModel
-from liger_fx.plan import Plan
-from liger_fx.tracing.call import UnsupportedCall, named_arguments
 from liger_fx.inputs import SHAPES, example_inputs, further_inputs
+from liger_fx.model.block import Block
+from liger_fx.model.plan import Plan
+from liger_fx.tracing.call import UnsupportedCall, named_arguments
 from liger_fx.verification.reference import to_dtype
 
 
@@ -55,38 +55,39 @@ def calls_of(model: nn.Module, inputs: Any) -> list[Call]:
     )
 
 
-def calls_of_plans(opt: GraphModel, calls: Sequence[Call]) -> tuple[list[Call], list[str]]:
+def calls_of_plans(opt: Block, calls: Sequence[Call]) -> tuple[list[Call], list[str]]:
     """A call for each graph of ``opt`` that none of ``calls`` is for; and which have none."""
     found, remarks = [], []
     for plan in opt.plans:
         own = next(_own_calls(opt, plan, calls), None)
         if own is None:
-            names = ", ".join(plan.inputs)
+            names = ", ".join(plan.guards.call.arguments)
             remarks.append(f"the graph for {names} was not run: it holds for no call made here")
         elif not any(own is call for call in calls):
             found.append(own)
     return found, remarks
 
 
-def _own_calls(opt: GraphModel, plan: Plan, calls: Sequence[Call]) -> Iterator[Call]:
+def _own_calls(opt: Block, plan: Plan, calls: Sequence[Call]) -> Iterator[Call]:
     """The given calls that the plan serves as they are; then calls made for it."""
-    training, grad = plan.guards.training, plan.guards.grad_enabled
+    training, grad = plan.guards.training, plan.guards.grad_enabled is not False
     for call in calls:
         if (call.training, call.grad) == (training, grad) and _serves(opt, plan, call):
             yield call
     constants = plan.guards.call.constants
     for base in _bases(opt, calls):
-        if base.keys() >= set(plan.inputs):
-            tensors = {name: base[name] for name in plan.inputs}
+        names = plan.guards.call.arguments.keys() - constants.keys()
+        if base.keys() >= names:
+            tensors = {name: base[name] for name in names}
             call = Call((), {**tensors, **constants}, training, grad)
             if _serves(opt, plan, call):
                 yield call
 
 
-def _bases(opt: GraphModel, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
+def _bases(opt: Block, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
     """Tensors by name, to choose a graph's inputs from: the given ones, else made ones."""
     for call in calls:
-        yield call.named(opt.model_class.forward) or {}
+        yield call.named(opt.block_class.forward) or {}
     try:
         made = example_inputs(opt, *SHAPES[0])
     except UsageError:
@@ -94,13 +95,13 @@ def _bases(opt: GraphModel, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
     yield {**further_inputs(opt, made["input_ids"]), **made}
 
 
-def _serves(opt: GraphModel, plan: Plan, call: Call) -> bool:
+def _serves(opt: Block, plan: Plan, call: Call) -> bool:
     """Whether this plan is the one that serves the call."""
-    given = call.named(opt.model_class.forward)
+    given = call.named(opt.block_class.forward)
     if given is None:
         return False
     with called_as(call, opt):
-        return next((p for p in opt.plans if p.holds(opt, given)), None) is plan
+        return opt.serving(given) is plan
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from liger_fx.tracing.trace import Trace
 from liger_fx.verification.measure import Run, Tensors, floating
 from liger_fx.verification.pairing import Pair, between
 
@@ -106,15 +105,14 @@ def attribute(tree: nn.Module, path: str) -> Any:
 class Capture(fx.Interpreter):
     """Runs a traced graph and keeps copies of some nodes' values, before anything changes them."""
 
-    def __init__(self, traced: Trace, wanted: set[fx.Node]) -> None:
-        super().__init__(traced.root, graph=traced.graph)
+    def __init__(self, root: nn.Module, graph: fx.Graph, wanted: set[fx.Node]) -> None:
+        super().__init__(root, graph=graph)
         self.wanted = wanted
         self.kept: Values = {}
 
-    def values_for(self, inputs: Mapping[str, Any]) -> Values:
-        """The wanted nodes' values, by name, in a call with these keyword arguments."""
-        names = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
-        self.run(*(inputs[name] for name in names))
+    def values_for(self, inputs: tuple[Any, ...]) -> Values:
+        """The wanted nodes' values, by name, in a call with these inputs."""
+        self.run(*inputs)
         return self.kept
 
     def run_node(self, n: fx.Node) -> Any:

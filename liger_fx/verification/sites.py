@@ -10,7 +10,7 @@ sign cannot hide behind bfloat16. In the dtype the module's error may not be lar
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import fx, nn
 
 from liger_fx.errors import one_line
-from liger_fx.tracing.trace import Trace
 from liger_fx.verification.accuracy import ROUNDING, Comparison
 from liger_fx.verification.measure import Run
 from liger_fx.verification.pairing import pairs
@@ -58,24 +57,32 @@ class SiteChecks:
         self.parameters = dict(opt.named_parameters(remove_duplicate=False))
         self._found: dict[str, _Found] = {}
 
-    def run(self, traced: Trace, rewritten: fx.Graph, calls: Iterable[Mapping[str, Any]]) -> None:
-        """Run every node of `rewritten` (its targets are paths below the model) that a rule made.
+    def run(
+        self,
+        plain: nn.Module,
+        traced: fx.Graph,
+        rewritten: fx.Graph,
+        prefix: str,
+        calls: Iterable[tuple[Any, ...]],
+    ) -> None:
+        """Run every node of `rewritten` that a rule made.
 
-        calls: keyword arguments of calls that `traced`, the same model's graph before, serves.
+        plain, traced: the block as the model has it and its graph before it was rewritten; calls:
+        inputs of that graph. prefix: where the graph's paths begin in the model.
         Raises LookupError where the two graphs do not fit together.
         """
-        places = [Place.of(pair) for pair in pairs(traced.graph, rewritten)]
+        places = [Place.of(pair) for pair in pairs(traced, rewritten)]
         wanted = {node for place in places for node in place.read()}
-        exactly = in_float64(traced.root)
+        exactly = in_float64(plain)
         for inputs in calls:
-            values = Capture(traced, wanted).values_for(inputs)
+            values = Capture(plain, traced, wanted).values_for(inputs)
             for place in places:
-                path = str(place.pair.call.target)
+                path = prefix + str(place.pair.call.target)
                 module = self.opt.get_submodule(path)
                 rule = place.pair.call.meta["rewrite"].rule
                 found = self._found.setdefault(path, _Found(path, rule, type(module).__name__))
                 if found.fault is None:
-                    found.fault = self._run(place, traced.root, exactly, module, values, found)
+                    found.fault = self._run(place, plain, exactly, module, values, found, prefix)
 
     def _run(
         self,
@@ -85,12 +92,13 @@ class SiteChecks:
         module: nn.Module,
         values: Values,
         found: _Found,
+        prefix: str,
     ) -> str | None:
         """Add one call's runs of a site to what was found; why that cannot be, if it cannot."""
         own: dict[str, str] = {}
         names = {id(p): name for name, p in module.named_parameters(remove_duplicate=False)}
         for path, parameter in place.parameters(traced).items():
-            counterpart = self._counterpart(path, parameter)
+            counterpart = self._counterpart(prefix + path, parameter)
             if id(counterpart) not in names:
                 return f"the model's {path} is no parameter of the module"
             if counterpart is not parameter and not torch.equal(counterpart, parameter):

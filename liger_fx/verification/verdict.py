@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from liger_fx.errors import UsageError
-from liger_fx.graph_model import GraphModel
+from liger_fx.model.block import Block
 from liger_fx.report.folding import fold
 from liger_fx.report.verified import Verified
 from liger_fx.verification.accuracy import ROUNDING, Comparison
@@ -99,7 +99,7 @@ def verify(
         model, opt = copy.deepcopy((model, opt))  # together: they share their parameters
         model, opt = model.to(dtype), opt.to(dtype)
         calls = [in_dtype(call, dtype) for call in calls]
-    if isinstance(opt, GraphModel):
+    if isinstance(opt, Block):
         more, remarks = calls_of_plans(opt, calls)
         calls += more
     totals = measure(model, opt, calls)
@@ -124,7 +124,7 @@ def _check_arguments(model: Any, opt: Any, dtype: Any) -> None:
     for which, value in (("original", model), ("optimised model", opt)):
         if not isinstance(value, nn.Module):
             raise UsageError(f"The {which} is a {type(value).__name__}, not a torch.nn.Module.")
-    if isinstance(model, GraphModel) and not isinstance(opt, GraphModel):
+    if isinstance(model, Block) and not isinstance(opt, Block):
         raise UsageError("The original comes first: verify(model, opt).")
     if dtype is not None and dtype not in ROUNDING:
         known = ", ".join(map(str, ROUNDING))

@@ -19,7 +19,7 @@ from liger_fx.engine.site import Site
 from liger_fx.engine.term import Term
 from liger_fx.engine.terms import Terms
 from liger_fx.tracing.call import CallSpec, InputSpec, named_arguments
-from liger_fx.tracing.retry import trace_tree
+from liger_fx.tracing.retry import trace_block
 from liger_fx.tracing.trace import Trace
 
 BATCH, TOKENS = 3, 5
@@ -56,7 +56,7 @@ def trace(module: nn.Module, *inputs: torch.Tensor) -> Trace:
         name: InputSpec(tuple(named.get(n, n) for n in tensor.shape), tensor.dtype, tensor.device)
         for name, tensor in named_arguments(type(module).forward, inputs, {}).items()
     }
-    return trace_tree(module, CallSpec(specs, {}, {name: size for size, name in named.items()}))
+    return trace_block(module, CallSpec(specs, {name: size for size, name in named.items()}))
 
 
 def term_of(function: Callable[..., Any], *inputs: torch.Tensor) -> Term:
