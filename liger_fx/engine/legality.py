@@ -12,6 +12,8 @@ from liger_fx.engine.rule import Reject, Replacement
 from liger_fx.engine.term import Term, describe
 from liger_fx.engine.writes import Writes, written
 from liger_fx.tracing.effects import is_region_boundary
+from liger_fx.tracing.leaf_modules import is_linear
+from liger_fx.tracing.tree_state import hooks_of, is_capturing
 
 # Canonical operators whose results are tensors of their own.
 _FRESH = {
@@ -32,6 +34,20 @@ def check_readers(match: Match) -> None:
         for user in node.users:
             if user not in inside:
                 raise Reject(f"an inner result is also read by {describe(user)}", node)
+
+
+def check_hooks(match: Match, facts: Facts) -> None:
+    """No hook of the user's stands on a module that would not be called any more.
+
+    (Linear layers are called by the named module.)
+    """
+    for node in dict.fromkeys((*match.covered, match.root)):
+        if node.op != "call_module":
+            continue
+        module = facts.module(str(node.target))
+        hooks = (hook for kind in hooks_of(module) for hook in kind.values())
+        if not is_linear(module) and not all(map(is_capturing, hooks)):
+            raise Reject(f"a hook stands on {node.target}, which would not run", node)
 
 
 def check_effects(match: Match, facts: Facts) -> None:

@@ -19,7 +19,7 @@ from liger_fx.engine.drawer import Drawer
 from liger_fx.engine.edits import Insertion, Rewrite, erase_unread, follow
 from liger_fx.engine.facts import Facts
 from liger_fx.engine.garbage import garbage_kept
-from liger_fx.engine.legality import check_effects, check_readers
+from liger_fx.engine.legality import check_effects, check_hooks, check_readers
 from liger_fx.engine.match import Match
 from liger_fx.engine.mounting import Mounting, Plan
 from liger_fx.engine.pairs import Group, insertion_point, pair_up
@@ -94,6 +94,7 @@ class _Pass:
         match.found = self.rule.check(match)
         check_readers(match)
         check_effects(match, self.facts)
+        check_hooks(match, self.facts)
         plan = self.mounting.plan(match)
         left_out = self.selection.refusal(self.rule.name, plan.path)
         if left_out is not None:

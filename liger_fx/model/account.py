@@ -62,7 +62,7 @@ def _operators(root: Block, blocks: dict[str, Block], *, after: bool) -> dict[st
     def count(block: Any, number: int) -> Counter[str]:
         key = id(block._block.alike), number
         if key not in known:
-            plan: Plan = block.plans[number]
+            plan: Plan = block._block.alike.plans[number]
             own = count_operators(plan.graph, block) if after else plan.operators or {}
             total = Counter(own)
             for path, inner in plan.inner:
@@ -76,19 +76,16 @@ def _operators(root: Block, blocks: dict[str, Block], *, after: bool) -> dict[st
         total = Counter()
         for block in blocks.values():
             if block.plans:
-                total.update(count(block, 0))
+                total.update(count(block, block._block.alike.plans.index(block.plans[0])))
     return dict(sorted(total.items()))
 
 
 def _sites(blocks: dict[str, Block]) -> Iterator[Site]:
     for path, block in blocks.items():
-        seen = set()
+        told = set[tuple[str, str]]()  # by the graphs of other kinds of calls
         for plan in block.plans:
-            for site in plan.sites:
-                key = site.rule, site.path, site.after or site.before
-                if key not in seen:
-                    seen.add(key)
-                    yield _below(site, path)
+            yield from (_below(s, path) for s in plan.sites if (s.rule, s.path) not in told)
+            told.update((site.rule, site.path) for site in plan.sites)
 
 
 def _below(site: Site, path: str) -> Site:

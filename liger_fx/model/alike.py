@@ -36,6 +36,14 @@ class Alike:
         self.refusals = Refusals()
         self._members: list[weakref.ref[nn.Module]] = []
 
+    def shared(self, ints: dict[str, int]) -> dict[str, int]:
+        """Those of a block's ints that all of these blocks share."""
+        return {path: value for path, value in ints.items() if path not in self.attributes}
+
+    def is_like(self, key: Hashable, ints: dict[str, int]) -> bool:
+        """Whether a block that is described so is one of these."""
+        return key == self.key and self.shared(ints) == self.ints
+
     def add(self, block: nn.Module) -> None:
         """Count a block in."""
         self._members.append(weakref.ref(block))

@@ -105,7 +105,7 @@ class Block(fx.GraphModule):
     @property
     def plans(self) -> list[Plan]:
         """A graph for each kind of call met so far; alike blocks share them."""
-        return self._block.alike.plans
+        return [p for p in self._block.alike.plans if p.guards.holds_for_attributes(self)]
 
     @property
     def graph(self) -> fx.Graph:

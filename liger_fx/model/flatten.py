@@ -73,7 +73,7 @@ class _Inliner:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if "plan" in node.meta:
             inner: Any = block.get_submodule(str(node.target))
-            plan = inner.plans[node.meta["plan"]]
+            plan = inner._block.alike.plans[node.meta["plan"]]
             arguments = named_arguments(inner.block_class.forward, args, kwargs)
             inputs = list(self._leaves(plan.guards.call.arguments, arguments))
             return self.inline(inner, plan, inputs, f"{prefix}{node.target}.")

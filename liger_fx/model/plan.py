@@ -85,8 +85,9 @@ class Plan:
         yield self.state_of(block)
         for path, number in self.inner:
             inner = block.get_submodule(path)
-            if len(inner._block.alike.members) == 1 and number < len(inner.plans):
-                yield from inner.plans[number].states_of(inner)
+            alike = inner._block.alike
+            if len(alike.members) == 1 and number < len(alike.plans):
+                yield from alike.plans[number].states_of(inner)
 
     @property
     def inner(self) -> list[tuple[str, int]]:
@@ -111,7 +112,7 @@ class Plan:
         tree = dict(block.named_modules())
         return {path: tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])}
 
-    def run(self, block: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    def run(self, block: Any, inputs: tuple[Any, ...]) -> Any:
         """The graph's result for inputs that ``take`` handed out.
 
         UsageError where modules that the graph names are no longer there.
@@ -126,7 +127,7 @@ class Plan:
             if missing is None:
                 raise
             raise UsageError(
-                f"{missing} is gone: the module tree was changed after it was traced. Change the "
+                f"{'.'.join(filter(None, (block._block.path, missing)))} is gone: the module tree was changed after it was traced. Change the "
                 "model that this one was made from, and optimise that again."
             ) from error
 

@@ -24,7 +24,7 @@ from liger_fx.model.plan import Plan
 from liger_fx.report.facts import TreeRow
 from liger_fx.report.verified import Verified
 from liger_fx.tracing.call import CallSpec, UnsupportedCall, with_sizes_of
-from liger_fx.tracing.inner_blocks import NeedsPlan
+from liger_fx.tracing.inner_blocks import NeedsPlan, NoPlan
 from liger_fx.tracing.retry import trace_block
 from liger_fx.tracing.trace import Result, Trace
 from liger_fx.tracing.tracer import Plans
@@ -55,7 +55,7 @@ class Planner:
         self.verified: Verified | None = None
         self.fallbacks: list[Fallback] = []
         self.lock = threading.RLock()
-        self._alike: dict[Hashable, Alike] = {}
+        self._alike: list[Alike] = []
 
     # -- which blocks are alike -------------------------------------------------------------------
 
@@ -71,8 +71,8 @@ class Planner:
             made.setdefault(key, []).append((block, ints))
         for key, group in made.items():
             alike = Alike(key, differing([ints for _, ints in group]))
-            alike.ints = {p: i for p, i in group[0][1].items() if p not in alike.attributes}
-            self._alike[key] = alike
+            alike.ints = alike.shared(group[0][1])
+            self._alike.append(alike)
             for block, _ in group:
                 alike.add(block)
                 block._block.alike = alike
@@ -98,20 +98,38 @@ class Planner:
         if len(alike.members) < 2:
             return
         key, ints = self._key(block._block.path, block)
-        own = {p: i for p, i in ints.items() if p not in alike.attributes}
         if alike.key is None:  # of a copied model: nothing was changed since
-            alike.key, alike.ints = key, own
-            self._alike[key] = alike
-        if key == alike.key and own == alike.ints:
+            alike.key, alike.ints = key, alike.shared(ints)
+            self._alike.append(alike)
+        if alike.is_like(key, ints):
             return
         alike.remove(block)
-        found = self._alike.get(key)
-        if found is None or found.ints != own:
+        found = next((other for other in self._alike if other.is_like(key, ints)), None)
+        if found is None:
             found = Alike(key, tuple(p for p in alike.attributes if p in ints))
-            found.ints = own
-            self._alike[key] = found
+            found.ints = found.shared(ints)
+            self._alike.append(found)
         found.add(block)
         block._block.alike = found
+
+    def _split(self, alike: Alike, block: Any, plan: Plan) -> None:
+        """The code of ``block`` asks for ints that the others do not all share: those that hold
+        others part from it."""
+        asked = plan.guards.attributes.values()
+        others = [m for m in alike.members if not plan.guards.holds_for_attributes(m)]
+        alike.attributes = tuple(p for p in alike.attributes if p not in asked)
+        alike.ints = {**alike.ints, **{path: int_at(block, path) for path in asked}}
+        for member in others:
+            alike.remove(member)
+            ints = {**alike.ints, **{path: int_at(member, path) for path in asked}}
+            found = next((o for o in self._alike if o.key == alike.key and o.ints == ints), None)
+            if found is None:
+                found = Alike(alike.key, alike.attributes)
+                found.ints, found.plans = ints, list(alike.plans)
+                self._alike.append(found)
+            found.add(member)
+            member._block.alike = found
+            member._block.states.clear()
 
     # -- plans ------------------------------------------------------------------------------------
 
@@ -145,14 +163,15 @@ class Planner:
             operators = count_operators(traced.graph, block)
             rewriting = rewrite(traced, discover(), self.selection.below(block._block.path))
             plan = Plan(traced, tuple(rewriting.sites), operators)
+        if plan.guards.attributes:
+            self._split(alike, block, plan)
         transplant = Transplant(block, before)
         for other in alike.members:
-            if other is not block and plan.guards.holds_for_attributes(other):
+            if other is not block:
                 transplant.onto(other)
         if transplant.new and len(alike.members) > 1:
             alike.key, ints = self._key(block._block.path, block)
-            alike.ints = {p: i for p, i in ints.items() if p not in alike.attributes}
-            self._alike[alike.key] = alike
+            alike.ints = alike.shared(ints)
             for member in alike.members:  # earlier plans look at what is there now
                 member._block.states.clear()
         alike.plans.append(plan)
@@ -167,7 +186,7 @@ class Planner:
         exact: bool = False,
     ) -> Trace:
         """The trace of a call, not rewritten; blocks inside get the plans that it needs."""
-        ints = {path: _int_at(block, path) for path in block._block.alike.attributes}
+        ints = {path: int_at(block, path) for path in block._block.alike.attributes}
         plans = Plans(of=self._result_of, attributes=ints, exact=exact)
         forward = block.block_class.forward
         while isinstance(
@@ -189,7 +208,7 @@ class Planner:
     def _result_of(self, block: Any, call: CallSpec) -> tuple[int, Result] | None:
         for arguments, reason in block._block.failed:
             if arguments == call.arguments:
-                raise UnsupportedCall(f"{block._block.path or 'the model'}: {reason}")
+                raise NoPlan(reason)
         for number, plan in enumerate(block._block.alike.plans):
             if plan.result is not None and _serves(plan, block, call):
                 return number, plan.result
@@ -245,7 +264,8 @@ def _serves(plan: Plan, block: Any, call: CallSpec) -> bool:
     )
 
 
-def _int_at(block: nn.Module, path: str) -> int:
+def int_at(block: nn.Module, path: str) -> int:
+    """The int that a module of the block holds."""
     owner, _, name = path.rpartition(".")
     value: int = vars(block.get_submodule(owner))[name]
     return value

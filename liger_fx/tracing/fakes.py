@@ -96,6 +96,18 @@ class FakeWorld:
         self._fresh.append(made)
         return made
 
+    def fresh_number(self, hint: int) -> Any:
+        """The same for a number of which nothing is known, not that it is positive either."""
+        hint = hint if self.exact else self._another_hint()
+        self._hints.add(hint)
+        source = ConstantSource(f"fresh_{len(self._fresh)}")
+        symbol = self.shape_env.create_unspecified_symbol(
+            hint, source=source, dynamic_dim=DimDynamic.DYNAMIC
+        )
+        made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+        self._fresh.append(made)
+        return made
+
     def _another_hint(self, hints: tuple[int, ...] = ()) -> int:
         numbers = itertools.chain(hints, itertools.count(_MORE_HINTS, 4))
         return next(number for number in numbers if number not in self._hints)

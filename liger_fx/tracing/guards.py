@@ -55,7 +55,8 @@ class Guards:
     ``sizes`` are Python expressions over the names of sizes, and over ``attributes``, which map
     names to the ints of modules that alike blocks do not share. ``grad_enabled`` is None where the
     graph serves both; ``autocast`` maps device types to the dtype autocast had, or None where it
-    was off. ``reads`` are what the code asked of opaque arguments.
+    was off. ``reads`` are what the code asked of opaque arguments; ``numbers`` what it compared,
+    by the names that ``sizes`` have for it.
     """
 
     call: CallSpec
@@ -66,12 +67,15 @@ class Guards:
     attention_fixed: bool
     attributes: dict[str, str] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()
+    numbers: dict[str, Read] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """Each assumption as a line of text."""
         lines = [f"{name} is {spec}" for name, spec in self.call.arguments.items()]
         lines.append("no other input is given")
-        lines += [f"{guard}, asked by the model's code" for guard in self.sizes]
+        told = {name: f"{r.argument}{_steps_text(r.steps)}" for name, r in self.numbers.items()}
+        sizes = (_with_places(guard, told) for guard in self.sizes)
+        lines += [f"{guard}, asked by the model's code" for guard in sizes]
         lines += [f"{read}, asked by the model's code" for read in self.reads]
         lines.append(f"the model is in {'train' if self.training else 'eval'} mode")
         if self.grad_enabled is not None:
@@ -97,7 +101,8 @@ class Guards:
         scope = {"math": math, "block": block}
         sizes = {size for spec in self.call.tensors.values() for size in spec.sizes}
         asked = (set(_NAME.findall(guard)) for guard in self.sizes)
-        own = [not names & sizes and names & places.keys() for names in asked]
+        others = sizes | self.numbers.keys()
+        own = [not names & others and names & places.keys() for names in asked]
         return all(
             eval(_with_places(guard, places), scope)
             for guard, is_own in zip(self.sizes, own, strict=True)
@@ -144,6 +149,8 @@ class _TakeWriter:
         names = dict(zip((name for name, _ in guards.call.leaves()), self.inputs, strict=True))
         # A symbol may also appear in a guard without being an input's size when its input was not
         # given.
+        for name, read in guards.numbers.items():
+            self.bound[name] = f"({names[read.argument]}{_steps_text(read.steps)})"
         self.conditions += [f"({_with_places(guard, self.bound)})" for guard in guards.sizes]
         self.conditions += [self._read(read, names) for read in guards.reads]
         body = [f"        {line}" for line in self.lines]

@@ -40,6 +40,10 @@ class NeedsPlan(BaseException):
         self.call, self.examples = call, examples
 
 
+class NoPlan(Exception):
+    """A block inside can have no graph for its call; the text says why."""
+
+
 class NeedsInside(BaseException):
     """What the model wants to see happens inside a block: the trace must go through it."""
 

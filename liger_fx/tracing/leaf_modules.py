@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.memo import Unknowable, run_without_grad
-from liger_fx.tracing.recorder import Recorder
+from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.stand_ins import origin_of
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 
@@ -113,6 +114,10 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
     first = list(world.symbols.values())[:2]
     if len(first) == 2:
         sizes.setdefault(world.hint(first[0]) * world.hint(first[1]), first[0] * first[1])
+
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if origin_of(leaf) is not None:
+            raise CannotRecord(f"{type(module).__name__} is given a cache")
 
     def example(value: Any) -> Any:
         if isinstance(value, FakeTensor):

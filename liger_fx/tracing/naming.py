@@ -18,12 +18,17 @@ from liger_fx.tracing.call import CallSpec, Namer, UnsupportedCall, is_mask
 # The sizes that transformers models share between inputs, by the inputs' names.
 _TRANSFORMERS_SIZES: dict[str, tuple[str, ...]] = {
     "input_ids": ("batch", "sequence"),
+    "inputs_embeds": ("batch", "sequence", ""),
     "attention_mask": ("batch", "sequence"),
     "position_ids": ("batch", "sequence"),
     "token_type_ids": ("batch", "sequence"),
     "labels": ("batch", "sequence"),
-    "inputs_embeds": ("batch", "sequence", ""),
+    "decoder_input_ids": ("batch", "decoder_sequence"),
+    "decoder_inputs_embeds": ("batch", "decoder_sequence", ""),
+    "decoder_attention_mask": ("batch", "decoder_sequence"),
+    "decoder_position_ids": ("batch", "decoder_sequence"),
 }
+_SAYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -41,48 +46,73 @@ def describe_call(block: nn.Module, arguments: Mapping[str, Any], *, inner: bool
     """
     if is_transformers(block) and "is_causal" in arguments:
         raise UnsupportedCall("is_causal, which rewrites the config while the call lasts")
-    hidden = _first_hidden(arguments) if inner else None
-    return _Names(is_transformers(block), hidden).describe(arguments)
-
-
-def _first_hidden(arguments: Mapping[str, Any]) -> torch.Tensor | None:
-    for value in arguments.values():
-        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
-            return value
-    return None
+    names = _Names(is_transformers(block))
+    if inner:
+        names.take_hidden(arguments)
+    elif names.is_transformers:
+        names.take_inputs(arguments)
+    return names.describe(arguments)
 
 
 class _Names(Namer):
-    """Names by what the inputs are called; a size whose name alone says nothing gets a hint."""
+    """Names by what the inputs are called; a size whose name alone says nothing gets a hint.
 
-    def __init__(self, is_transformers: bool, hidden: torch.Tensor | None) -> None:
+    values: what the named sizes are in this call.
+    """
+
+    def __init__(self, is_transformers: bool) -> None:
         super().__init__()
-        self.is_transformers, self.hidden = is_transformers, hidden
+        self.is_transformers = is_transformers
+        self.values: dict[str, int] = {}
+        self.hidden: torch.Tensor | None = None
+        self.has_cache = False
+
+    def take_inputs(self, arguments: Mapping[str, Any]) -> None:
+        """Learn the sizes from the inputs that say what they are."""
+        for name in _SAYS:
+            value = arguments.get(name)
+            if isinstance(value, torch.Tensor) and value.ndim == len(_TRANSFORMERS_SIZES[name]):
+                for size, known in zip(value.shape, _TRANSFORMERS_SIZES[name], strict=True):
+                    if known:
+                        self.values.setdefault(known, int(size))
+        self.has_cache = arguments.get("past_key_values") is not None
+
+    def take_hidden(self, arguments: Mapping[str, Any]) -> None:
+        """Learn them from the hidden states that a block inside a model is handed."""
+        for value in arguments.values():
+            if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
+                self.hidden = value
+                self.values = {"batch": int(value.shape[0]), "sequence": int(value.shape[1])}
+                return
 
     def sizes(self, name: str, tensor: torch.Tensor) -> tuple[int | str, ...]:
-        known = _TRANSFORMERS_SIZES.get(name, ()) if self.is_transformers else ()
+        known: tuple[str, ...] = ()
         if tensor is self.hidden:
             known = ("batch", "sequence", "")
-        known = known if len(known) == tensor.ndim else ()
-        return tuple(
-            self._size(name, dim, int(size), known, tensor) for dim, size in enumerate(tensor.shape)
-        )
+        elif self.is_transformers and self.hidden is None:
+            known = _TRANSFORMERS_SIZES.get(name, ())
+        elif self.hidden is not None and tensor.ndim < 4:
+            # A row of one is broadcast over the batch, or the batch is one row: it may stay so.
+            known = ("batch" if tensor.shape[:1] != (1,) else "", "sequence")
+        elif self.hidden is not None:
+            known = ("batch",)
+        known = (*known, *[""] * tensor.ndim)[: tensor.ndim]
+        sizes = enumerate(zip(tensor.shape, known, strict=True))
+        return tuple(self._size(name, dim, int(size), k, tensor) for dim, (size, k) in sizes)
 
     def _size(
-        self, name: str, dim: int, size: int, known: tuple[str, ...], tensor: torch.Tensor
+        self, name: str, dim: int, size: int, known: str, tensor: torch.Tensor
     ) -> int | str:
-        # A size of one may be a broadcast one (position_ids of all rows), so it is taken as it is,
-        # except where the name of the input says what it is.
-        if known:
-            fixed = not known[dim] or (size == 1 and name == "position_ids")
-            return size if fixed else known[dim]
-        if size == 1:
+        if known and self.values.setdefault(known, size) == size:
+            # With a cache the mask covers what the cache holds, too.
+            if not (self.has_cache and name.endswith("attention_mask") and dim == 1):
+                return known
+        elif size == 1:  # perhaps a broadcast one (position_ids of all rows): taken as it is
             return 1
-        shared = dim == 0 or (dim == 1 and tensor.ndim < 4)
-        if self.hidden is not None and shared and size == self.hidden.shape[dim]:
-            return ("batch", "sequence")[dim]
+        if tensor is self.hidden or (name in _TRANSFORMERS_SIZES and dim == 2):
+            return size  # the width
         named = f"{name}_{dim}"
         self.hints[named] = size
-        if is_mask(tensor) and dim > 1:
+        if (is_mask(tensor) and dim > 1) or self.has_cache:
             self.loose.add(named)
         return named

@@ -13,10 +13,14 @@ import sympy
 from torch.utils._sympy.printers import PythonPrinter
 
 from liger_fx.tracing.fakes import FakeWorld
+from liger_fx.tracing.recorder import CannotRecord
 
 
 def size_guards(world: FakeWorld, own_guards: Iterable[Any]) -> list[str]:
-    """Size comparisons of the model's own code, and sizes of inputs that came out fixed or tied."""
+    """Size comparisons of the model's own code, and sizes of inputs that came out fixed or tied.
+
+    CannotRecord for a comparison with a size that no check before the call can know.
+    """
     names = {str(size.node._expr): name for name, size in world.symbols.items()}
     printer = PythonPrinter()
 
@@ -27,8 +31,11 @@ def size_guards(world: FakeWorld, own_guards: Iterable[Any]) -> list[str]:
     def is_known(expr: sympy.Basic) -> bool:
         return {str(s) for s in expr.free_symbols} <= names.keys()
 
-    # A size that has no name comes out of an operation: only the graph, as it runs, can tell it.
-    guards = {text(guard.expr) for guard in own_guards if is_known(guard.expr)}
+    guards = set()
+    for guard in own_guards:
+        if not is_known(guard.expr):
+            raise CannotRecord("a branch depends on a size that only the graph, as it runs, can tell")
+        guards.add(text(guard.expr))
     for name, size in world.symbols.items():
         now = size.node.expr
         if now != size.node._expr and is_known(now):

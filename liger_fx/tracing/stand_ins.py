@@ -43,6 +43,9 @@ class Host(Protocol):
     def attribute_of(self, size: torch.SymInt) -> str | None:
         """The path of the block's own int behind this symbolic size, if it is one."""
 
+    def ask(self, number: torch.SymInt, read: Read) -> None:
+        """Note how a number can be read before the graph runs, should the code compare it."""
+
 
 class Origin:
     """Where a stand-in comes from: the argument and the steps from it, or a node of the graph
@@ -171,8 +174,12 @@ class Origin:
             node = self._node_of_call(name, args, kwargs)
             world = recorder.world
             if isinstance(value, int):
-                return recorder.bind(world.fresh_size(value), node)
-            return recorder.bind(tuple(map(world.fresh_size, value)), node)
+                number = world.fresh_number(value)
+                if self.argument is not None and not self.changed and not kwargs:
+                    step = ("call", name, *map(self.step_value, args))
+                    self.host.ask(number, Read(self.argument, (*self.steps, step), value))
+                return recorder.bind(number, node)
+            return recorder.bind(tuple(map(world.fresh_number, value)), node)
 
     def _update(self, key: Any, value: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
         """All keys and values of the layer: of a length that nothing in the call tells."""

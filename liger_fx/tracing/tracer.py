@@ -48,6 +48,7 @@ from liger_fx.tracing.inner_blocks import (
     InnerNames,
     NeedsInside,
     NeedsPlan,
+    NoPlan,
     ResultObject,
     Results,
     changed_by_call,
@@ -161,6 +162,7 @@ class HFTracer(fx.Tracer, Recording):
         self.stack: list[tuple[ModuleCall, nn.Module]] = [(self.calls[0], root)]
         self.paths = {module: path for path, module in root.named_modules()}
         self.reads: list[Read] = []
+        self.numbers: dict[str, Read] = {}
         self._named_tensors = named_tensors(root)
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
@@ -188,7 +190,7 @@ class HFTracer(fx.Tracer, Recording):
     def _guards(self, call: CallSpec) -> Guards:
         """The assumptions of the trace that just finished in this thread's modes."""
         asked = self.recorder.grad_mode_asked or not torch.is_grad_enabled()
-        sizes = size_guards(self.world, self.recorder.own_guards)
+        sizes = self.size_guards
         if values := self._asked_attributes(sizes):
             raise AsksAttributes(values)
         fixed = self.plans.fixed_attributes
@@ -202,6 +204,7 @@ class HFTracer(fx.Tracer, Recording):
             attention_fixed=self.leaves.masks_are_read,
             attributes={_symbol(path): path for path in fixed},
             reads=tuple(self.reads),
+            numbers={n: r for n, r in self.numbers.items() if any(n in guard for guard in sizes)},
         )
 
     def _placeholders(self, call: CallSpec, examples: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +261,7 @@ class HFTracer(fx.Tracer, Recording):
             owner, _, name = path.rpartition(".")
             module = self.root.get_submodule(owner)
             symbol = _symbol(path)
-            size = self.world.fresh_size(value)
+            size = self.world.fresh_number(value)
             self.world.symbols[symbol] = size
             self._attribute_names[symbol] = path
             self.recorder.sizes.define_later(size, functools.partial(self._get_attr, path))
@@ -270,6 +273,12 @@ class HFTracer(fx.Tracer, Recording):
             for module, name, size, value in held:
                 if module.__dict__.get(name) is size:
                     module.__dict__[name] = value
+
+    def ask(self, number: torch.SymInt, read: Read) -> None:
+        """Note how a number can be read before the graph runs, should the code compare it."""
+        name = f"asked_{len(self.numbers)}"
+        self.numbers[name] = read
+        self.world.symbols[name] = number
 
     def _asked_attributes(self, guards: list[str]) -> list[str]:
         """The symbolic attributes whose value the code asked for: there the example was a wrong
@@ -292,6 +301,7 @@ class HFTracer(fx.Tracer, Recording):
                 result = forward(self.root, **arguments)
                 recorder.take_own_guards()
                 recorder.recording = False
+                self.size_guards = size_guards(self.world, recorder.own_guards)
                 return describe_result(result, self.world), self._output_argument(result)
             except (Untraceable, TraceError, UnsupportedCall):
                 raise
@@ -372,7 +382,10 @@ class HFTracer(fx.Tracer, Recording):
             names = InnerNames(self.world)
             call = names.describe(arguments)
             values = flat_inputs(call.arguments, arguments)
-            known = self.plans.of(block, call)
+            try:
+                known = self.plans.of(block, call)
+            except NoPlan as reason:
+                raise Untraceable([*self._stack(), (path, block)], None, str(reason)) from None
             if known is None:
                 raise NeedsPlan(block, call, examples_of(call, values))
             number, result = known

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import liger_fx
 from tests.support.families import FAMILIES
 from tests.support.pairs import pair
 
@@ -98,7 +99,8 @@ def test_the_tree_tells_the_truth(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sites_name_nodes_of_the_graph(name: str) -> None:
     model, opt = pair(name)
-    called = {f"call_module {node.target}" for node in opt.graph.nodes if node.op == "call_module"}
+    flat = liger_fx.flatten(opt)
+    called = {f"call_module {node.target}" for node in flat.graph.nodes if node.op == "call_module"}
     classes = {type(module).__name__ for module in model.modules()}
     for site in opt.report.rewritten:
         assert site.after in called
@@ -108,7 +110,7 @@ def test_sites_name_nodes_of_the_graph(name: str) -> None:
         assert site.before_class in classes
         assert site.before, "the nodes it replaced are named"
         assert site.source is not None and site.source[0].endswith(".py")
-    opt.graph.lint()
+    flat.graph.lint()
 
 
 def expected_paths(model: Any) -> tuple[set[str], set[str]]:
