@@ -5,6 +5,7 @@ too large to install again) and holds a stand-in for the PyPI package `kernels`.
 """
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -35,7 +36,10 @@ print(json.dumps({
 
 
 def run(*command: object, cwd: Path) -> str:
-    result = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    # PYTHONPATH may name the checkout, and an installed copy is what is asked for
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [str(part) for part in command]
+    result = subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -108,7 +112,10 @@ def test_wheel_from_sdist(python: Path, source: Path, tmp_path: Path) -> None:
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('..'))"
     run(sys.executable, "-c", build, cwd=project)
     (wheel,) = unpacked.glob("*.whl")
-    tops = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert wheel.name.startswith(f"liger_fx-{liger_fx.__version__}-")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"liger_fx"}
     install(python, wheel)
     check(python, python.parent.parent)
@@ -116,5 +123,5 @@ def test_wheel_from_sdist(python: Path, source: Path, tmp_path: Path) -> None:
 
 def test_one_version_is_named_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == liger_fx.__version__
+    assert "version" not in project and project["dynamic"] == ["version"]
     assert f"## {liger_fx.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -65,7 +65,7 @@ def copied(parameter: str) -> Plant:
 
 
 def swap_roles(module: nn.Module) -> None:
-    roles = module.roles
+    roles: Any = module.roles
     module.roles = {**roles, "gate": roles["up"], "up": roles["gate"]}
 
 

@@ -102,13 +102,13 @@ _GUARDS = [
     "batch / (batch - 2) > 0", "((batch**8)**8)**8 > 1", "1/0 > 1", "max() > 1", "abs(1, 2) > 0",
     "round(batch, -10**9) > 0", "batch > 1 # ", "(batch >\n1)", "batch - batch",
 ]  # fmt: skip
-_VIEWS = [
+_VIEWS: list[tuple[str, str, list[Any]]] = [
     ("call_function", "getattr", ["data"]), ("call_method", "detach", []),
     ("call_method", "view", [-1]), ("call_function", "operator.getitem", [0]),
     ("call_function", "torch.transpose", [0, -1]), ("call_method", "float", []),
     ("call_function", "torch.add", [1]), ("call_method", "chunk", [2]),
 ]  # fmt: skip
-_WRITES = [
+_WRITES: list[tuple[str, str, list[Any]]] = [
     ("call_method", "fill_", [0.5]), ("call_method", "zero_", []),
     ("call_function", "operator.setitem", [0, 0.5]), ("call_function", "operator.iadd", [1]),
     ("call_function", "torch.nn.init.zeros_", []), ("call_method", "requires_grad_", [False]),

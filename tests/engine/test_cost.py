@@ -103,6 +103,6 @@ def test_bytes_are_those_that_pytorch_moves_and_keeps(family: str, dtype: torch.
         assert really <= traffic <= 1.05 * really
 
 
-def told(cost: Cost) -> tuple[int, int]:
+def told(cost: Cost) -> tuple[int, ...]:
     """(traffic, kept) for one token."""
     return tuple(amount.per_token + amount.fixed for amount in (cost.traffic, cost.saved))

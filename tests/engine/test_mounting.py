@@ -156,7 +156,7 @@ class ComputesMore(Inner):
 
 
 class TwoResults(Inner):
-    def forward(self, x: T) -> T:
+    def forward(self, x: T) -> Any:
         return x.tanh() * self.scale, x.cos()
 
 
@@ -252,7 +252,7 @@ class Split(nn.Module):
 def test_parts_in_two_modules_are_mounted_on_the_one_around_them_that_is_no_container() -> None:
     pair = bend(Split())
     assert [n.target for n in pair.traced.graph.nodes if n.op == "call_module"] == ["bent"]
-    assert len(pair.traced.root.layers) == 2
+    assert len(pair.traced.root.layers) == 2  # type: ignore[arg-type]
     assert max(differences(pair, rows())) < 1e-6
     (reason,) = rewritten([BendOwnOnly()], Split(), rows()).reasons
     assert reason.startswith("its parts sit in different modules, layers.0 and layers.1 (tanh(sin)")

@@ -46,8 +46,8 @@ SAME = {
         lambda m, x: x.mean(dim=(-1,), keepdim=True),
         lambda m, x: x.mean(axis=-1, keepdim=True),
         lambda m, x: x.mean(-1, keepdims=True),
-        lambda m, x: torch.mean(x, axis=(-1,), keepdims=True),
-        lambda m, x: torch.sum(a=x, axis=-1, keepdims=True) / 8,
+        lambda m, x: torch.mean(x, axis=(-1,), keepdims=True),  # type: ignore[call-overload]
+        lambda m, x: torch.sum(a=x, axis=-1, keepdims=True) / 8,  # type: ignore[call-overload]
         lambda m, x: x.sum(-1, keepdim=True) / 8,
         lambda m, x: x.mean(-1).unsqueeze(-1),
         lambda m, x: x.mean(-1)[..., None],

@@ -14,7 +14,7 @@ from tests.kernels.accuracy import DEVICE
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory holds NaN, so that an element no kernel wrote shows."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
 

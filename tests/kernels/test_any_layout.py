@@ -4,6 +4,8 @@ Under Triton's interpreter and on a GPU this compares the kernels with PyTorch; 
 derivatives that are written out with those that autograd finds.
 """
 
+from typing import Any
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -109,7 +111,7 @@ def test_rope(
     cos, sin = torch.randn(2, *shape, device=DEVICE)
     grad = like(x, data.draw(st.permutations(range(4))))
     form = Form(source, target, half_tables)
-    flags = {"interleaved_in": source, "interleaved_out": target, "half_tables": half_tables}
+    flags: Any = {"interleaved_in": source, "interleaved_out": target, "half_tables": half_tables}
     agree(
         with_gradients(lambda x: rope(x, cos, sin, **flags), (x,), grad),
         with_gradients(lambda x: rope_reference(x, cos, sin, form), (x,), grad),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ HEADS: dict[str, Callable[[Draw, int, int], torch.Tensor]] = {
 @pytest.mark.parametrize("width, dim", [(8, 8), (6, 10)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_form(
-    form: dict[str, bool], width: int, dim: int, dtype: torch.dtype, device: str
+    form: dict[str, Any], width: int, dim: int, dtype: torch.dtype, device: str
 ) -> None:
     q = torch.randn(2, 3, 5, dim, device=device).to(dtype)
     k = torch.randn(2, 1, 5, dim, device=device).to(dtype)
@@ -169,7 +170,7 @@ def test_half_input_and_float32_tables(out_dtype: torch.dtype | None, device: st
 
 
 @forms
-def test_float64_is_computed_in_float64(form: dict[str, bool], device: str) -> None:
+def test_float64_is_computed_in_float64(form: dict[str, Any], device: str) -> None:
     x, grad = torch.randn(2, 2, 3, 5, 12, device=device, dtype=torch.float64)
     cos, sin = tables(1, 5, 5 if form["half_tables"] else 10, device, torch.float64)
     exact = with_gradients(lambda x: textbook(x, cos, sin, **form), (x,), grad)

@@ -80,7 +80,7 @@ def check(
     closer(ours[:1], eager[:1], exact[:1], 1.1)
     closer(ours[1:], eager[1:], exact[1:], 1.1)
     for one in zip(ours, eager, exact, strict=True):
-        closer(*([t] for t in one), 1.5)
+        closer([one[0]], [one[1]], [one[2]], 1.5)
 
 
 @activations
@@ -176,7 +176,7 @@ def test_repr() -> None:
 
 def test_what_is_refused() -> None:
     layers = separate()
-    roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    roles: dict[str, Any] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     with pytest.raises(ValueError, match="LigerSwiGLUMLP computes silu, not gelu"):
         LigerSwiGLUMLP(layers, **roles, activation="gelu")
     with pytest.raises(ValueError, match="LigerGEGLU computes gelu or gelu_tanh, not relu"):
@@ -185,7 +185,7 @@ def test_what_is_refused() -> None:
         LigerSwiGLUMLP(layers, **roles | {"up": "wu"})
     for wrong in ({"gate": "gate_proj"}, {"gate": "gate_proj", "gate_up": "up_proj"}, {}):
         with pytest.raises(ValueError, match="names of gate and up, or of gate_up alone"):
-            LigerSwiGLUMLP(layers, down="down_proj", **wrong)
+            LigerSwiGLUMLP(layers, down="down_proj", **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown activation 'tanh'"):
         LigerMLP(layers, fc1="up_proj", fc2="down_proj", activation="tanh")
     with pytest.raises(ValueError, match="fc1='fc1' is not among the children"):

@@ -1,6 +1,5 @@
 """The page in a real browser: open, search, unfold, choose a site, read its drawing, use keys."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,21 +58,15 @@ def small(chrome: Chrome, tmp_path: Path) -> Page:
 
 
 @pytest.mark.parametrize("layers", [32, LAYERS])
-def test_it_is_small_and_opens_in_two_seconds(
+def test_it_is_small_and_opens_folded(
     chrome: Chrome, llama_file: Path, tmp_path: Path, layers: int
 ) -> None:
     if layers != LAYERS:
         llama_file = tmp_path / "report.html"
         made(layers).save(llama_file)
     assert llama_file.stat().st_size < 5_000_000
-    times = []
-    for _ in range(3):
-        chrome.get("about:blank")
-        start = time.perf_counter()
-        page = Page(chrome, llama_file)
-        page.run("return document.body.offsetHeight")
-        times.append(time.perf_counter() - start)
-    assert min(times) < 2, times
+    page = Page(chrome, llama_file)
+    assert len(page.rows()) < 20  # as many for any number of layers: no more to lay out
     assert page.complaints() == []
     assert page.run("return performance.getEntriesByType('resource').length") == 0
     assert page.one("h1").text == "LlamaForCausalLM"
@@ -81,7 +74,6 @@ def test_it_is_small_and_opens_in_two_seconds(
     assert page.one(".facts").text.split("\n")[:3] == [
         "Sites rewritten", sites, f"of {sites} found",
     ]  # fmt: skip
-    print(f"{layers} layers: {llama_file.stat().st_size} bytes, {min(times):.3f} s")
 
 
 def test_alike_layers_are_one_row_that_unfolds(page: Page) -> None:
@@ -90,9 +82,7 @@ def test_alike_layers_are_one_row_that_unfolds(page: Page) -> None:
         "model", "  model", "    embed_tokens", "    layers", "      0–127", "        self_attn",
     ]  # fmt: skip
     assert page.one(".times").text == "128 ×" and len(folded) < 20
-    start = time.perf_counter()
     page.one(".times").click()
-    assert time.perf_counter() - start < 2
     unfolded = page.rows()
     assert [r.strip() for r in unfolded if r.startswith("        ")] == [str(i) for i in range(128)]
     page.row("model.layers.77").find_element("css selector", ".twist").click()

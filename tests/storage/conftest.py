@@ -1,4 +1,4 @@
-"""One thread, transformers kept quiet, and one tiny optimised Llama saved for all tests to read."""
+"""Transformers kept quiet, and one tiny optimised Llama saved for all tests to read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 import liger_fx
@@ -15,8 +14,7 @@ from tests.support.families import build
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_quiet_thread() -> None:
-    torch.set_num_threads(1)
+def quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +31,7 @@ def test_what_is_no_regular_file(name: str, kind: str, saved: Path) -> None:
         (saved / name).mkdir()
     else:
         (saved / name).symlink_to("/dev/zero")
-    start = time.perf_counter()
     refused(saved, f"{name}: cannot be read: is no regular file")
-    assert time.perf_counter() - start < 10
 
 
 def test_a_pipe_as_the_graph_or_the_index(saved: Path) -> None:

@@ -185,7 +185,7 @@ class CountsInPlace(Writes):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.add_(1)
-        return self.linear(x) * float(self.seen)
+        return self.linear(x) * float(self.seen)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [Counts, Averages, Logs, CountsInPlace])
@@ -250,7 +250,7 @@ def test_what_is_left_behind_can_be_read_from_outside() -> None:
     assert [leaf.path for leaf in opt.plans[0].opaque] == ["stores"]
     for x in (X, 2 * X):
         assert torch.equal(opt(x), model(x))
-        assert torch.equal(opt.stores.loss, model.stores.loss)
+        assert torch.equal(opt.stores.loss, model.stores.loss)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [ReadsLoss, WritesToAnother])
@@ -266,6 +266,9 @@ def test_the_code_around_is_called_too_where_it_reads_or_writes(make: type[nn.Mo
 
 class WritesTheSame(Writes):
     """Writes that change nothing: an equal value, a cast without effect, a buffer in place."""
+
+    table: torch.Tensor
+    seen: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
