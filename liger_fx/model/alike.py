@@ -17,6 +17,7 @@ from torch import nn
 from liger_fx.model.plan import Plan
 from liger_fx.model.refusals import Refusals
 from liger_fx.tracing.call import PLAIN
+from liger_fx.tracing.tree_state import hooks_of, is_capturing
 
 _INTERNALS = frozenset(vars(nn.Module()))
 _OWN = frozenset(("_block", "_origins"))
@@ -87,7 +88,9 @@ def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:
             for name, t in group.items()
         )
         kind = getattr(module, "block_class", type(module))
-        parts.append((path, kind, tuple(plain), tensors))
+        hooks = [hook for hooks in hooks_of(module) for hook in hooks.values()] if path else []
+        is_hooked = not all(map(is_capturing, hooks))
+        parts.append((path, kind, tuple(plain), tensors, is_hooked))
     return tuple(parts), ints
 
 

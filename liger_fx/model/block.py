@@ -51,7 +51,7 @@ class BlockState:
     def __init__(self, path: str, planner: Planner, alike: Alike) -> None:
         self.path, self.planner, self.alike = path, planner, alike
         self.states: list[Ready] = []
-        self.failed: list[tuple[Any, str]] = []
+        self.failed: list[tuple[Any, Exception]] = []
         self.meta: dict[str, Any] = {}
 
     def ready(self, block: Block) -> list[Ready]:

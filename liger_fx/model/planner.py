@@ -202,7 +202,7 @@ class Planner:
                 self.plan(block, needed.call, needed.examples, exact=exact)
                 return
             except (LigerFxError, UnsupportedCall) as error:
-                first = first or str(error)
+                first = first or error
         block._block.failed.append((needed.call.arguments, first))
 
     def _result_of(self, block: Any, call: CallSpec) -> tuple[int, Result] | None:

@@ -41,7 +41,11 @@ class NeedsPlan(BaseException):
 
 
 class NoPlan(Exception):
-    """A block inside can have no graph for its call; the text says why."""
+    """A block inside can have no graph for its call; ``cause`` says why."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class NeedsInside(BaseException):

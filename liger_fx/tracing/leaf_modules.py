@@ -71,6 +71,7 @@ def infer_leaf(
         return _infer_by_running(recorder, module, args, kwargs)
 
     forward = getattr(module, "block_class", type(module)).forward
+    args, kwargs = pytree.tree_map(_simulated, (args, kwargs))
 
     def run() -> Any:
         return forward(module, *args, **kwargs)
@@ -80,6 +81,15 @@ def infer_leaf(
     except Unknowable:
         return run_without_grad(run)
     return recorder.memo.infer(key, run, args, kwargs)
+
+
+def _simulated(value: Any) -> Any:
+    """What a leaf's code may work with in place of a cache."""
+    origin = origin_of(value)
+    if origin is None:
+        return value
+    origin.change()
+    return origin.simulated()
 
 
 def _module_key(module: nn.Module) -> Hashable:

@@ -80,6 +80,10 @@ def _innermost(failure: Untraceable, opaque: dict[type, Any]) -> type | None:
 
 def _explain(failure: Untraceable) -> TraceError:
     path, module = failure.stack[-1]
+    if isinstance(failure.inner, TraceError):  # of a block inside: its own path is below that one
+        told = failure.inner
+        path = f"{path}.{told.module}".rstrip(".")
+        return TraceError(path, told.source, told.cause, told.way_out)
     return TraceError(
         module=path,
         source=failure.source,

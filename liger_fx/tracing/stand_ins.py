@@ -120,6 +120,8 @@ class Origin:
     def attribute(self, name: str) -> Any:
         """What the model's code gets for ``object.name``."""
         recorder = self.host.recorder
+        if not recorder.recording:
+            raise CannotRecord(f"{name} of a {self._class_name} is asked where no trace looks")
         with recorder.paused():
             value = getattr(self.example, name)
         if isinstance(value, PLAIN):
@@ -197,16 +199,20 @@ class Origin:
             self.change()
             return recorder.bind(results, node)
 
+    def simulated(self) -> Any:
+        """A copy of the example that holds fakes, to try things on."""
+        if self._simulated is None:
+            self._simulated = self.host.recorder.world.copied(self.example)
+        return self._simulated
+
     def _state(self, name: str, args: Any, kwargs: Any) -> Any:
         recorder = self.host.recorder
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             node = self._node_of_call(name, args, kwargs)
-            if self._simulated is None:
-                self._simulated = recorder.world.copied(self.example)
             concrete = [_concrete(value) for value in args]
             keywords = {key: _concrete(value) for key, value in kwargs.items()}
-            result = getattr(self._simulated, name)(*concrete, **keywords)
+            result = getattr(self.simulated(), name)(*concrete, **keywords)
             self.change()
             return recorder.bind(pytree.tree_map(recorder.world.renewed, result), node)
 

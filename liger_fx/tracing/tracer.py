@@ -88,7 +88,8 @@ class AsksAttributes(BaseException):
 class Untraceable(Exception):
     """The trace stopped inside the innermost module of ``stack``; the cause is the text.
 
-    ``writes`` are attributes that the model's code changed, where that is the cause.
+    ``writes`` are attributes that the model's code changed, where that is the cause; ``inner`` is
+    why a block inside has no graph, if that is it.
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class Untraceable(Exception):
         source: Source | None,
         cause: str,
         writes: tuple[Place, ...] = (),
+        inner: Exception | None = None,
     ) -> None:
         super().__init__(cause)
-        self.stack, self.source, self.writes = stack, source, writes
+        self.stack, self.source, self.writes, self.inner = stack, source, writes, inner
 
 
 @dataclass(frozen=True)
@@ -350,16 +352,15 @@ class HFTracer(fx.Tracer, Recording):
             path is None
         ):  # made on the fly by the model's code: its parameters are constants to the graph
             return _forward_of(module)(module, *args, **kwargs)
-        if self.is_leaf_module(module, path):
-            return self._call_leaf(module, path, args, kwargs)
-        if is_block(module) and module is not self.root and not self.plans.inside:
+        if is_block(module) and not self.plans.inside and not self.is_leaf_module(module, path):
             return self._call_block(module, path, args, kwargs)
+        if self.is_leaf_module(module, path) or _around(module):
+            return self._call_leaf(module, path, args, kwargs)
         call = ModuleCall(len(self.calls), path, type(module), self.stack[-1][0].index)
         self.calls.append(call)
         call.args, call.kwargs = self._noted(args), self._noted(kwargs)
         self.stack.append((call, module))
         try:
-            self._refuse_hooks(module)
             result = _forward_of(module)(module, *args, **kwargs)
             self._refuse_fixed_sizes()
         except (Untraceable, TraceError, UnsupportedCall):
@@ -385,7 +386,8 @@ class HFTracer(fx.Tracer, Recording):
             try:
                 known = self.plans.of(block, call)
             except NoPlan as reason:
-                raise Untraceable([*self._stack(), (path, block)], None, str(reason)) from None
+                stack = [*self._stack(), (path, block)]
+                raise Untraceable(stack, None, str(reason), inner=reason.cause) from None
             if known is None:
                 raise NeedsPlan(block, call, examples_of(call, values))
             number, result = known
@@ -426,6 +428,8 @@ class HFTracer(fx.Tracer, Recording):
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             reason = self._opaque_reason(module)
             concrete = type(module) in self.opaque_classes
+            if reason is None and not is_leaf(module):
+                reason = _around(module), None
             try:
                 # What it writes to itself it writes again when the graph calls it.
                 with self.hidden.shown(module), attributes_kept(module):
@@ -458,23 +462,6 @@ class HFTracer(fx.Tracer, Recording):
         if is_parametrized_code(module):
             return "torch.nn.utils.parametrize computes its parameters at each call", None
         return self.opaque_classes.get(type(module))
-
-    def _refuse_hooks(self, module: nn.Module) -> None:
-        """What happens around a module's call would be lost in a graph: it stays a module that is
-        called."""
-        cause = ""
-        if not all(is_capturing(hook) for hooks in hooks_of(module) for hook in hooks.values()):
-            cause = "a hook stands on it"
-        elif any(GLOBAL_HOOKS):
-            cause = "a hook stands on all modules"
-        elif (
-            isinstance(module, GradientCheckpointingLayer)
-            and module.gradient_checkpointing
-            and module.training
-        ):
-            cause = "it is checkpointed"
-        if cause:
-            raise Untraceable(self._stack(), None, cause)
 
     def _refuse_writes(self, before: Snapshot) -> None:
         """What the code writes to the model a flat graph would not: find the module that does."""
@@ -594,6 +581,17 @@ def _told(error: Exception) -> str:
     text = " ".join(" ".join(lines).split())
     most = max(300, len(" ".join(first.split())))
     return text if len(text) <= most else text[: most + 1].rpartition(" ")[0] + " ..."
+
+
+def _around(module: nn.Module) -> str:
+    """What happens around a module's call and would be lost if the graph went through it: such a
+    module is called. "" if there is nothing."""
+    if not all(is_capturing(hook) for hooks in hooks_of(module) for hook in hooks.values()):
+        return "a hook stands on it"
+    if any(GLOBAL_HOOKS):
+        return "a hook stands on all modules"
+    checkpointed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    return "it is checkpointed" if checkpointed and module.training else ""
 
 
 def _symbol(path: str) -> str:
