@@ -33,7 +33,7 @@ class Writes:
 
     def records_gradients(self, place: fx.Node) -> bool:
         """Whether grad mode is on at that node."""
-        on = self.facts.trace.guards.grad_enabled
+        on = self.facts.trace.guards.grad_enabled is not False
         for node, position in self.facts.effects.items():
             if position > self.facts.position[place]:
                 break
