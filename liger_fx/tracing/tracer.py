@@ -60,6 +60,7 @@ from liger_fx.tracing.inner_blocks import (
     rebuilt,
 )
 from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf, is_parametrized_code
+from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.patches import patched
 from liger_fx.tracing.recorder import CannotRecord, Recorder, Recording
 from liger_fx.tracing.root_state import (
@@ -240,8 +241,11 @@ class HFTracer(fx.Tracer, Recording):
             node.meta["spec"] = self.world.metadata(fake).spec
             set_node(fake, node)
             return fake
+        if isinstance(spec, Number) and spec.size is None:
+            number = traced_number(examples[name])
+            set_node(number, node)
+            return number
         if isinstance(spec, Number):
-            assert spec.size is not None
             return self.world.size(spec.size, call.hints.get(spec.size))
         if name not in examples:
             raise UnsupportedCall(f"{name}, {spec}, of which there is no example")
