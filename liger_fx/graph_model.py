@@ -14,7 +14,6 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from os import PathLike
 from typing import Any
 
 import torch
@@ -147,18 +146,6 @@ class GraphModel(fx.GraphModule):
             self._warned.add(text)
             name = self.model_class.__name__
             warnings.warn(f"{name}: {text}", FallbackWarning, stacklevel=5)
-
-    def to_folder(self, folder: str | PathLike[str], module_name: str | None = None) -> None:
-        """Write ``.graph`` as a Python package: readable source, config and safetensors weights.
-
-        The package needs liger_fx's modules, not its tracer, and no pickle; its ``load()`` makes
-        the model. ``module_name`` is what its class is called, the model's own name by default.
-        Raises SaveError for what is no model of transformers, or when ``folder`` holds anything
-        else.
-        """
-        from liger_fx.storage.folder import to_folder
-
-        to_folder(self, folder, module_name or self.model_class.__name__)
 
     def __str__(self) -> str:
         """The module tree under the modules' true names; ``.code`` and ``.graph`` show the

@@ -30,6 +30,15 @@ MAY_IMPORT = {
         "liger_fx.planning",
         "liger_fx.graph_model",
     ),
+    "liger_fx.source": (
+        "liger_fx.modules",
+        "liger_fx.tracing",
+        "liger_fx.report",
+        "liger_fx.storage",
+        "liger_fx.errors",
+        "liger_fx.plan",
+        "liger_fx.graph_model",
+    ),
 }
 # Other people's packages that a room must work without.
 MAY_NOT_IMPORT = {

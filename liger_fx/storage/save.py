@@ -34,6 +34,7 @@ from liger_fx.storage.names import (
     GENERATION_CONFIG,
     GRAPH,
     INDEX,
+    SAVED_GRAPH,
     report_name,
 )
 from liger_fx.storage.plans import encode_plan
@@ -73,7 +74,7 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
             f"This {type(opt).__name__} has no weights, it is on the meta device: save it with "
             "weights=False."
         )
-    with replacing(Path(path)) as folder:
+    with replacing(Path(path), SAVED_GRAPH) as folder:
         write_file(folder / GRAPH, [dump(document)])
         if document["model"]["model_type"] is not None:
             write_configs(opt, folder)

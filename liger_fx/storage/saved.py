@@ -17,7 +17,7 @@ from liger_fx.storage.checks import inside
 from liger_fx.storage.document import Document
 from liger_fx.storage.json_file import CONFIG_BYTES, REPORT_BYTES, parse, shown
 from liger_fx.storage.names import BUFFERS, CONFIG, GENERATION_CONFIG, GRAPH, report_name
-from liger_fx.storage.opening import read_file
+from liger_fx.storage.reading import read_file
 from liger_fx.storage.stored import Stored
 
 

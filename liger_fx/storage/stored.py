@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +18,7 @@ from liger_fx.errors import LoadError
 from liger_fx.storage.checks import OBJECT, expect, inside
 from liger_fx.storage.json_file import parse, shown
 from liger_fx.storage.names import GRAPH, INDEX, WEIGHTS
-from liger_fx.storage.opening import read_file
+from liger_fx.storage.reading import read_file
 from liger_fx.storage.tensors import Entry, read_header, read_tensor
 from liger_fx.storage.weights import Tensor
 
@@ -112,34 +110,6 @@ class Stored:
             name = min(left)
             place = f"{left[name][0].name}.{shown(name)}"
             raise LoadError("the graph has no such tensor, but the weights do", place)
-
-
-@contextmanager
-def unreplaced(path: Path) -> Iterator[None]:
-    """LoadError if another directory takes the place of ``path`` during the block: what was read
-    would be half of one and half of the other."""
-    if sys.platform == "win32" or not path.is_dir():
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY)  # while it is open, no other gets its number
-    replaced = LoadError("was replaced while it was read: load it again", str(path))
-    try:
-        yield
-        if not _is_at(handle, path):
-            raise replaced
-    except LoadError:
-        if not _is_at(handle, path):
-            raise replaced from None
-        raise
-    finally:
-        os.close(handle)
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except OSError:
-        return False
 
 
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

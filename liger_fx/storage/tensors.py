@@ -24,7 +24,7 @@ import torch
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.storage.checks import LIST, STRING, fields, inside
 from liger_fx.storage.json_file import parse, shown
-from liger_fx.storage.opening import opened
+from liger_fx.storage.reading import opened
 
 _MAX_HEADER = 100_000_000
 _DTYPES = {

@@ -17,7 +17,7 @@ import torch
 import liger_fx
 from liger_fx.errors import LoadError
 from liger_fx.graph_model import GraphModel
-from liger_fx.storage import directory, skeleton, unfinished
+from liger_fx.storage import directory, skeleton
 from liger_fx.storage.stored import Stored
 from tests.storage.files import contents
 from tests.support.families import build
@@ -145,7 +145,7 @@ def test_a_save_holds_what_it_writes(
     seen = []
 
     def sync(folder: Path) -> None:
-        seen.append((folder.name, unfinished._is_held(folder)))
+        seen.append((folder.name, directory._is_held(folder)))
 
     monkeypatch.setattr(directory, "_sync", sync)
     liger_fx.save(llama, tmp_path / "graph")

@@ -32,8 +32,8 @@ class Disk:
         def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             original(path, map(self._count, chunks))
 
-        for module in ("save", "folder"):
-            monkeypatch.setattr(f"liger_fx.storage.{module}.write_file", write_file)
+        for module in ("storage.save", "source.folder"):
+            monkeypatch.setattr(f"liger_fx.{module}.write_file", write_file)
 
     def _count(self, chunk: bytes | memoryview) -> bytes | memoryview:
         self.writes += 1
@@ -66,7 +66,7 @@ def test_a_full_disk_at_any_write_leaves_what_was_there(
     assert contents(folder) == wanted and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["_sync", "_put_in_place", "check_replaceable"])
+@pytest.mark.parametrize("name", ["_sync", "_put_in_place", "_check_replaceable"])
 def test_a_failing_step_leaves_what_was_there(
     name: str, saved: Path, llama: GraphModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

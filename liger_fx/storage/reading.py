@@ -1,6 +1,7 @@
-"""Files of a saved graph are opened here: regular files only.
+"""Files of a saved graph are opened here: regular files only, of one directory.
 
-model.safetensors made by mkfifo   ->   LoadError, at once; opening it would wait for a writer
+model.safetensors made by mkfifo     ->   LoadError, at once; opening it would wait for a writer
+a save to the directory that is read ->   LoadError: half of one graph and half of another
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,3 +59,31 @@ def read_file(file: Path) -> bytes:
 
 def _unreadable(error: Exception) -> LoadError:
     return LoadError(f"cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+@contextmanager
+def unreplaced(path: Path) -> Iterator[None]:
+    """LoadError if another directory takes the place of ``path`` during the block: what was read
+    would be half of one and half of the other."""
+    if sys.platform == "win32" or not path.is_dir():
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)  # while it is open, no other gets its number
+    replaced = LoadError("was replaced while it was read: load it again", str(path))
+    try:
+        yield
+        if not _is_at(handle, path):
+            raise replaced
+    except LoadError:
+        if not _is_at(handle, path):
+            raise replaced from None
+        raise
+    finally:
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
