@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx.errors import LigerFxError, LoadError
+from liger_fx.errors import LoadError
 from liger_fx.report import GraphDiff
 from liger_fx.report.json_face import from_data
 from liger_fx.storage import config, document
@@ -93,10 +93,6 @@ def _read_reports(folder: Path, count: int, there: bool) -> list[GraphDiff | Non
         if not there:
             reports.append(None)
             continue
-        try:
-            reports.append(from_data(parse(read_file(folder / name), REPORT_BYTES), "it"))
-        except LoadError as error:
-            raise error.inside(name) from None
-        except LigerFxError as error:
-            raise LoadError(str(error), name) from None
+        with inside(name):
+            reports.append(from_data(parse(read_file(folder / name), REPORT_BYTES)))
     return reports
