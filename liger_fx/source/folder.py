@@ -187,16 +187,16 @@ def _plain(imports: dict[str, set[str]]) -> list[str]:
 def _module_lines(opt: nn.Module) -> Iterator[str]:
     """Lines that put each named module into its place."""
     for record in named_modules.describe(opt):
-        here = path_text(record["path"])
-        parameters = inspect.signature(named_modules.CLASSES[record["class"]]).parameters
-        options = {n: v for n, v in record["options"].items() if v != parameters[n].default}
-        children = [f"{name!r}: {path_text(name, here)}" for name in record["children"]]
+        here = path_text(record.path)
+        parameters = inspect.signature(named_modules.CLASSES[record.class_]).parameters
+        options = {n: v for n, v in record.options.items() if v != parameters[n].default}
+        children = [f"{name!r}: {path_text(name, here)}" for name in record.children]
         given = [f"{{{', '.join(children)}}}"] if children else []
         given += [f"{name_text(name)}={value_text(value)}" for name, value in options.items()]
-        if record["parameters"] and not children:
-            given.append(f"weight={path_text(record['parameters'][0], here)}")
-        yield from folded(f"{_mount(record['path'])}{record['class']}(", given, "))")
-        yield from (f"{_mount(path)}{here})" for path in record.get("also", ()))
+        if record.parameters and not children:
+            given.append(f"weight={path_text(record.parameters[0], here)}")
+        yield from folded(f"{_mount(record.path)}{record.class_}(", given, "))")
+        yield from (f"{_mount(path)}{here})" for path in record.also)
 
 
 def _mount(path: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import is_dataclass
 from types import ModuleType
 from typing import Any
@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from liger_fx.codec import shown
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.report.facts import versions
-from liger_fx.storage.checks import OBJECT, STRING, expect, fields
 from liger_fx.storage.facts import Describer
-from liger_fx.storage.json_file import shown
 from liger_fx.storage.model_code import (
     hash_of_module,
     hash_of_running,
@@ -35,17 +34,18 @@ from liger_fx.storage.model_code import (
     text_of,
 )
 from liger_fx.storage.reach import Reach
+from liger_fx.storage.records import Fingerprint
 from liger_fx.storage.sources import locate, module_of
 from liger_fx.storage.tree import Original, full_name
 
 _LOOK_UPS = "transformers.modeling_utils"
 
 
-def fingerprint(model: Original, graphs: Iterable[fx.Graph]) -> dict[str, Any]:
+def fingerprint(model: Original, graphs: Iterable[fx.Graph]) -> Fingerprint:
     """The files of the classes of ``model``, of the functions that their forwards reach and of the
     lines that the graphs' nodes come from; what the names in them stand for.
 
-    None stands for the code of a module whose source is in no file.
+    No hash stands for the code of a module whose source is in no file.
     """
     reach = model.reach
     names = {b.__module__ for cls in reach.classes for b in cls.__mro__}
@@ -57,32 +57,32 @@ def fingerprint(model: Original, graphs: Iterable[fx.Graph]) -> dict[str, Any]:
         traced = {module_of(locate(source)[0]) for source in sources}
         # modeling_utils and liger_fx are where calls pass through, not what computes
         names |= {n for n in traced if n != _LOOK_UPS and not n.startswith("liger_fx.")}
-    code = {name: hash_of_module(name) for name in sorted(names)}
+    code = {name: hash_of_module(name) or "" for name in sorted(names)}
     code |= dict(sorted(_functions(reach).items()))
-    return {"code": code, "names": dict(sorted(_names(reach).items())), "versions": versions()}
+    return Fingerprint(code, dict(sorted(_names(reach).items())), versions())
 
 
-def require(record: Mapping[str, Any]) -> dict[str, Any]:
+def require(record: Fingerprint) -> Fingerprint:
     """The fingerprint; SaveError where code has no file, so that no change could be noticed."""
-    for name, digest in record["code"].items():
-        if digest is None:
+    for name, digest in record.code.items():
+        if not digest:
             raise SaveError(
                 f"The code of {name} is in no file, so that a later change of it could not be "
                 "noticed: put it into a module."
             )
-    return dict(record)
+    return record
 
 
-def _functions(reach: Reach) -> dict[str, str | None]:
+def _functions(reach: Reach) -> dict[str, str]:
     """What the files of model code do not tell: functions of transformers around a forward, and
     functions that run otherwise than they are written."""
-    found: dict[str, str | None] = {}
+    found: dict[str, str] = {}
     for function in reach.functions.values():
         home = home_of(function)
         name = f"{home}:{function.__code__.co_qualname}"
         if not is_model_code(home):
             if not home.startswith("torch"):
-                found[name] = text_of(function)
+                found[name] = text_of(function) or ""
         elif not is_as_written(function):
             found[f"{name} as it runs"] = hash_of_running(function)
     return found
@@ -120,24 +120,16 @@ def _name_of(value: Any) -> str | None:
     return full_name(value) if isinstance(value, type) else None
 
 
-def check(record: Any) -> None:
-    """LoadError unless it has the form of a fingerprint."""
-    fields(record, {"code": OBJECT, "names": OBJECT, "versions": OBJECT})
-    for name, part in record.items():
-        for key, value in part.items():
-            expect(value, STRING, f"{name}.{shown(key)}")
-
-
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def compare(saved: Fingerprint, now: Fingerprint) -> None:
     """LoadError, naming what changed, unless the code is what it was."""
-    then, code = ({**record["names"], **record["code"]} for record in (saved, now))
+    then, code = ({**record.names, **record.code} for record in (saved, now))
     changed = sorted(name for name in then.keys() | code.keys() if then.get(name) != code.get(name))
     if not changed:
         return
     pairs = [
-        f"{name} {saved['versions'].get(name, 'none')}, here {version}"
-        for name, version in now["versions"].items()
-        if saved["versions"].get(name) != version and name != "python"
+        f"{name} {saved.versions.get(name, 'none')}, here {version}"
+        for name, version in now.versions.items()
+        if saved.versions.get(name) != version and name != "python"
     ]
     versions_then = f" It was saved with {'; '.join(pairs)}." if pairs else ""
     raise LoadError(

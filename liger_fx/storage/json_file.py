@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from liger_fx.codec import shown
 from liger_fx.errors import LoadError
 
 GRAPH_BYTES = 256 * 2**20
@@ -90,12 +91,6 @@ def _check_depth(value: Any) -> None:
 def _nests(value: Any) -> list[Any]:
     items = value.values() if type(value) is dict else value if type(value) is list else ()
     return [item for item in items if type(item) in (dict, list)]
-
-
-def shown(value: Any) -> str:
-    """A value from a file as an error shows it: quoted, in ASCII, and not too long."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def dump(value: Any) -> bytes:

@@ -8,6 +8,7 @@ Names that are looked up must be plain strings in the file, never what another n
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -15,21 +16,20 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 from transformers import masking_utils
 from transformers.utils.generic import ModelOutput
 
+from liger_fx.codec import shown
 from liger_fx.errors import LoadError
-from liger_fx.storage.json_file import shown
 from liger_fx.storage.targets import (
-    ARITY,
     ENTER_AUTOCAST,
     EXIT_AUTOCAST,
     OPERATORS,
     PROPERTIES,
     SET_GRAD_ENABLED,
 )
-from liger_fx.storage.values import DTYPES
 from liger_fx.tracing import leaves
 from liger_fx.tracing.patches import CACHE_METHODS
 
@@ -54,13 +54,18 @@ class Reference(NamedTuple):
 
 def check(name: str, target: Any, args: Args, kwargs: Kwargs) -> Reference | None:
     """LoadError unless these arguments suit the function; a name that is to be resolved, if any."""
-    if target in OPERATORS and (kwargs or len(args) != ARITY.get(target, 2)):
-        raise LoadError(f"takes {ARITY.get(target, 2)} values, not {len(args)}", "args")
+    if target in OPERATORS and (kwargs or len(args) != _arity(target)):
+        raise LoadError(f"takes {_arity(target)} values, not {len(args)}", "args")
     checker = _CHECKERS.get(target)
     if checker is None:
         return None
     reference = checker(args, kwargs)
     return Reference(name, reference, target is leaves.model_output) if reference else None
+
+
+@functools.cache
+def _arity(operator: Any) -> int:
+    return len(inspect.signature(operator).parameters)
 
 
 def _check_getattr(args: Args, kwargs: Kwargs) -> None:
@@ -109,7 +114,7 @@ def _check_grad_mode(args: Args, kwargs: Kwargs) -> None:
 def _check_enter_autocast(args: Args, kwargs: Kwargs) -> None:
     if kwargs or len(args) != 4 or not _matches(_DEVICE_TYPE, args[0]):
         raise LoadError("has other arguments than (device type, dtype, enabled, cache)")
-    if args[1] is not None and args[1] not in DTYPES.values():
+    if not isinstance(args[1], torch.dtype | None):
         raise LoadError(f"{shown(args[1])} is no dtype")
     _shape(args[2:], {}, (bool, bool))
 

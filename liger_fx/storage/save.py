@@ -9,6 +9,7 @@ unless ``load`` would take it, and nothing is replaced before all of it is on th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from liger_fx.codec import encode
 from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError, SaveError, UsageError
 from liger_fx.graph_model import GraphModel
@@ -37,12 +39,14 @@ from liger_fx.storage.names import (
     SAVED_GRAPH,
     report_name,
 )
-from liger_fx.storage.plans import encode_plan
+from liger_fx.storage.plans import plan_record
+from liger_fx.storage.records import Document, ModelRecord
 from liger_fx.storage.saved import read_saved
 from liger_fx.storage.sources import portable
 from liger_fx.storage.tensors import chunks
 from liger_fx.storage.tree import ATTRIBUTE, Slot
-from liger_fx.storage.weights import Tensor, describe, encode, index_of, shards
+from liger_fx.storage.values import FORMS
+from liger_fx.storage.weights import Tensor, describe, index_of, records, shards
 
 
 def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> None:
@@ -69,14 +73,14 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
         )
     tensors = describe(opt, wanted_tensors(plans))
     document = _document(opt, plans, tensors, weights)
-    if document["device"] == "meta" and weights:
+    if document.device.type == "meta" and weights:
         raise SaveError(
             f"This {type(opt).__name__} has no weights, it is on the meta device: save it with "
             "weights=False."
         )
     with replacing(Path(path), SAVED_GRAPH) as folder:
-        write_file(folder / GRAPH, [dump(document)])
-        if document["model"]["model_type"] is not None:
+        _write_document(folder, document)
+        if document.model.model_type is not None:
             write_configs(opt, folder)
         for i, plan in enumerate(plans):
             if plan.report is not None:
@@ -101,17 +105,20 @@ def _problem(opt: GraphModel, folder: Path) -> str | None:
     except LoadError as error:
         raise SaveError(f"This {type(opt).__name__} has no form in a file: {error}") from error
     try:
-        skeleton.check(skeleton.from_config(saved), saved.document)
+        skeleton.check(skeleton.from_config(saved), saved)
     except LoadError as error:
         return str(error)
     return None
 
 
-def _make_bindable_only(folder: Path, document: dict[str, Any]) -> None:
+def _write_document(folder: Path, document: Document) -> None:
+    write_file(folder / GRAPH, [dump(encode(document, FORMS))])
+
+
+def _make_bindable_only(folder: Path, document: Document) -> None:
     for name in (GRAPH, CONFIG, GENERATION_CONFIG):
         (folder / name).unlink(missing_ok=True)
-    document["model"]["model_type"] = None
-    write_file(folder / GRAPH, [dump(document)])
+    _write_document(folder, replace(document, model=replace(document.model, model_type=None)))
 
 
 def write_configs(opt: Any, folder: Path) -> None:
@@ -146,46 +153,35 @@ def wanted_tensors(plans: list[Plan]) -> Callable[[Slot], bool]:
 
 def _document(
     opt: GraphModel, plans: list[Plan], tensors: list[Tensor], with_weights: bool
-) -> dict[str, Any]:
+) -> Document:
     device = _device_of(opt)
     settings: Any = getattr(opt, "config", None)
-    rebuilt = is_known(opt.model_class, settings)
+    known = is_known(opt.model_class, settings)
+    has_config = isinstance(settings, PreTrainedConfig)
     original = tree.Original(opt)
-    return {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "model": {
-            "class": opt.model_class.__name__,
-            "model_type": settings.model_type if rebuilt else None,
-        },
-        "fingerprint": fingerprint.require(
-            fingerprint.fingerprint(original, [plan.graph for plan in plans])
-        ),
-        "device": str(device),
-        "training": opt.training,
-        "other_modes": [p for p, m in opt.named_modules() if m.training != opt.training],
-        "weights": with_weights,
-        "selection": _encode_selection(opt._make_plan),
-        "implementations": _implementations(settings),
-        "modules": original.describe({path for plan in plans for path in plan.paths}),
-        "named_modules": named_modules.describe(opt),
-        "tensors": encode(tensors),
-        "plans": [encode_plan(plan, device) for plan in plans],
-    }
+    traced_from = fingerprint.fingerprint(original, [plan.graph for plan in plans])
+    return Document(
+        format=FORMAT,
+        schema=SCHEMA,
+        model=ModelRecord(opt.model_class.__name__, settings.model_type if known else None),
+        fingerprint=fingerprint.require(traced_from),
+        device=device,
+        training=opt.training,
+        other_modes=[p for p, m in opt.named_modules() if m.training != opt.training],
+        weights=with_weights,
+        selection=_selection(opt._make_plan),
+        implementations=config.implementations(settings) if has_config else {},
+        modules=original.describe({path for plan in plans for path in plan.paths}),
+        named_modules=named_modules.describe(opt),
+        tensors=list(records(tensors)),
+        plans=[plan_record(plan, device) for plan in plans],
+    )
 
 
-def _implementations(settings: Any) -> dict[str, Any]:
-    return config.implementations(settings) if isinstance(settings, PreTrainedConfig) else {}
-
-
-def _encode_selection(make_plan: Any) -> dict[str, Any] | None:
+def _selection(make_plan: Any) -> Selection | None:
     if not isinstance(make_plan, Planner):
         raise SaveError("The model makes its graphs in a way that no file can say.")
-    selection: Selection | None = make_plan.selection
-    if selection is None:
-        return None
-    chosen = None if selection.chosen is None else list(selection.chosen)
-    return {"chosen": chosen, "excluded": list(selection.excluded)}
+    return make_plan.selection
 
 
 def _device_of(opt: GraphModel) -> torch.device:

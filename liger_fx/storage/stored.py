@@ -6,19 +6,19 @@ model.safetensors, or model.safetensors.index.json and the shards it names   -> 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import torch
 
+from liger_fx.codec import decode, expect, inside, shown
 from liger_fx.errors import LoadError
-from liger_fx.storage.checks import OBJECT, expect, inside
-from liger_fx.storage.json_file import parse, shown
+from liger_fx.storage.json_file import parse
 from liger_fx.storage.names import GRAPH, INDEX, WEIGHTS
 from liger_fx.storage.reading import read_file
+from liger_fx.storage.records import matching
 from liger_fx.storage.tensors import Entry, read_header, read_tensor
 from liger_fx.storage.weights import Tensor
 
@@ -29,7 +29,7 @@ _OTHER_NAMES = (
     "load(path, model=model)"
 )
 State = tuple[int, int, int, int]
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}\.safetensors", re.ASCII)
+_Shard = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}\.safetensors", "file name")]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,9 @@ class Stored:
         if not index.exists():
             return cls.in_files([folder / WEIGHTS])
         with inside(INDEX):
-            record = expect(parse(read_file(index)), OBJECT)
-            places = expect(record.get("weight_map"), OBJECT, "weight_map")
-            for name, file in places.items():
-                if type(file) is not str or not _SHARD.fullmatch(file):
-                    raise LoadError(f"{shown(file)} is no file name", f"weight_map.{shown(name)}")
+            record = expect(parse(read_file(index)), dict)
+            with inside("weight_map"):
+                places: dict[str, str] = decode(dict[str, _Shard], record.get("weight_map"))
         stored = cls.in_files(folder / file for file in sorted(set(places.values())))
         for name, file in places.items():
             if name not in stored.entries or stored.entries[name][0].name != file:

@@ -17,14 +17,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import torch
 
+from liger_fx.codec import decode, inside, shown
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.storage.checks import LIST, STRING, fields, inside
-from liger_fx.storage.json_file import parse, shown
+from liger_fx.storage.json_file import parse
 from liger_fx.storage.reading import opened
+from liger_fx.storage.records import below
 
 _MAX_HEADER = 100_000_000
 _DTYPES = {
@@ -35,7 +36,16 @@ _DTYPES = {
     "C64": torch.complex64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ENTRY = {"dtype": STRING, "shape": LIST, "data_offsets": LIST}
+_Number = Annotated[int, below(2**60, "such number")]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the header says of one tensor."""
+
+    dtype: str
+    shape: list[_Number]
+    data_offsets: tuple[_Number, _Number]
 
 
 @dataclass(frozen=True)
@@ -95,20 +105,16 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _read_entry(record: Any, data: int) -> Entry:
-    fields(record, _ENTRY)
-    dtype = _DTYPES.get(record["dtype"])
+    found: _Record = decode(_Record, record)
+    dtype, (start, end) = _DTYPES.get(found.dtype), found.data_offsets
     if dtype is None:
-        raise LoadError(f"{shown(record['dtype'])} is no dtype of safetensors", "dtype")
-    numbers = [*record["shape"], *record["data_offsets"]]
-    if len(record["data_offsets"]) != 2 or len(record["shape"]) > 16:
-        raise LoadError("has no shape of at most 16 sizes and two offsets")
-    if any(type(n) is not int or not 0 <= n < 2**60 for n in numbers):
-        raise LoadError("has a size or an offset that is no such number")
-    start, end = record["data_offsets"]
-    wanted = math.prod(record["shape"]) * dtype.itemsize
+        raise LoadError(f"{shown(found.dtype)} is no dtype of safetensors", "dtype")
+    if len(found.shape) > 16:
+        raise LoadError("is no list of at most 16 sizes", "shape")
+    wanted = math.prod(found.shape) * dtype.itemsize
     if end - start != wanted:
         raise LoadError(f"has {end - start:,} bytes where its shape needs {wanted:,}")
-    return Entry(dtype, tuple(record["shape"]), data + start, data + end)
+    return Entry(dtype, tuple(found.shape), data + start, data + end)
 
 
 def _check_extents(entries: Mapping[str, Entry], data: int, size: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
@@ -19,6 +19,7 @@ from liger_fx.modules.origin import Origin, origins, plain_attributes
 from liger_fx.storage.facts import Describer, Indescribable
 from liger_fx.storage.named_modules import is_named
 from liger_fx.storage.reach import Reach
+from liger_fx.storage.records import Module, TensorKind
 
 # Set while a model is used, or where it was read from: no part of what it computes.
 _PASSING = {
@@ -27,7 +28,10 @@ _PASSING = {
 # What torch.fx keeps on an optimised model's root.
 _GRAPH_MODULE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 
-PARAMETER, BUFFER, CONSTANT, ATTRIBUTE = "parameter", "buffer", "constant", "attribute"
+PARAMETER: Final = "parameter"
+BUFFER: Final = "buffer"
+CONSTANT: Final = "constant"
+ATTRIBUTE: Final = "attribute"
 # In a checkpoint are parameters and persistent buffers, the rest belongs to the model's code.
 IN_CHECKPOINT = (PARAMETER, BUFFER)
 
@@ -37,7 +41,7 @@ class Slot:
     """A place of the tree where a tensor is: ``group[name]``, where ``path`` leads."""
 
     path: str
-    kind: str
+    kind: TensorKind
     group: dict[str, Any]
     name: str
 
@@ -58,7 +62,7 @@ def slots(root: nn.Module) -> Iterator[Slot]:
                 yield Slot(prefix + name, PARAMETER, module._parameters, name)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                kind = CONSTANT if name in passing else BUFFER
+                kind: TensorKind = CONSTANT if name in passing else BUFFER
                 yield Slot(prefix + name, kind, module._buffers, name)
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
@@ -86,14 +90,14 @@ class Original:
         self.reach = Reach(self.parts)
         self._describer = Describer({id(module) for module in root.modules()})
 
-    def describe(self, followed: Container[str] = ()) -> list[list[Any]]:
+    def describe(self, followed: Container[str] = ()) -> list[Module]:
         """[path, class, {attribute: its text}] of each module.
 
         The attributes are those that the code of the model's classes can read: an eps, a scale, an
         activation function. SaveError where one of a ``followed`` module has no text.
         """
         return [
-            [part.path, full_name(part.cls), self._texts(part, part.path in followed)]
+            (part.path, full_name(part.cls), self._texts(part, part.path in followed))
             for part in self.parts
         ]
 

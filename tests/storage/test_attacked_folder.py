@@ -236,10 +236,10 @@ def test_negative_numbers_and_arguments_with_names_of_builtins() -> None:
 @pytest.mark.parametrize(
     "constants, place",
     [
-        ({"use_cache": [1]}, "constants.'use_cache': [1] is no plain argument"),
-        ({"use_cache": {"dict": {"a": 1}}}, "constants.'use_cache'"),
+        ({"use_cache": [1]}, "constants.use_cache: [1] is no plain argument"),
+        ({"use_cache": {"dict": {"a": 1}}}, "constants.use_cache"),
         ({"input_ids": 1}, "constants: 'input_ids' is an input, too"),
-        ({"__class__": 1}, "constants.'__class__': '__class__' is no name"),
+        ({"__class__": 1}, "constants.__class__: '__class__' is no name"),
         ({"a b": 1}, "constants.'a b'"),
     ],
 )

@@ -80,7 +80,7 @@ def test_code_in_no_file_cannot_be_watched(tmp_path: Path) -> None:
 
 
 def test_what_the_fingerprint_of_a_llama_covers(llama: GraphModel) -> None:
-    found = fingerprint.fingerprint(Original(llama), [plan.graph for plan in llama.plans])["code"]
+    found = fingerprint.fingerprint(Original(llama), [plan.graph for plan in llama.plans]).code
     assert "transformers.models.llama.modeling_llama" in found
     assert "transformers.modeling_layers" in found
     assert any(name.startswith("transformers.utils.generic:") for name in found)  # wrappers

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import liger_fx.modules
+from liger_fx.codec import decode, encode
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.storage import expressions, named_modules, targets, values
 from liger_fx.storage.json_file import dump, parse
+from liger_fx.storage.records import NamedModule
 from liger_fx.storage.tensors import chunks, read_header, read_tensor
 
 TENSORS = {
@@ -97,11 +99,13 @@ def test_every_named_module_is_made_again_from_its_options(name: str) -> None:
         given["weight"] = original.weight
     root = nn.Module()
     root.add_module("place", cls(**given))
-    (record,) = json.loads(json.dumps(named_modules.describe(root)))
+    (written,) = json.loads(json.dumps(encode(named_modules.describe(root))))
+    record = decode(NamedModule, written)
+    named_modules.check(record)
     again = nn.Module()
-    if record["children"] or record["parameters"]:
+    if record.children or record.parameters:
         again.add_module("place", original)
-    named_modules.install(again, named_modules.check(record))
+    named_modules.install(again, record)
     made: Any = again.get_submodule("place")
     assert type(made) is cls and made.extra_repr() == root.place.extra_repr()
     assert made.options() == root.place.options()
@@ -132,7 +136,7 @@ TREES = st.recursive(
 @given(TREES)
 def test_values_come_back_as_they_were(tree: Any) -> None:
     encoded = json.loads(json.dumps(values.encode(tree)))
-    again = values.decode(encoded, {}, values.Devices())
+    again = values.ValueReader({}, values.Devices()).read(encoded)
     assert again == tree and type(again) is type(tree)
     assert values.encode(again) == values.encode(tree)
 
@@ -191,4 +195,4 @@ def test_a_node_of_another_graph_is_no_value() -> None:
     node = graph.placeholder("x")
     assert values.encode(node) == {"node": "x"}
     with pytest.raises(LoadError, match="no earlier node"):
-        values.decode({"node": "x"}, {}, values.Devices())
+        values.ValueReader({}, values.Devices()).read({"node": "x"})

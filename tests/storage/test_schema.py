@@ -23,10 +23,10 @@ DOCS = ROOT / "docs" / "graph-format.md"
 
 def test_version_1_is_read() -> None:
     found = read_saved(VERSION_1)
-    plan = found.document.plans[0]
-    assert found.document.class_name == "LlamaForCausalLM" and len(found.document.plans) == 1
+    plan = found.plans[0]
+    assert found.document.model.class_ == "LlamaForCausalLM" and len(found.plans) == 1
     assert len(plan.graph.nodes) == 56 and plan.followed[:2] == ["", "model"]
-    assert [record["class"] for record in found.document.named_modules] == [
+    assert [record.class_ for record in found.document.named_modules] == [
         "LigerRotaryEmbedding", "LigerSwiGLUMLP", "LigerRMSNorm", "LigerRMSNorm", "LigerRMSNorm",
     ]  # fmt: skip
     assert plan.guards.call.tensors["input_ids"].sizes == ("batch", "sequence")
