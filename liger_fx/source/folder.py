@@ -34,8 +34,8 @@ from liger_fx.source.values import (
 )
 from liger_fx.storage import expressions, named_modules
 from liger_fx.storage.directory import Kind, first_bytes, is_file, replacing, write_file
+from liger_fx.storage.files import MODEL_FILES
 from liger_fx.storage.model_class import is_known
-from liger_fx.storage.names import MODEL_FILES
 from liger_fx.storage.save import wanted_tensors, write_configs, write_tensors
 from liger_fx.storage.weights import Tensor, describe
 

@@ -90,7 +90,7 @@ def replacing(path: Path, kind: Kind) -> Iterator[Path]:
     try:
         with _held(new):
             yield new
-            _sync(new)
+            sync(new)
         if mode is not None:
             new.chmod(mode)
         _put_in_place(new, path)
@@ -186,10 +186,11 @@ def _remove_abandoned(path: Path, kind: Kind) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a directory, or a file, is on the disk."""
     if sys.platform == "win32":
         return  # directories cannot be opened there
-    handle = os.open(directory, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -208,7 +209,7 @@ def _put_in_place(new: Path, path: Path) -> None:
             os.rename(old, path)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -24,13 +24,12 @@ from liger_fx.graph_model import GraphModel, graph_class
 from liger_fx.plan import Plan
 from liger_fx.planning import Planner
 from liger_fx.storage import arguments, skeleton
-from liger_fx.storage.reading import unreplaced
+from liger_fx.storage.files import unreplaced
 from liger_fx.storage.records import Document
 from liger_fx.storage.saved import Saved, read_saved
 from liger_fx.storage.sources import locate, located
 from liger_fx.storage.stored import Stored
-from liger_fx.storage.tree import PARAMETER, Slot
-from liger_fx.storage.weights import Tensor, total_bytes
+from liger_fx.storage.weights import PARAMETER, Slot, Tensor, total_bytes
 from liger_fx.tracing.tree_state import Kind, telling_parameters
 
 StrPath = str | PathLike[str]

@@ -18,6 +18,7 @@ from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError
 from liger_fx.storage.checks import Name, PartOfPath, Path, RootPath, identifier
 
+SCHEMA = 1
 _MAX_PLANS, _MAX_NAMES = 16, 4096
 # Names that the check of the inputs uses itself.
 _RESERVED = {

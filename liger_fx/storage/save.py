@@ -24,12 +24,9 @@ from liger_fx.errors import LoadError, SaveError, UsageError
 from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
 from liger_fx.planning import Planner
-from liger_fx.storage import config, fingerprint, named_modules, skeleton, tree
+from liger_fx.storage import config, fingerprint, named_modules, skeleton
 from liger_fx.storage.directory import replacing, write_file
-from liger_fx.storage.document import SCHEMA
-from liger_fx.storage.json_file import dump
-from liger_fx.storage.model_class import is_known
-from liger_fx.storage.names import (
+from liger_fx.storage.files import (
     BUFFERS,
     CONFIG,
     FORMAT,
@@ -39,14 +36,25 @@ from liger_fx.storage.names import (
     SAVED_GRAPH,
     report_name,
 )
+from liger_fx.storage.json_file import dump
+from liger_fx.storage.model_class import is_known
+from liger_fx.storage.original import Original
 from liger_fx.storage.plans import plan_record
-from liger_fx.storage.records import Document, ModelRecord
+from liger_fx.storage.records import SCHEMA, Document, ModelRecord
 from liger_fx.storage.saved import read_saved
 from liger_fx.storage.sources import portable
-from liger_fx.storage.tensors import chunks
-from liger_fx.storage.tree import ATTRIBUTE, Slot
+from liger_fx.storage.tensors import write_safetensors
 from liger_fx.storage.values import FORMS
-from liger_fx.storage.weights import Tensor, describe, index_of, records, shards
+from liger_fx.storage.weights import (
+    ATTRIBUTE,
+    Slot,
+    Tensor,
+    describe,
+    index_of,
+    records,
+    shards,
+    slots,
+)
 
 
 def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> None:
@@ -130,13 +138,13 @@ def write_configs(opt: Any, folder: Path) -> None:
 
 def write_tensors(opt: nn.Module, folder: Path, tensors: list[Tensor]) -> None:
     """The safetensors files of these tensors of ``opt``."""
-    places = {slot.path: slot.tensor for slot in tree.slots(opt)}
+    places = {slot.path: slot.tensor for slot in slots(opt)}
     made = {t.path: places[t.path] for t in tensors if not t.in_checkpoint}
     if made and not any(tensor.is_meta for tensor in made.values()):
-        write_file(folder / BUFFERS, chunks(made))
+        write_safetensors(folder / BUFFERS, made)
     files = shards({t.path: places[t.path] for t in tensors if t.in_checkpoint})
     for name, group in files.items():
-        write_file(folder / name, chunks(group))
+        write_safetensors(folder / name, group)
     if len(files) > 1:
         write_file(folder / INDEX, [index_of(files)])
 
@@ -158,8 +166,8 @@ def _document(
     settings: Any = getattr(opt, "config", None)
     known = is_known(opt.model_class, settings)
     has_config = isinstance(settings, PreTrainedConfig)
-    original = tree.Original(opt)
-    traced_from = fingerprint.fingerprint(original, [plan.graph for plan in plans])
+    original = Original(opt)
+    traced_from = fingerprint.fingerprint(original.code, [plan.graph for plan in plans])
     return Document(
         format=FORMAT,
         schema=SCHEMA,

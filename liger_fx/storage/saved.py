@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,25 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx.codec import inside
+from liger_fx.codec import decode, expect, inside, shown
 from liger_fx.errors import LoadError
 from liger_fx.report import GraphDiff
 from liger_fx.report.json_face import from_data
-from liger_fx.storage import config, document, weights
-from liger_fx.storage.json_file import CONFIG_BYTES, REPORT_BYTES, parse, shown
-from liger_fx.storage.names import BUFFERS, CONFIG, GENERATION_CONFIG, GRAPH, report_name
+from liger_fx.storage import config, named_modules, weights
+from liger_fx.storage.files import (
+    BUFFERS,
+    CONFIG,
+    FORMAT,
+    GENERATION_CONFIG,
+    GRAPH,
+    read_file,
+    report_name,
+)
+from liger_fx.storage.json_file import CONFIG_BYTES, REPORT_BYTES, parse
 from liger_fx.storage.plans import SavedPlan, read_plan
-from liger_fx.storage.reading import read_file
-from liger_fx.storage.records import Document
+from liger_fx.storage.records import SCHEMA, Document
 from liger_fx.storage.stored import Stored
-from liger_fx.storage.values import Devices
+from liger_fx.storage.values import FORMS, Devices
 from liger_fx.storage.weights import Tensor
 
 
@@ -55,7 +63,7 @@ def read_saved(
     if not (folder / GRAPH).is_file():
         raise LoadError("there is no saved graph (graph.json)", str(folder))
     with inside(GRAPH):
-        found = document.read(parse(read_file(folder / GRAPH)))
+        found = read_document(parse(read_file(folder / GRAPH)))
         if device is None:  # a graph made of a model without weights is for the CPU
             device = torch.device("cpu") if found.device.type == "meta" else found.device
         tensors = weights.from_records(found.tensors)
@@ -117,3 +125,56 @@ def _read_reports(folder: Path, count: int, there: bool) -> list[GraphDiff | Non
         with inside(name):
             reports.append(from_data(parse(read_file(folder / name), REPORT_BYTES)))
     return reports
+
+
+def read_document(raw: Any) -> Document:
+    """The document of a parsed graph.json; the nodes of its graphs are read later.
+
+    LoadError, naming the field, for the first thing that is wrong.
+    """
+    _check_schema(raw)
+    found: Document = decode(Document, raw, FORMS)
+    for i, record in enumerate(found.named_modules):
+        with inside(f"named_modules[{i}]"):
+            named_modules.check(record)
+    _check_once("modules", ([path] for path, *_ in found.modules))
+    _check_once("tensors", ([record.path] for record in found.tensors))
+    _check_once("named_modules", ([record.path, *record.also] for record in found.named_modules))
+    _check_paths(found)
+    return found
+
+
+def _check_schema(raw: Any) -> None:
+    expect(raw, dict)
+    if raw.get("format") != FORMAT:
+        raise LoadError(f"is {shown(raw.get('format'))}, not {FORMAT!r}", "format")
+    schema = raw.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise LoadError(f"{shown(schema)} is no version of the format", "schema")
+    if schema > SCHEMA:
+        raise LoadError(
+            f"is {schema}, of a later liger_fx; this one reads versions up to {SCHEMA}", "schema"
+        )
+
+
+def _check_once(field: str, paths: Iterable[list[str]]) -> None:
+    seen: set[str] = set()
+    for i, of_record in enumerate(paths):
+        for path in of_record:
+            if path in seen:
+                raise LoadError(f"{shown(path)} is described twice", f"{field}[{i}]")
+            seen.add(path)
+
+
+def _check_paths(found: Document) -> None:
+    """What is said of modules is said of those that the file lists."""
+    ours = {path for path, *_ in found.modules}
+    for i, plan in enumerate(found.plans):
+        for j, path in enumerate(plan.followed):
+            if path not in ours:
+                raise LoadError(f"there is no module {path}", f"plans[{i}].followed[{j}]")
+    for record in found.named_modules:
+        ours |= {record.path, *record.also}
+    for i, path in enumerate(found.other_modes):
+        if path not in ours:
+            raise LoadError(f"there is no module {path}", f"other_modes[{i}]")

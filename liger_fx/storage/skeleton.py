@@ -20,13 +20,13 @@ from liger_fx.codec import encode, inside, shown
 from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError
 from liger_fx.module_tree import copy_tree
-from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules, tree
-from liger_fx.storage.names import CONFIG, GENERATION_CONFIG, GRAPH
+from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules
+from liger_fx.storage.files import CONFIG, GENERATION_CONFIG, GRAPH
+from liger_fx.storage.original import Original, class_of, compare_modules
 from liger_fx.storage.plans import check_arguments
-from liger_fx.storage.records import Module, TensorKind
+from liger_fx.storage.records import TensorKind
 from liger_fx.storage.saved import Saved
-from liger_fx.storage.tree import CONSTANT, IN_CHECKPOINT, Slot
-from liger_fx.storage.weights import Tensor
+from liger_fx.storage.weights import CONSTANT, IN_CHECKPOINT, Slot, Tensor, slots
 from liger_fx.storage.writes import check_writes
 
 
@@ -75,9 +75,9 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
 def _install(root: nn.Module, saved: Saved) -> None:
     found = saved.document
     with inside(GRAPH):
-        original = tree.Original(root)
-        _compare_modules(found.modules, original.describe())
-        now = fingerprint.fingerprint(original, [plan.graph for plan in saved.plans])
+        original = Original(root)
+        compare_modules(found.modules, original)
+        now = fingerprint.fingerprint(original.code, [plan.graph for plan in saved.plans])
         fingerprint.compare(found.fingerprint, now)
         if found.selection is not None:
             _check_selection(found.selection, saved, root)
@@ -91,10 +91,10 @@ def check(root: nn.Module, saved: Saved) -> dict[str, Slot]:
     with inside(GRAPH):
         places = _compare_tensors(root, saved.tensors)
         modules = dict(root.named_modules(remove_duplicate=False))
-        homes = {tree.class_of(module).__module__ for module in modules.values()}
+        homes = {class_of(module).__module__ for module in modules.values()}
         for i, plan in enumerate(saved.plans):
             with inside(f"plans[{i}]"):
-                check_arguments(plan.guards, tree.class_of(root).forward)
+                check_arguments(plan.guards, class_of(root).forward)
             with inside(f"plans[{i}].nodes"):
                 _check_targets(plan.graph, modules.keys(), places.keys())
                 named_modules.check_calls(plan.graph, modules)
@@ -117,44 +117,8 @@ def _check_selection(selection: Selection, saved: Saved, root: nn.Module) -> Non
             raise LoadError(f"{shown(entry)} is no rule and no module", "selection")
 
 
-def _compare_modules(saved: list[Module], now: list[Module]) -> None:
-    ours = {path: (name, texts) for path, name, texts in now}
-    for i, (path, name, texts) in enumerate(saved):
-        with inside(f"modules[{i}]"):
-            if path not in ours:
-                raise LoadError(f"the model has no module {shown(path)}, a {_last(name)}")
-            _compare_module(path, name, texts, *ours.pop(path))
-    if ours:
-        raise LoadError(f"the graph knows no module {shown(next(iter(ours)))}", "modules")
-
-
-def _compare_module(
-    path: str, name: str, texts: dict[str, str], name_now: str, texts_now: dict[str, str]
-) -> None:
-    if name_now != name:
-        raise LoadError(
-            f"the module {shown(path)} is not the {_plain(name)} that was saved but a "
-            f"{_plain(name_now)}"
-        )
-    for key in sorted(texts.keys() | texts_now.keys()):
-        if texts.get(key) != texts_now.get(key):
-            here, there = (_plain(t[key]) if key in t else "absent" for t in (texts_now, texts))
-            raise LoadError(
-                f"the module {shown(path)} is not the {_last(name)} that was saved: its attribute "
-                f"{_plain(key)} is {here} in the model, {there} here"
-            )
-
-
-def _plain(name: str) -> str:
-    return shown(name)[1:-1]
-
-
-def _last(name: str) -> str:
-    return _plain(name.rpartition(".")[2])
-
-
 def _compare_tensors(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Slot]:
-    places = {slot.path: slot for slot in tree.slots(root)}
+    places = {slot.path: slot for slot in slots(root)}
     known: set[str] = set()
     for tensor in tensors:
         for path, kind in tensor.places.items():

@@ -15,9 +15,8 @@ import torch
 
 from liger_fx.codec import decode, expect, inside, shown
 from liger_fx.errors import LoadError
+from liger_fx.storage.files import GRAPH, INDEX, WEIGHTS, read_file
 from liger_fx.storage.json_file import parse
-from liger_fx.storage.names import GRAPH, INDEX, WEIGHTS
-from liger_fx.storage.reading import read_file
 from liger_fx.storage.records import matching
 from liger_fx.storage.tensors import Entry, read_header, read_tensor
 from liger_fx.storage.weights import Tensor

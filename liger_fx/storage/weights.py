@@ -12,26 +12,57 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from liger_fx.codec import inside
 from liger_fx.errors import LoadError, SaveError
+from liger_fx.storage.files import WEIGHTS
 from liger_fx.storage.json_file import dump
-from liger_fx.storage.names import WEIGHTS
 from liger_fx.storage.records import TensorKind, TensorRecord
-from liger_fx.storage.tree import (
-    ATTRIBUTE,
-    BUFFER,
-    CONSTANT,
-    IN_CHECKPOINT,
-    PARAMETER,
-    Slot,
-    slots,
-)
 
 SHARD_BYTES = 5 * 10**9
+PARAMETER: Final = "parameter"
+BUFFER: Final = "buffer"
+CONSTANT: Final = "constant"
+ATTRIBUTE: Final = "attribute"
+# In a checkpoint are parameters and persistent buffers, the rest belongs to the model's code.
+IN_CHECKPOINT = (PARAMETER, BUFFER)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place of the tree where a tensor is: ``group[name]``, where ``path`` leads."""
+
+    path: str
+    kind: TensorKind
+    group: dict[str, Any]
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor that is there now."""
+        found: torch.Tensor = self.group[self.name]
+        return found
+
+
+def slots(root: nn.Module) -> Iterator[Slot]:
+    """Every place of a tensor, tied ones each: parameters, buffers, tensors that are attributes."""
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        passing = module._non_persistent_buffers_set
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                yield Slot(prefix + name, PARAMETER, module._parameters, name)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                kind: TensorKind = CONSTANT if name in passing else BUFFER
+                yield Slot(prefix + name, kind, module._buffers, name)
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield Slot(prefix + name, ATTRIBUTE, vars(module), name)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,6 @@ def test_a_save_holds_what_it_writes(
     def sync(folder: Path) -> None:
         seen.append((folder.name, directory._is_held(folder)))
 
-    monkeypatch.setattr(directory, "_sync", sync)
+    monkeypatch.setattr(directory, "sync", sync)
     liger_fx.save(llama, tmp_path / "graph")
     assert seen[0][0].startswith(".graph.") and seen[0][1]

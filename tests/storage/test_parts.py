@@ -21,7 +21,7 @@ from liger_fx.errors import LoadError, SaveError
 from liger_fx.storage import expressions, named_modules, targets, values
 from liger_fx.storage.json_file import dump, parse
 from liger_fx.storage.records import NamedModule
-from liger_fx.storage.tensors import chunks, read_header, read_tensor
+from liger_fx.storage.tensors import read_header, read_tensor, write_safetensors
 
 TENSORS = {
     "matrix": torch.randn(3, 5),
@@ -42,7 +42,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def test_what_is_written_the_safetensors_package_reads(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    file.write_bytes(b"".join(bytes(chunk) for chunk in chunks(TENSORS)))
+    write_safetensors(file, TENSORS)
     theirs = safetensors.torch.load_file(file)
     assert theirs.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -62,9 +62,16 @@ def test_what_the_safetensors_package_writes_is_read(tmp_path: Path) -> None:
             assert bits(ours) == bits(TENSORS[name]), name
 
 
-def test_a_dtype_that_safetensors_lacks() -> None:
+def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    whole = torch.randn(4)
+    write_safetensors(tmp_path / "a.safetensors", {"whole": whole, "part": whole[1:3]})
+    theirs = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert torch.equal(theirs["whole"], whole) and torch.equal(theirs["part"], whole[1:3])
+
+
+def test_a_dtype_that_safetensors_lacks(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="no torch.complex128, which x is"):
-        list(chunks({"x": torch.randn(2, dtype=torch.complex128)}))
+        write_safetensors(tmp_path / "a", {"x": torch.randn(2, dtype=torch.complex128)})
 
 
 MADE: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ import torch
 
 import liger_fx
 from liger_fx.errors import LoadError
-from liger_fx.storage import document
+from liger_fx.storage.records import SCHEMA
 from liger_fx.storage.saved import read_saved
 from tests.storage.files import ROOT, edit
 
@@ -67,4 +67,4 @@ def test_the_documentation_has_every_field() -> None:
         wanted |= {name for record in records for name in record}
     wanted |= {"same_as", "frozen", "also", "device", "opaque", "chosen", "excluded", "rewrite"}
     assert wanted <= names, sorted(wanted - names)
-    assert f"schema {document.SCHEMA}" in text.lower() or f"`schema`: {document.SCHEMA}" in text
+    assert f"schema {SCHEMA}" in text.lower() or f"`schema`: {SCHEMA}" in text
