@@ -15,9 +15,9 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, field, fields, is_dataclass
+from itertools import cycle
 from typing import (
     Annotated,
     Any,
@@ -59,13 +59,18 @@ def absent(default: T) -> T:
     return found
 
 
-@contextmanager
-def inside(place: str) -> Iterator[None]:
+class inside:
     """Completes the place of a LoadError raised in the block."""
-    try:
-        yield
-    except LoadError as error:
-        raise error.inside(place) from None
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, LoadError):
+            raise error.inside(self.place) from None
 
 
 def shown(value: Any) -> str:
@@ -168,20 +173,19 @@ def _one_of(members: tuple[Any, ...]) -> Reader:
 
 
 def _items(origin: type, members: tuple[Any, ...]) -> Reader:
-    is_fixed = origin is tuple and members[-1] is not Ellipsis
-    given = [_reader(member) for member in members if member is not Ellipsis]
+    readers = [_reader(member) for member in members if member is not Ellipsis]
+    count = len(members) if origin is tuple and members[-1] is not Ellipsis else None
 
     def items(value: Any, forms: Forms) -> Any:
         expect(value, list)
-        readers = given if is_fixed else given * len(value)
-        if len(readers) != len(value):
-            raise LoadError(f"has {len(value)} items, not {len(readers)}")
-        found = []
-        for i, (read, item) in enumerate(zip(readers, value, strict=True)):
-            try:
+        if count is not None and len(value) != count:
+            raise LoadError(f"has {len(value)} items, not {count}")
+        found: list[Any] = []
+        try:
+            for read, item in zip(readers if count else cycle(readers), value, strict=False):
                 found.append(read(item, forms))
-            except LoadError as error:
-                raise error.inside(f"[{i}]") from None
+        except LoadError as error:
+            raise error.inside(f"[{len(found)}]") from None
         return origin(found)
 
     return items

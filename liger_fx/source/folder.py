@@ -129,8 +129,8 @@ def to_folder(opt: nn.Module, folder: str | PathLike[str], module_name: str | No
     text = _source(opt, plan, tensors, class_name)
     check_source(text, class_name)
     with replacing(Path(folder), PACKAGE) as new:
-        write_file(new / "module.py", [text.encode()])
-        write_file(new / "__init__.py", [f"from .module import {class_name}, load\n".encode()])
+        write_file(new / "module.py", text.encode())
+        write_file(new / "__init__.py", f"from .module import {class_name}, load\n".encode())
         write_configs(opt, new)
         write_tensors(opt, new, tensors)
 

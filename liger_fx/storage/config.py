@@ -180,7 +180,7 @@ def read_generation(raw: Mapping[str, Any]) -> GenerationConfig:
 
 
 def compare(wanted: PreTrainedConfig, model: PreTrainedConfig) -> None:
-    """LoadError, naming the field, unless both say the same, attention implementations aside."""
+    """LoadError, naming the field, unless both say the same; attention may differ."""
     ours, theirs = facts(wanted), facts(model)
     different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     if different:

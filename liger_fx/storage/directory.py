@@ -19,7 +19,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +103,10 @@ def replacing(path: Path, kind: Kind) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a new file, and wait until it is on the disk."""
     with path.open("xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

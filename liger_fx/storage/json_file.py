@@ -111,7 +111,7 @@ def _text(value: Any, indent: int) -> str:
 
 
 def _is_nest(value: Any) -> bool:
-    """Whether it is worth a line for each item: it holds objects or lists that hold some."""
+    """Whether each item gets a line: it holds objects or lists that are not empty."""
     items = value.values() if isinstance(value, Mapping) else value
     if not isinstance(value, Mapping | list):
         return False

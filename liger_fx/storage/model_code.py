@@ -25,6 +25,7 @@ from torch import nn
 # Of transformers, besides the modelling files: what models are built of.
 _PARTS = {"transformers.modeling_layers", "transformers.activations", "transformers.pytorch_utils"}
 _NOT_MODELS = {"torch", "builtins", "liger_fx", "numpy", *sys.stdlib_module_names} - {"__main__"}
+_INSTALLED = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 # What is read when a model is made or printed does not count.
 _NO_FORWARD = {
     "__init__", "__repr__", "__eq__", "_init_weights", "reset_parameters", "extra_repr",
@@ -42,8 +43,7 @@ def is_model_code(module: str) -> bool:
 def _is_local(module: str) -> bool:
     """Whether it is model code that is in no installed package."""
     file = str(getattr(sys.modules.get(module), "__file__", None))
-    installed = tuple(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
-    return is_model_code(module) and not file.startswith(installed)
+    return is_model_code(module) and not file.startswith(_INSTALLED)
 
 
 class ModelCode:

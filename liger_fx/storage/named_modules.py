@@ -75,7 +75,7 @@ def _option_types(cls: Any) -> dict[str, Any]:
 
 
 def install(root: nn.Module, record: NamedModule) -> None:
-    """Put the named module of a checked record into the tree, with what was there in its hands."""
+    """Put the named module of a checked record into the tree, around the weights that are there."""
     parent_path, _, name = record.path.rpartition(".")
     parent = _at(root, parent_path)
     original = parent._modules.get(name)

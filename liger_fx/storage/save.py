@@ -50,7 +50,6 @@ from liger_fx.storage.weights import (
     Slot,
     Tensor,
     describe,
-    index_of,
     records,
     shards,
     slots,
@@ -92,7 +91,7 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
             write_configs(opt, folder)
         for i, plan in enumerate(plans):
             if plan.report is not None:
-                write_file(folder / report_name(i), [portable(plan.report).json().encode()])
+                write_file(folder / report_name(i), portable(plan.report).json().encode())
         write_tensors(opt, folder, [t for t in tensors if not t.in_checkpoint])
         problem = _problem(opt, folder)
         if problem is not None and weights:
@@ -120,7 +119,7 @@ def _problem(opt: GraphModel, folder: Path) -> str | None:
 
 
 def _write_document(folder: Path, document: Document) -> None:
-    write_file(folder / GRAPH, [dump(encode(document, FORMS))])
+    write_file(folder / GRAPH, dump(encode(document, FORMS)))
 
 
 def _make_bindable_only(folder: Path, document: Document) -> None:
@@ -131,9 +130,9 @@ def _make_bindable_only(folder: Path, document: Document) -> None:
 
 def write_configs(opt: Any, folder: Path) -> None:
     """config.json and generation_config.json, as any transformers checkpoint has them."""
-    write_file(folder / CONFIG, [config.config_text(opt.config, opt.model_class.__name__)])
+    write_file(folder / CONFIG, config.config_text(opt.config, opt.model_class.__name__))
     if getattr(opt, "generation_config", None) is not None:
-        write_file(folder / GENERATION_CONFIG, [config.generation_text(opt.generation_config)])
+        write_file(folder / GENERATION_CONFIG, config.generation_text(opt.generation_config))
 
 
 def write_tensors(opt: nn.Module, folder: Path, tensors: list[Tensor]) -> None:
@@ -142,11 +141,12 @@ def write_tensors(opt: nn.Module, folder: Path, tensors: list[Tensor]) -> None:
     made = {t.path: places[t.path] for t in tensors if not t.in_checkpoint}
     if made and not any(tensor.is_meta for tensor in made.values()):
         write_safetensors(folder / BUFFERS, made)
-    files = shards({t.path: places[t.path] for t in tensors if t.in_checkpoint})
-    for name, group in files.items():
-        write_safetensors(folder / name, group)
-    if len(files) > 1:
-        write_file(folder / INDEX, [index_of(files)])
+    split = shards({t.path: places[t.path] for t in tensors if t.in_checkpoint})
+    for name, paths in split.filename_to_tensors.items():
+        write_safetensors(folder / name, {path: places[path] for path in paths})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_file(folder / INDEX, dump(index))
 
 
 def wanted_tensors(plans: list[Plan]) -> Callable[[Slot], bool]:

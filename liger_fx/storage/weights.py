@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import nn
 
 from liger_fx.codec import inside
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.storage.files import WEIGHTS
-from liger_fx.storage.json_file import dump
 from liger_fx.storage.records import TensorKind, TensorRecord
 
 SHARD_BYTES = 5 * 10**9
@@ -132,28 +131,10 @@ def from_records(records: list[TensorRecord]) -> list[Tensor]:
     return list(found.values())
 
 
-def shards(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The files to write, by name: none for no tensors, one, or several of at most SHARD_BYTES."""
-    groups: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.itemsize
-        if groups[-1] and size + bytes_ > SHARD_BYTES:
-            groups.append({})
-            size = 0
-        groups[-1][name] = tensor
-        size += bytes_
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]} if tensors else {}
-    count = len(groups)
-    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
-
-
-def index_of(files: Mapping[str, Mapping[str, torch.Tensor]]) -> bytes:
-    """model.safetensors.index.json: which shard has which tensor."""
-    size = sum(t.numel() * t.itemsize for group in files.values() for t in group.values())
-    places = {name: file for file, group in files.items() for name in group}
-    return dump({"metadata": {"total_size": size}, "weight_map": places})
+def shards(tensors: Mapping[str, torch.Tensor]) -> StateDictSplit:
+    """Which tensors go into which file, as transformers would have it: one of at most SHARD_BYTES,
+    or several and an index."""
+    return split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

@@ -4,7 +4,7 @@ weight = get_attr lm_head.weight; data = weight.data; data.fill_(0.5)     ->  Lo
 scores = softmax(x); scores.div_(total)                                   ->  fine
 
 Models write in place into what they have just computed. Whether a value may be (a view of) a tensor
-of the model is told from the calls that made it: PyTorch's schema of an operator says whether its
+of the model follows from the calls that made it: PyTorch's schema of an operator says whether its
 result is memory of its own. What has no schema is taken to give back what it was given.
 """
 

@@ -92,9 +92,9 @@ def test_nobody_else_can_look_in_while_it_is_written(
     seen = []
     original = liger_fx.storage.save.write_file
 
-    def write_file(path: Path, chunks: Any) -> None:
+    def write_file(path: Path, data: bytes) -> None:
         seen.append(stat.S_IMODE(path.parent.stat().st_mode))
-        original(path, chunks)
+        original(path, data)
 
     monkeypatch.setattr("liger_fx.storage.save.write_file", write_file)
     liger_fx.save(llama, folder)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,13 @@ class Disk:
         self.writes, self.full_at = 0, -1
         original, save_file = directory.write_file, safetensors.torch.save_file
 
-        def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        def write_file(path: Path, data: bytes) -> None:
             for full in (self._is_full(), self._is_full()):
                 if full:
                     raise OSError(28, "No space left on device")
                 path.write_bytes(b"half")
             path.unlink()
-            original(path, chunks)
+            original(path, data)
 
         def save(tensors: Any, path: Path, metadata: Any) -> None:
             for full in (self._is_full(), self._is_full()):
