@@ -20,8 +20,8 @@ import sympy
 from torch import fx
 from torch.utils._sympy.printers import PythonPrinter
 
+from liger_fx.codec import shown
 from liger_fx.errors import LoadError
-from liger_fx.storage.json_file import shown
 
 _MAX_LENGTH = 500
 _MAX_DEPTH = 60

@@ -9,6 +9,7 @@ unless ``load`` would take it, and nothing is replaced before all of it is on th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,31 +18,42 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from liger_fx.codec import encode
 from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError, SaveError, UsageError
 from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
 from liger_fx.planning import Planner
-from liger_fx.storage import config, fingerprint, named_modules, skeleton, tree
+from liger_fx.storage import config, fingerprint, named_modules, skeleton
 from liger_fx.storage.directory import replacing, write_file
-from liger_fx.storage.document import SCHEMA
-from liger_fx.storage.json_file import dump
-from liger_fx.storage.model_class import is_known
-from liger_fx.storage.names import (
+from liger_fx.storage.files import (
     BUFFERS,
     CONFIG,
     FORMAT,
     GENERATION_CONFIG,
     GRAPH,
     INDEX,
+    SAVED_GRAPH,
     report_name,
 )
-from liger_fx.storage.plans import encode_plan
+from liger_fx.storage.json_file import dump
+from liger_fx.storage.model_class import is_known
+from liger_fx.storage.original import Original
+from liger_fx.storage.plans import plan_record
+from liger_fx.storage.records import SCHEMA, Document, ModelRecord
 from liger_fx.storage.saved import read_saved
 from liger_fx.storage.sources import portable
-from liger_fx.storage.tensors import chunks
-from liger_fx.storage.tree import ATTRIBUTE, Slot
-from liger_fx.storage.weights import Tensor, describe, encode, index_of, shards
+from liger_fx.storage.tensors import write_safetensors
+from liger_fx.storage.values import FORMS
+from liger_fx.storage.weights import (
+    ATTRIBUTE,
+    Slot,
+    Tensor,
+    describe,
+    records,
+    shards,
+    slots,
+)
 
 
 def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> None:
@@ -68,18 +80,18 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
         )
     tensors = describe(opt, wanted_tensors(plans))
     document = _document(opt, plans, tensors, weights)
-    if document["device"] == "meta" and weights:
+    if document.device.type == "meta" and weights:
         raise SaveError(
             f"This {type(opt).__name__} has no weights, it is on the meta device: save it with "
             "weights=False."
         )
-    with replacing(Path(path)) as folder:
-        write_file(folder / GRAPH, [dump(document)])
-        if document["model"]["model_type"] is not None:
+    with replacing(Path(path), SAVED_GRAPH) as folder:
+        _write_document(folder, document)
+        if document.model.model_type is not None:
             write_configs(opt, folder)
         for i, plan in enumerate(plans):
             if plan.report is not None:
-                write_file(folder / report_name(i), [portable(plan.report).json().encode()])
+                write_file(folder / report_name(i), portable(plan.report).json().encode())
         write_tensors(opt, folder, [t for t in tensors if not t.in_checkpoint])
         problem = _problem(opt, folder)
         if problem is not None and weights:
@@ -100,37 +112,41 @@ def _problem(opt: GraphModel, folder: Path) -> str | None:
     except LoadError as error:
         raise SaveError(f"This {type(opt).__name__} has no form in a file: {error}") from error
     try:
-        skeleton.check(skeleton.from_config(saved), saved.document)
+        skeleton.check(skeleton.from_config(saved), saved)
     except LoadError as error:
         return str(error)
     return None
 
 
-def _make_bindable_only(folder: Path, document: dict[str, Any]) -> None:
+def _write_document(folder: Path, document: Document) -> None:
+    write_file(folder / GRAPH, dump(encode(document, FORMS)))
+
+
+def _make_bindable_only(folder: Path, document: Document) -> None:
     for name in (GRAPH, CONFIG, GENERATION_CONFIG):
         (folder / name).unlink(missing_ok=True)
-    document["model"]["model_type"] = None
-    write_file(folder / GRAPH, [dump(document)])
+    _write_document(folder, replace(document, model=replace(document.model, model_type=None)))
 
 
 def write_configs(opt: Any, folder: Path) -> None:
     """config.json and generation_config.json, as any transformers checkpoint has them."""
-    write_file(folder / CONFIG, [config.config_text(opt.config, opt.model_class.__name__)])
+    write_file(folder / CONFIG, config.config_text(opt.config, opt.model_class.__name__))
     if getattr(opt, "generation_config", None) is not None:
-        write_file(folder / GENERATION_CONFIG, [config.generation_text(opt.generation_config)])
+        write_file(folder / GENERATION_CONFIG, config.generation_text(opt.generation_config))
 
 
 def write_tensors(opt: nn.Module, folder: Path, tensors: list[Tensor]) -> None:
     """The safetensors files of these tensors of ``opt``."""
-    places = {slot.path: slot.tensor for slot in tree.slots(opt)}
+    places = {slot.path: slot.tensor for slot in slots(opt)}
     made = {t.path: places[t.path] for t in tensors if not t.in_checkpoint}
     if made and not any(tensor.is_meta for tensor in made.values()):
-        write_file(folder / BUFFERS, chunks(made))
-    files = shards({t.path: places[t.path] for t in tensors if t.in_checkpoint})
-    for name, group in files.items():
-        write_file(folder / name, chunks(group))
-    if len(files) > 1:
-        write_file(folder / INDEX, [index_of(files)])
+        write_safetensors(folder / BUFFERS, made)
+    split = shards({t.path: places[t.path] for t in tensors if t.in_checkpoint})
+    for name, paths in split.filename_to_tensors.items():
+        write_safetensors(folder / name, {path: places[path] for path in paths})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_file(folder / INDEX, dump(index))
 
 
 def wanted_tensors(plans: list[Plan]) -> Callable[[Slot], bool]:
@@ -145,46 +161,35 @@ def wanted_tensors(plans: list[Plan]) -> Callable[[Slot], bool]:
 
 def _document(
     opt: GraphModel, plans: list[Plan], tensors: list[Tensor], with_weights: bool
-) -> dict[str, Any]:
+) -> Document:
     device = _device_of(opt)
     settings: Any = getattr(opt, "config", None)
-    rebuilt = is_known(opt.model_class, settings)
-    original = tree.Original(opt)
-    return {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "model": {
-            "class": opt.model_class.__name__,
-            "model_type": settings.model_type if rebuilt else None,
-        },
-        "fingerprint": fingerprint.require(
-            fingerprint.fingerprint(original, [plan.graph for plan in plans])
-        ),
-        "device": str(device),
-        "training": opt.training,
-        "other_modes": [p for p, m in opt.named_modules() if m.training != opt.training],
-        "weights": with_weights,
-        "selection": _encode_selection(opt._make_plan),
-        "implementations": _implementations(settings),
-        "modules": original.describe({path for plan in plans for path in plan.paths}),
-        "named_modules": named_modules.describe(opt),
-        "tensors": encode(tensors),
-        "plans": [encode_plan(plan, device) for plan in plans],
-    }
+    known = is_known(opt.model_class, settings)
+    has_config = isinstance(settings, PreTrainedConfig)
+    original = Original(opt)
+    traced_from = fingerprint.fingerprint(original.code, [plan.graph for plan in plans])
+    return Document(
+        format=FORMAT,
+        schema=SCHEMA,
+        model=ModelRecord(opt.model_class.__name__, settings.model_type if known else None),
+        fingerprint=fingerprint.require(traced_from),
+        device=device,
+        training=opt.training,
+        other_modes=[p for p, m in opt.named_modules() if m.training != opt.training],
+        weights=with_weights,
+        selection=_selection(opt._make_plan),
+        implementations=config.implementations(settings) if has_config else {},
+        modules=original.describe({path for plan in plans for path in plan.paths}),
+        named_modules=named_modules.describe(opt),
+        tensors=list(records(tensors)),
+        plans=[plan_record(plan, device) for plan in plans],
+    )
 
 
-def _implementations(settings: Any) -> dict[str, Any]:
-    return config.implementations(settings) if isinstance(settings, PreTrainedConfig) else {}
-
-
-def _encode_selection(make_plan: Any) -> dict[str, Any] | None:
+def _selection(make_plan: Any) -> Selection | None:
     if not isinstance(make_plan, Planner):
         raise SaveError("The model makes its graphs in a way that no file can say.")
-    selection: Selection | None = make_plan.selection
-    if selection is None:
-        return None
-    chosen = None if selection.chosen is None else list(selection.chosen)
-    return {"chosen": chosen, "excluded": list(selection.excluded)}
+    return make_plan.selection
 
 
 def _device_of(opt: GraphModel) -> torch.device:

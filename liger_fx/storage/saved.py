@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,28 +10,42 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx.errors import LigerFxError, LoadError
+from liger_fx.codec import decode, expect, inside, shown
+from liger_fx.errors import LoadError
 from liger_fx.report import GraphDiff
 from liger_fx.report.json_face import from_data
-from liger_fx.storage import config, document
-from liger_fx.storage.checks import inside
-from liger_fx.storage.document import Document
-from liger_fx.storage.json_file import CONFIG_BYTES, REPORT_BYTES, parse, shown
-from liger_fx.storage.names import BUFFERS, CONFIG, GENERATION_CONFIG, GRAPH, report_name
-from liger_fx.storage.opening import read_file
+from liger_fx.storage import config, named_modules, weights
+from liger_fx.storage.files import (
+    BUFFERS,
+    CONFIG,
+    FORMAT,
+    GENERATION_CONFIG,
+    GRAPH,
+    read_file,
+    report_name,
+)
+from liger_fx.storage.json_file import CONFIG_BYTES, REPORT_BYTES, parse
+from liger_fx.storage.plans import SavedPlan, read_plan
+from liger_fx.storage.records import SCHEMA, Document
 from liger_fx.storage.stored import Stored
+from liger_fx.storage.values import FORMS, Devices
+from liger_fx.storage.weights import Tensor
 
 
 @dataclass(frozen=True)
 class Saved:
     """The files of one directory.
 
+    device: where the graph is to run. plans: the graphs, one for each kind of call.
     config, generation: the objects in their JSON files, None where there is none.
     checkpoint: None for a graph saved without weights. constants: the tensors of the model's code.
     reports: one for each plan; None for those of a plain trace.
     """
 
     document: Document
+    device: torch.device
+    tensors: list[Tensor]
+    plans: list[SavedPlan]
     config: dict[str, Any] | None
     generation: dict[str, Any] | None
     checkpoint: Stored | None
@@ -48,30 +63,44 @@ def read_saved(
     if not (folder / GRAPH).is_file():
         raise LoadError("there is no saved graph (graph.json)", str(folder))
     with inside(GRAPH):
-        found = document.read(parse(read_file(folder / GRAPH)), device)
+        found = read_document(parse(read_file(folder / GRAPH)))
+        if device is None:  # a graph made of a model without weights is for the CPU
+            device = torch.device("cpu") if found.device.type == "meta" else found.device
+        tensors = weights.from_records(found.tensors)
+        plans = _read_plans(found, device)
     raw = generation = None
-    if found.model_type is not None:
+    kind = found.model.model_type
+    if kind is not None:
         with inside(CONFIG):
             raw = config.check_config(parse(read_file(folder / CONFIG), CONFIG_BYTES))
-            if raw["model_type"] != found.model_type:
-                raise LoadError(f"is no {found.model_type}", "model_type")
+            if raw["model_type"] != kind:
+                raise LoadError(f"is no {kind}", "model_type")
         with inside(f"{GRAPH}.implementations"):
-            config.check_parts(found.implementations, found.model_type)
+            config.check_parts(found.implementations, kind)
     if (folder / GENERATION_CONFIG).exists():
         with inside(GENERATION_CONFIG):
             generation = parse(read_file(folder / GENERATION_CONFIG), CONFIG_BYTES)
             config.check_plain(generation)
-    stored = Stored.in_checkpoint(folder) if checkpoint and found.has_weights else None
+    stored = Stored.in_checkpoint(folder) if checkpoint and found.weights else None
     if stored is not None:
-        stored.check([t for t in found.tensors if t.in_checkpoint], exact=True)
-    made = [t for t in found.tensors if not t.in_checkpoint and found.saved_device.type != "meta"]
+        stored.check([t for t in tensors if t.in_checkpoint], exact=True)
+    made = [t for t in tensors if not t.in_checkpoint and found.device.type != "meta"]
     constants = Stored.in_files([folder / BUFFERS] if made else [])
     constants.check(made, exact=True)
-    reports = _read_reports(folder, len(found.plans), found.selection is not None)
-    for i, (plan, report) in enumerate(zip(found.plans, reports, strict=True)):
+    reports = _read_reports(folder, len(plans), found.selection is not None)
+    for i, (plan, report) in enumerate(zip(plans, reports, strict=True)):
         with inside(f"{GRAPH}.plans[{i}].nodes"):
             _check_sites(plan.graph, report)
-    return Saved(found, raw, generation, stored, constants, reports)
+    return Saved(found, device, tensors, plans, raw, generation, stored, constants, reports)
+
+
+def _read_plans(found: Document, device: torch.device) -> list[SavedPlan]:
+    devices = Devices.from_to(found.device, device)
+    plans = []
+    for i, record in enumerate(found.plans):
+        with inside(f"plans[{i}]"):
+            plans.append(read_plan(record, devices, device))
+    return plans
 
 
 def _check_sites(graph: fx.Graph, report: GraphDiff | None) -> None:
@@ -93,10 +122,59 @@ def _read_reports(folder: Path, count: int, there: bool) -> list[GraphDiff | Non
         if not there:
             reports.append(None)
             continue
-        try:
-            reports.append(from_data(parse(read_file(folder / name), REPORT_BYTES), "it"))
-        except LoadError as error:
-            raise error.inside(name) from None
-        except LigerFxError as error:
-            raise LoadError(str(error), name) from None
+        with inside(name):
+            reports.append(from_data(parse(read_file(folder / name), REPORT_BYTES)))
     return reports
+
+
+def read_document(raw: Any) -> Document:
+    """The document of a parsed graph.json; the nodes of its graphs are read later.
+
+    LoadError, naming the field, for the first thing that is wrong.
+    """
+    _check_schema(raw)
+    found: Document = decode(Document, raw, FORMS)
+    for i, record in enumerate(found.named_modules):
+        with inside(f"named_modules[{i}]"):
+            named_modules.check(record)
+    _check_once("modules", ([path] for path, *_ in found.modules))
+    _check_once("tensors", ([record.path] for record in found.tensors))
+    _check_once("named_modules", ([record.path, *record.also] for record in found.named_modules))
+    _check_paths(found)
+    return found
+
+
+def _check_schema(raw: Any) -> None:
+    expect(raw, dict)
+    if raw.get("format") != FORMAT:
+        raise LoadError(f"is {shown(raw.get('format'))}, not {FORMAT!r}", "format")
+    schema = raw.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise LoadError(f"{shown(schema)} is no version of the format", "schema")
+    if schema > SCHEMA:
+        raise LoadError(
+            f"is {schema}, of a later liger_fx; this one reads versions up to {SCHEMA}", "schema"
+        )
+
+
+def _check_once(field: str, paths: Iterable[list[str]]) -> None:
+    seen: set[str] = set()
+    for i, of_record in enumerate(paths):
+        for path in of_record:
+            if path in seen:
+                raise LoadError(f"{shown(path)} is described twice", f"{field}[{i}]")
+            seen.add(path)
+
+
+def _check_paths(found: Document) -> None:
+    """What is said of modules is said of those that the file lists."""
+    ours = {path for path, *_ in found.modules}
+    for i, plan in enumerate(found.plans):
+        for j, path in enumerate(plan.followed):
+            if path not in ours:
+                raise LoadError(f"there is no module {path}", f"plans[{i}].followed[{j}]")
+    for record in found.named_modules:
+        ours |= {record.path, *record.also}
+    for i, path in enumerate(found.other_modes):
+        if path not in ours:
+            raise LoadError(f"there is no module {path}", f"other_modes[{i}]")

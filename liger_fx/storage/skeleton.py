@@ -16,33 +16,32 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from liger_fx.codec import encode, inside, shown
 from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError
 from liger_fx.module_tree import copy_tree
-from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules, tree
-from liger_fx.storage.checks import inside
-from liger_fx.storage.document import Document
-from liger_fx.storage.json_file import shown
-from liger_fx.storage.names import CONFIG, GENERATION_CONFIG, GRAPH
+from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules
+from liger_fx.storage.files import CONFIG, GENERATION_CONFIG, GRAPH
+from liger_fx.storage.original import Original, class_of, compare_modules
 from liger_fx.storage.plans import check_arguments
+from liger_fx.storage.records import TensorKind
 from liger_fx.storage.saved import Saved
-from liger_fx.storage.tree import CONSTANT, IN_CHECKPOINT, Slot
-from liger_fx.storage.weights import Tensor
+from liger_fx.storage.weights import CONSTANT, IN_CHECKPOINT, Slot, Tensor, slots
 from liger_fx.storage.writes import check_writes
 
 
 def from_config(saved: Saved) -> nn.Module:
     """The tree on the meta device, named modules in place; LoadError where it cannot be made."""
     found = saved.document
-    if saved.config is None or found.model_type is None:
+    kind, name = found.model.model_type, found.model.class_
+    if saved.config is None or kind is None:
         raise LoadError(
-            f"{found.class_name} cannot be made from a config: give the model itself, "
-            "load(path, model=...)",
+            f"{name} cannot be made from a config: give the model itself, load(path, model=...)",
             "model",
         )
     with inside(f"{GRAPH}.model"):
-        cls = model_class.find_class(found.model_type, found.class_name)
-    largest = max((math.prod(t.shape) for t in found.tensors), default=0)
+        cls = model_class.find_class(kind, name)
+    largest = max((math.prod(t.shape) for t in saved.tensors), default=0)
     with inside(CONFIG):
         made = config.read_config(saved.config, found.implementations)
         model = model_class.build(cls, made, 4 * len(found.modules) + 1000, largest)
@@ -58,16 +57,16 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
     """A tree around the weights of ``model``, which stays as it is, with named modules in place."""
     found = saved.document
     name = type(model).__name__
-    if name != found.class_name:
-        raise LoadError(f"the graph is one of a {found.class_name}, not of a {name}", "model")
+    if name != found.model.class_:
+        raise LoadError(f"the graph is one of a {found.model.class_}, not of a {name}", "model")
     settings: Any = getattr(model, "config", None)
     if saved.config is not None:
         with inside(CONFIG):
             config.compare(config.read_config(saved.config, found.implementations), settings)
-    if found.implementations and any(plan.guards.attention_fixed for plan in found.plans):
+    if found.implementations and any(plan.guards.attention_fixed for plan in saved.plans):
         now = config.implementations(settings)
         if now != found.implementations:
-            raise LoadError(f"are {now} in the model", f"{GRAPH}.implementations")
+            raise LoadError(f"are {encode(now)} in the model", f"{GRAPH}.implementations")
     bound = copy_tree(model)
     _install(bound, saved)
     return bound
@@ -76,9 +75,9 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
 def _install(root: nn.Module, saved: Saved) -> None:
     found = saved.document
     with inside(GRAPH):
-        original = tree.Original(root)
-        _compare_modules(found.modules, original.describe())
-        now = fingerprint.fingerprint(original, [plan.graph for plan in found.plans])
+        original = Original(root)
+        compare_modules(found.modules, original)
+        now = fingerprint.fingerprint(original.code, [plan.graph for plan in saved.plans])
         fingerprint.compare(found.fingerprint, now)
         if found.selection is not None:
             _check_selection(found.selection, saved, root)
@@ -87,15 +86,15 @@ def _install(root: nn.Module, saved: Saved) -> None:
                 named_modules.install(root, record)
 
 
-def check(root: nn.Module, found: Document) -> dict[str, Slot]:
+def check(root: nn.Module, saved: Saved) -> dict[str, Slot]:
     """The tree's places of tensors by path; LoadError unless it is the tree that was saved."""
     with inside(GRAPH):
-        places = _compare_tensors(root, found.tensors)
+        places = _compare_tensors(root, saved.tensors)
         modules = dict(root.named_modules(remove_duplicate=False))
-        homes = {tree.class_of(module).__module__ for module in modules.values()}
-        for i, plan in enumerate(found.plans):
+        homes = {class_of(module).__module__ for module in modules.values()}
+        for i, plan in enumerate(saved.plans):
             with inside(f"plans[{i}]"):
-                check_arguments(plan.guards, tree.class_of(root).forward)
+                check_arguments(plan.guards, class_of(root).forward)
             with inside(f"plans[{i}].nodes"):
                 _check_targets(plan.graph, modules.keys(), places.keys())
                 named_modules.check_calls(plan.graph, modules)
@@ -118,44 +117,8 @@ def _check_selection(selection: Selection, saved: Saved, root: nn.Module) -> Non
             raise LoadError(f"{shown(entry)} is no rule and no module", "selection")
 
 
-def _compare_modules(saved: list[list[Any]], now: list[list[Any]]) -> None:
-    ours = {path: (name, texts) for path, name, texts in now}
-    for i, (path, name, texts) in enumerate(saved):
-        with inside(f"modules[{i}]"):
-            if path not in ours:
-                raise LoadError(f"the model has no module {shown(path)}, a {_last(name)}")
-            _compare_module(path, name, texts, *ours.pop(path))
-    if ours:
-        raise LoadError(f"the graph knows no module {shown(next(iter(ours)))}", "modules")
-
-
-def _compare_module(
-    path: str, name: str, texts: dict[str, str], name_now: str, texts_now: dict[str, str]
-) -> None:
-    if name_now != name:
-        raise LoadError(
-            f"the module {shown(path)} is not the {_plain(name)} that was saved but a "
-            f"{_plain(name_now)}"
-        )
-    for key in sorted(texts.keys() | texts_now.keys()):
-        if texts.get(key) != texts_now.get(key):
-            here, there = (_plain(t[key]) if key in t else "absent" for t in (texts_now, texts))
-            raise LoadError(
-                f"the module {shown(path)} is not the {_last(name)} that was saved: its attribute "
-                f"{_plain(key)} is {here} in the model, {there} here"
-            )
-
-
-def _plain(name: str) -> str:
-    return shown(name)[1:-1]
-
-
-def _last(name: str) -> str:
-    return _plain(name.rpartition(".")[2])
-
-
 def _compare_tensors(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Slot]:
-    places = {slot.path: slot for slot in tree.slots(root)}
+    places = {slot.path: slot for slot in slots(root)}
     known: set[str] = set()
     for tensor in tensors:
         for path, kind in tensor.places.items():
@@ -176,7 +139,7 @@ def _compare_tensors(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Sl
     return places
 
 
-def _add_place(root: nn.Module, path: str, kind: str, tensor: Tensor) -> Slot:
+def _add_place(root: nn.Module, path: str, kind: TensorKind, tensor: Tensor) -> Slot:
     """A place that the trace made (a constant), or that the model's code makes when it runs."""
     owner_path, _, name = path.rpartition(".")
     owner = dict(root.named_modules()).get(owner_path)

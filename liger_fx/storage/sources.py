@@ -7,24 +7,20 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from liger_fx.errors import LoadError
 from liger_fx.report import GraphDiff
 from liger_fx.tracing.trace import Source
 
-_NAME = re.compile(r"[\w.<>/-]{1,300}")
 _names: dict[str, str] = {}
 
 
-def write_source(source: Source) -> list[Any]:
+def write_source(source: Source) -> Source:
     """The name of the module that was read from the file, the file's own where there is none."""
     file, line = source
-    return [module_of(file), line]
+    return module_of(file), line
 
 
 def module_of(file: str) -> str:
@@ -36,14 +32,6 @@ def module_of(file: str) -> str:
                 _names[path] = name
         _names.setdefault(file, file.replace("\\", "/").rsplit("/", 1)[-1])
     return _names[file]
-
-
-def read_source(value: list[Any]) -> Source:
-    """Module and line, as written; ``locate`` finds the file."""
-    fits = len(value) == 2 and type(value[0]) is str and type(value[1]) is int
-    if not fits or not _NAME.fullmatch(value[0]) or not 0 <= value[1] < 10**7:
-        raise LoadError("is no module and line", "source")
-    return value[0], value[1]
 
 
 def locate(source: Source) -> Source:

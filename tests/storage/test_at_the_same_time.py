@@ -17,7 +17,7 @@ import torch
 import liger_fx
 from liger_fx.errors import LoadError
 from liger_fx.graph_model import GraphModel
-from liger_fx.storage import directory, skeleton, unfinished
+from liger_fx.storage import directory, skeleton
 from liger_fx.storage.stored import Stored
 from tests.storage.files import contents
 from tests.support.families import build
@@ -92,9 +92,9 @@ def test_nobody_else_can_look_in_while_it_is_written(
     seen = []
     original = liger_fx.storage.save.write_file
 
-    def write_file(path: Path, chunks: Any) -> None:
+    def write_file(path: Path, data: bytes) -> None:
         seen.append(stat.S_IMODE(path.parent.stat().st_mode))
-        original(path, chunks)
+        original(path, data)
 
     monkeypatch.setattr("liger_fx.storage.save.write_file", write_file)
     liger_fx.save(llama, folder)
@@ -145,8 +145,8 @@ def test_a_save_holds_what_it_writes(
     seen = []
 
     def sync(folder: Path) -> None:
-        seen.append((folder.name, unfinished._is_held(folder)))
+        seen.append((folder.name, directory._is_held(folder)))
 
-    monkeypatch.setattr(directory, "_sync", sync)
+    monkeypatch.setattr(directory, "sync", sync)
     liger_fx.save(llama, tmp_path / "graph")
     assert seen[0][0].startswith(".graph.") and seen[0][1]

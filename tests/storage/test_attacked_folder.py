@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import liger_fx
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.graph_model import GraphModel
-from liger_fx.storage import folder
-from liger_fx.storage.folder import to_folder
-from liger_fx.storage.python_text import Statements
+from liger_fx.source import folder
+from liger_fx.source.folder import to_folder
+from liger_fx.source.statements import Statements
 from liger_fx.storage.save import wanted_tensors
 from liger_fx.storage.weights import describe
 from liger_fx.tracing import leaves
@@ -172,7 +172,7 @@ def test_a_constant_that_closes_the_docstring(saved: Path, tmp_path: Path) -> No
     code = f'"""; __import__("pathlib").Path({str(mark)!r}).write_text("x"); """'
     constants = {"use_cache": code}
     edit(saved / "graph.json", lambda d: d["plans"][0]["guards"].update(constants=constants))
-    liger_fx.load(saved).to_folder(tmp_path / "graph")
+    liger_fx.to_folder(liger_fx.load(saved), tmp_path / "graph")
     run = "import json, sys\nsys.path.insert(0, sys.argv[1])\nimport graph\nprint(json.dumps(1))"
     assert run_python(run, tmp_path) == 1 and not mark.exists()
 
@@ -194,7 +194,7 @@ def test_other_arguments_are_one_clear_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opt = liger_fx.optimize(build("llama"))
-    opt.to_folder(tmp_path / "graph_alone")
+    liger_fx.to_folder(opt, tmp_path / "graph_alone")
     model = load_package(tmp_path / "graph_alone", monkeypatch).load()
     inputs = make_inputs(opt)
     assert torch.equal(model(**inputs, labels=None).logits, opt(**inputs).logits)
@@ -210,7 +210,7 @@ def test_constants_of_the_call_may_be_given(
     opt = liger_fx.optimize(build("llama"))
     inputs = make_inputs(opt)
     constant = liger_fx.optimize(build("llama"), {**inputs, "use_cache": False})
-    constant.to_folder(tmp_path / "graph_constant")
+    liger_fx.to_folder(constant, tmp_path / "graph_constant")
     model = load_package(tmp_path / "graph_constant", monkeypatch).load()
     assert torch.equal(
         model(**inputs, use_cache=False).logits, constant(**inputs, use_cache=False).logits
@@ -236,10 +236,10 @@ def test_negative_numbers_and_arguments_with_names_of_builtins() -> None:
 @pytest.mark.parametrize(
     "constants, place",
     [
-        ({"use_cache": [1]}, "constants.'use_cache': [1] is no plain argument"),
-        ({"use_cache": {"dict": {"a": 1}}}, "constants.'use_cache'"),
+        ({"use_cache": [1]}, "constants.use_cache: [1] is no plain argument"),
+        ({"use_cache": {"dict": {"a": 1}}}, "constants.use_cache"),
         ({"input_ids": 1}, "constants: 'input_ids' is an input, too"),
-        ({"__class__": 1}, "constants.'__class__': '__class__' is no name"),
+        ({"__class__": 1}, "constants.__class__: '__class__' is no name"),
         ({"a b": 1}, "constants.'a b'"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import liger_fx
 from liger_fx.errors import SaveError
 from liger_fx.graph_model import GraphModel
-from liger_fx.storage.names import MODULE_MARK
+from liger_fx.source.folder import MODULE_MARK
 from tests.storage.files import contents
 from tests.storage.hostile import refused
 
@@ -99,7 +99,7 @@ def test_to_folder_replaces_nothing_of_others(kind: str, llama: GraphModel, tmp_
     PACKAGES[kind](tmp_path / "there")
     before = contents(tmp_path)
     with pytest.raises(SaveError, match="holds something else"):
-        llama.to_folder(tmp_path / "there")
+        liger_fx.to_folder(llama, tmp_path / "there")
     assert contents(tmp_path) == before
 
 
@@ -110,8 +110,8 @@ def test_what_was_written_before_is_replaced(
         (saved / "graph.json").write_text(text)
         liger_fx.save(llama, saved)
         assert contents(saved)["graph.json"] != text.encode()
-    llama.to_folder(tmp_path / "package")
+    liger_fx.to_folder(llama, tmp_path / "package")
     before = contents(tmp_path / "package")
     write({"__pycache__/module.cpython-311.pyc": ""})(tmp_path / "package")
-    llama.to_folder(tmp_path / "package")
+    liger_fx.to_folder(llama, tmp_path / "package")
     assert contents(tmp_path / "package") == before

@@ -64,7 +64,7 @@ def test_every_load_error_is_one_line_of_at_most_500_characters(text: str) -> No
 @pytest.mark.parametrize("text", ["\x1b[31m", "\x07", "\u202e", "\x00", "\x9b2J"])
 def test_a_report_holds_nothing_that_a_terminal_obeys(text: str, saved: Path) -> None:
     edit(saved / "report.json", lambda r: r["sites"][0].update(path=text))
-    assert "sites[0].path has characters" in refused(saved, "report.json")
+    assert "sites[0].path: has characters" in refused(saved, "report.json")
     edit(
         saved / "report.json",
         lambda r: r["sites"][0].update(path="x") or r["versions"].update({text: "1"}),

@@ -160,7 +160,7 @@ def _write(program: torch.export.ExportedProgram, path: Path) -> None:
     with _removed_afterwards(new):
         try:
             torch.export.save(program, memory)
-            write_file(new, [memory.getbuffer()])
+            write_file(new, memory.getbuffer())
             os.replace(new, path)
         except (OSError, RuntimeError) as error:
             raise SaveError(f"{path} could not be written: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""opt.to_folder: the graph as a Python package, readable, beside its weights.
+"""liger_fx.to_folder: the graph as a Python package, readable, beside its weights.
 
     llama_graph/__init__.py  module.py  config.json  model.safetensors  buffers.safetensors
 
@@ -11,24 +11,20 @@ It needs torch, transformers and liger_fx's modules, and nothing that traces or 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
 from torch import nn
 
-from liger_fx.errors import LoadError, SaveError
+from liger_fx.errors import LoadError, SaveError, UsageError
 from liger_fx.graph_model import GraphModel
 from liger_fx.plan import Plan
 from liger_fx.report.facts import versions
-from liger_fx.storage import expressions, named_modules
-from liger_fx.storage.directory import replacing, write_file
-from liger_fx.storage.model_class import is_known
-from liger_fx.storage.names import MODULE, MODULE_MARK
-from liger_fx.storage.own_files import PACKAGE
-from liger_fx.storage.python_source import check_source
-from liger_fx.storage.python_text import Statements, folded
-from liger_fx.storage.python_values import (
+from liger_fx.source.check import check_source
+from liger_fx.source.statements import Statements, folded
+from liger_fx.source.values import (
     assign_text,
     comment,
     is_name,
@@ -36,9 +32,15 @@ from liger_fx.storage.python_values import (
     path_text,
     value_text,
 )
+from liger_fx.storage import expressions, named_modules
+from liger_fx.storage.directory import Kind, first_bytes, is_file, replacing, write_file
+from liger_fx.storage.files import MODEL_FILES
+from liger_fx.storage.model_class import is_known
 from liger_fx.storage.save import wanted_tensors, write_configs, write_tensors
 from liger_fx.storage.weights import Tensor, describe
 
+# The first line of every module.
+MODULE_MARK = "# A graph as Python source, written by liger_fx"
 _MODULE = '''\
 {mark} {version}.
 """One graph of a model: the operations of a call, in order.
@@ -101,8 +103,20 @@ def load():
 '''
 
 
-def to_folder(opt: GraphModel, folder: str | PathLike[str], class_name: str) -> None:
-    """Write the first graph of ``opt`` as a package; see ``GraphModel.to_folder``."""
+def to_folder(opt: nn.Module, folder: str | PathLike[str], module_name: str | None = None) -> None:
+    """Write ``opt.graph`` as a Python package: readable source, config and safetensors weights.
+
+    The package needs liger_fx's modules, not its tracer, and no pickle; its ``load()`` makes the
+    model.
+
+    module_name: what its class is called, the model's own name by default.
+
+    Raises SaveError for what is no model of transformers, or when ``folder`` holds anything else;
+    UsageError for what is no optimised or traced model.
+    """
+    if not isinstance(opt, GraphModel):
+        raise UsageError(f"Expected what optimize() returned, got a {type(opt).__name__}.")
+    class_name = opt.model_class.__name__ if module_name is None else module_name
     if not is_name(class_name):
         raise SaveError(f"{class_name!r} is no name for a class.")
     if not is_known(opt.model_class, getattr(opt, "config", None)):
@@ -114,9 +128,9 @@ def to_folder(opt: GraphModel, folder: str | PathLike[str], class_name: str) -> 
     tensors = describe(opt, wanted_tensors([plan]))
     text = _source(opt, plan, tensors, class_name)
     check_source(text, class_name)
-    with replacing(Path(folder), MODULE) as new:
-        write_file(new / MODULE, [text.encode()])
-        write_file(new / PACKAGE, [f"from .module import {class_name}, load\n".encode()])
+    with replacing(Path(folder), PACKAGE) as new:
+        write_file(new / "module.py", text.encode())
+        write_file(new / "__init__.py", f"from .module import {class_name}, load\n".encode())
         write_configs(opt, new)
         write_tensors(opt, new, tensors)
 
@@ -173,16 +187,16 @@ def _plain(imports: dict[str, set[str]]) -> list[str]:
 def _module_lines(opt: nn.Module) -> Iterator[str]:
     """Lines that put each named module into its place."""
     for record in named_modules.describe(opt):
-        here = path_text(record["path"])
-        parameters = inspect.signature(named_modules.CLASSES[record["class"]]).parameters
-        options = {n: v for n, v in record["options"].items() if v != parameters[n].default}
-        children = [f"{name!r}: {path_text(name, here)}" for name in record["children"]]
+        here = path_text(record.path)
+        parameters = inspect.signature(named_modules.CLASSES[record.class_]).parameters
+        options = {n: v for n, v in record.options.items() if v != parameters[n].default}
+        children = [f"{name!r}: {path_text(name, here)}" for name in record.children]
         given = [f"{{{', '.join(children)}}}"] if children else []
         given += [f"{name_text(name)}={value_text(value)}" for name, value in options.items()]
-        if record["parameters"] and not children:
-            given.append(f"weight={path_text(record['parameters'][0], here)}")
-        yield from folded(f"{_mount(record['path'])}{record['class']}(", given, "))")
-        yield from (f"{_mount(path)}{here})" for path in record.get("also", ()))
+        if record.parameters and not children:
+            given.append(f"weight={path_text(record.parameters[0], here)}")
+        yield from folded(f"{_mount(record.path)}{record.class_}(", given, "))")
+        yield from (f"{_mount(path)}{here})" for path in record.also)
 
 
 def _mount(path: str) -> str:
@@ -229,3 +243,30 @@ def _size_guard(text: str) -> str:
         return expressions.check(text)
     except LoadError as error:
         raise SaveError(f"A guard of the graph cannot be written as source: {error}.") from None
+
+
+def _is_module(file: Path) -> bool:
+    return is_file(file) and first_bytes(file).startswith(MODULE_MARK.encode())
+
+
+def _is_init(file: Path) -> bool:
+    imports = rb"from \.module import \w+, load\s*"
+    return is_file(file) and re.fullmatch(imports, first_bytes(file)) is not None
+
+
+def _is_python_cache(folder: Path) -> bool:
+    name = re.compile(r"(module|__init__)\.[\w.-]+\.pyc")
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(is_file(entry) and name.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+PACKAGE = Kind(
+    "module.py",
+    {
+        r"module\.py": _is_module,
+        r"__init__\.py": _is_init,
+        "__pycache__": _is_python_cache,
+        MODEL_FILES: is_file,
+    },
+)
