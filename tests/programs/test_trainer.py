@@ -167,8 +167,10 @@ def test_torch_compile(tmp_path: Path) -> None:
 def test_unwrapped_by_accelerate(tmp_path: Path) -> None:
     """Prepared for bf16 autocast and taken out of it again."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     def program(m: Any) -> Any:
+        AcceleratorState._reset_state(True)
         accelerator = Accelerator(mixed_precision="bf16", cpu=True)
         prepared = accelerator.prepare_model(m, evaluation_mode=True)
         inputs = make_inputs(m, 2, 9)
@@ -179,6 +181,7 @@ def test_unwrapped_by_accelerate(tmp_path: Path) -> None:
             results = [within, plain(**inputs)[0]]
             kept = accelerator.unwrap_model(prepared)
         assert kept is m
+        AcceleratorState._reset_state(True)
         return results
 
     compare(build("llama"), program, calls=2, rtol=0.05, atol=0.02)

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from tests.support.families import VOCAB
 
 WORDS = """
-the a cat dog bird tree house river runs sleeps sings falls stands flows fast slow red blue green old
-new good bad big small is was and or not what where who user assistant system
+the a cat dog bird tree house river runs sleeps sings falls stands flows fast slow red blue green
+old new good bad big small is was and or not what where who user assistant system
 """.split()  # noqa: SIM905
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}assistant "
