@@ -123,6 +123,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "logits_to_keep": {"logits_to_keep": 1},
     "logits_to_keep as indices": {"logits_to_keep": torch.tensor([0, 4])},
     "output_hidden_states": {"output_hidden_states": True},
+    "chosen hidden states": {"output_hidden_states": [0, -1]},
     "output_attentions": {"output_attentions": True},
     "both": {"output_hidden_states": True, "output_attentions": True},
     "return_dict": {"return_dict": False},

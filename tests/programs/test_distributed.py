@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -136,8 +138,6 @@ SCRIPT = """
 
 def losses(kind: str, which: str, folder: Path) -> list[float]:
     """The curve of the loss: of one process, or of two with the original or its twin."""
-    import json
-
     script, out = folder / "script.py", folder / f"{which}.json"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable]
@@ -146,7 +146,7 @@ def losses(kind: str, which: str, folder: Path) -> list[float]:
     ended = subprocess.run(
         [*command, str(script), kind, which, str(out)],
         cwd=ROOT,
-        env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,

@@ -1,4 +1,4 @@
-"""Hooks on any module, put on before optimize or after: called once a call, on real data, heeded."""
+"""Hooks on any module, put on before optimize or after: once a call, on real data, heeded."""
 
 from __future__ import annotations
 

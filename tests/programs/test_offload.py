@@ -1,4 +1,4 @@
-"""Weights that are elsewhere, quantised, or not there yet: accelerate, bitsandbytes, torchao, meta."""
+"""Weights elsewhere, quantised, or not there yet: accelerate, bitsandbytes, torchao, meta."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.programs.support import (
     same,
     train_step,
 )
-from tests.support.families import config
+from tests.support.families import Scale, config
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -217,7 +217,8 @@ def four_bit(folder: Path) -> Any:
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    build("llama", num_hidden_layers=2).save_pretrained(folder)
+    # bitsandbytes packs blocks of 64
+    build("llama", scale=Scale(hidden=64, intermediate=128)).save_pretrained(folder)
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=options, device_map={"": "cpu"}

@@ -47,13 +47,13 @@ class Pair:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, name: str, **options: Any) -> None:
+    def run(self, what: str, /, **options: Any) -> None:
         """Raises what a process raised. After an error both are started anew."""
         if not self._processes:
             self._start()
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self._pipes:
-                pipe.send((name, options, f"{folder}/store"))
+                pipe.send((what, options, f"{folder}/store"))
             answers = [self._answer(pipe) for pipe in self._pipes]
         failed = [answer for answer in answers if answer is not None]
         if not failed:
