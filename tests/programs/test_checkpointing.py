@@ -48,6 +48,7 @@ def test_on_after(name: str, kind: str) -> None:
     compare(build(name), program, calls=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_and_off_and_on(kind: str) -> None:
     def program(m: Any) -> Any:
@@ -63,12 +64,14 @@ def test_on_and_off_and_on(kind: str) -> None:
     compare(build("llama"), program, calls=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_is_drawn_again_the_same(kind: str) -> None:
     model = build("llama", attention_dropout=0.3)
     compare(model, lambda m: train_step(switch_on(m, KINDS[kind]), inputs_of(m)), calls=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_autocast(kind: str) -> None:
     def program(m: Any) -> Any:

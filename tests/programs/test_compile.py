@@ -115,6 +115,7 @@ def test_forward_in_one_piece(name: str) -> None:
     seen.judge(opt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_any_length_without_compiling_again(name: str) -> None:
     model, twin_of = build(name), build(name)
@@ -127,6 +128,7 @@ def test_any_length_without_compiling_again(name: str) -> None:
     seen.judge(opt)
 
 
+@pytest.mark.slow
 def test_lengths_made_dynamic_by_themselves() -> None:
     """Without dynamic=True the second length makes it dynamic: twice compiled, no more."""
     model, twin_of = build("llama"), build("llama")
@@ -160,6 +162,7 @@ def test_forward_and_backward(train: bool) -> None:
         assert any("rms_norm" in name for graph in seen.backward for name in graph), seen.backward
 
 
+@pytest.mark.slow
 def test_compiled_in_place() -> None:
     """opt.compile() compiles the call itself."""
     model, twin_of = build("llama"), build("llama")
@@ -171,6 +174,7 @@ def test_compiled_in_place() -> None:
     seen.judge(opt)
 
 
+@pytest.mark.slow
 def test_a_layer_compiled() -> None:
     """Regional compilation: each layer by itself, one compilation for all."""
     model, twin_of = build("llama"), build("llama")
@@ -183,6 +187,7 @@ def test_a_layer_compiled() -> None:
     seen.judge(opt, breaks=len(opt.model.layers) - 1, rotary=1)
 
 
+@pytest.mark.slow
 def test_inside_a_compiled_function() -> None:
     model, twin_of = build("llama"), build("llama")
 
@@ -197,6 +202,7 @@ def test_inside_a_compiled_function() -> None:
     seen.judge(opt)
 
 
+@pytest.mark.slow
 def test_with_gradient_checkpointing() -> None:
     model, twin_of = build("llama"), build("llama")
     for m in (model, twin_of):
@@ -209,6 +215,7 @@ def test_with_gradient_checkpointing() -> None:
     seen.judge(opt, breaks=None)
 
 
+@pytest.mark.slow
 def test_generate_with_a_compiled_forward() -> None:
     """The recipe of transformers' documentation: a static cache and a compiled forward."""
     model, twin_of = build("llama"), build("llama")
@@ -299,6 +306,7 @@ def _as_keywords(dims: dict[str, Any]) -> dict[str, Any]:
     return dims
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart", "gpt2"])
 def test_compile_without_rotary(name: str) -> None:
     model, twin_of = tiny(name), tiny(name)
@@ -330,6 +338,7 @@ def test_functional_call() -> None:
     compare(model, program, calls=2)
 
 
+@pytest.mark.slow
 def test_functional_grad() -> None:
     model = build("llama")
     inputs = make_inputs(model, 2, 9, labels=True)

@@ -235,6 +235,7 @@ def test_editing_the_graph_of_a_layer() -> None:
         same(logits(opt), logits(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["model.layers.0", "model.layers.0.self_attn", "model"])
 def test_one_submodule_in_another_mode(place: str) -> None:
     """Frozen parts are put into eval mode while the rest trains: dropout follows."""
@@ -263,6 +264,7 @@ def test_frozen_layers() -> None:
     compare(build("llama"), program)
 
 
+@pytest.mark.slow
 def test_a_step_of_an_optimizer() -> None:
     def program(m: Any) -> Any:
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
@@ -274,6 +276,7 @@ def test_a_step_of_an_optimizer() -> None:
     compare(build("llama"), program, calls=4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_moved_to_another_dtype(dtype: torch.dtype) -> None:
     bound = 0.05 if dtype is torch.bfloat16 else 1e-5

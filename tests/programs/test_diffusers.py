@@ -108,6 +108,7 @@ def test_forward(name: str) -> None:
     check(name, program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients(name: str) -> None:
     inputs = MODELS[name][1]
@@ -120,6 +121,7 @@ def test_gradients(name: str) -> None:
     check(name, program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointing(name: str) -> None:
     inputs = MODELS[name][1]
@@ -133,6 +135,7 @@ def test_checkpointing(name: str) -> None:
     check(name, program)
 
 
+@pytest.mark.slow
 def test_a_denoising_loop() -> None:
     """The scheduler's loop, a step at a time, the timestep a number."""
 
@@ -150,6 +153,7 @@ def test_a_denoising_loop() -> None:
     compare(unet(), program, inputs=unet_inputs(), calls=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_and_loaded(name: str, tmp_path: Any) -> None:
     """save_pretrained writes what the plain class reads."""

@@ -95,6 +95,7 @@ def test_assisted(name: str) -> None:
     compare(build(name), program)
 
 
+@pytest.mark.slow
 def test_assisted_by_an_optimised_model() -> None:
     from tests.programs.support import graph_runs, optimize, run, same
 
@@ -283,6 +284,7 @@ def test_embeds_and_a_streamer() -> None:
     compare(build("llama"), program, calls=STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_continuous_batching(name: str) -> None:
     """Requests of several lengths, packed into one batch over a paged cache."""
@@ -306,6 +308,7 @@ def test_continuous_batching(name: str) -> None:
     compare(tiny(name), program)
 
 
+@pytest.mark.slow
 def test_many_in_turn() -> None:
     """One model generates in one way after another."""
 

@@ -59,6 +59,7 @@ def test_generate(name: str) -> None:
     compare(model, program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VISION_LANGUAGE)
 def test_text_alone(name: str) -> None:
     """A question without an image goes to the language model only."""
@@ -73,6 +74,7 @@ def test_text_alone(name: str) -> None:
     compare(model, program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VISION_LANGUAGE)
 def test_more_images(name: str) -> None:
     """First two images, then four, then none."""
@@ -131,6 +133,7 @@ def test_the_encoder_alone_and_its_output_again(name: str) -> None:
     compare(model, program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava", "t5", "whisper"])
 def test_with_example_inputs(name: str) -> None:
     model = tiny(name)

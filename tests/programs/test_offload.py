@@ -184,6 +184,7 @@ def test_moved_to_meta_and_back(tmp_path: Path) -> None:
         same(logits(opt), logits(original))
 
 
+@pytest.mark.slow
 def test_loaded_into_an_optimised_empty_model(tmp_path: Path) -> None:
     """accelerate's load_checkpoint_and_dispatch onto an optimised empty model."""
     original = build("llama")
@@ -236,6 +237,7 @@ def test_bitsandbytes_four_bit(tmp_path: Path) -> None:
         same(logits(opt), theirs)
 
 
+@pytest.mark.slow
 def test_qlora(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 
@@ -269,6 +271,7 @@ def test_torchao_int8_weights(when: str) -> None:
         same(logits(opt), theirs)
 
 
+@pytest.mark.slow
 def test_torchao_by_transformers(tmp_path: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     build("llama").save_pretrained(tmp_path)
@@ -283,6 +286,7 @@ def test_torchao_by_transformers(tmp_path: Path) -> None:
         same(logits(opt), theirs)
 
 
+@pytest.mark.slow
 def test_dynamically_quantised_by_torch() -> None:
     """torch.ao's own dynamic quantisation replaces the linear layers of the result."""
 

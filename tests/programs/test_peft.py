@@ -95,6 +95,7 @@ def test_put_on_before(kind: str) -> None:
     compare(adapted(build("llama"), kind), lambda m: step(m, kind), calls=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in ADAPTERS if k not in PROMPTS])
 def test_put_on_before_and_the_inner_model_optimised(kind: str) -> None:
     """The adapters sit in the model; the wrapper is left out."""
@@ -119,6 +120,7 @@ def test_other_families(name: str, kind: str) -> None:
     compare(tiny(name), program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 def test_merged(kind: str) -> None:
     """merge_and_unload() gives the plain model with other weights, still by graphs."""
@@ -161,6 +163,7 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
             same(again.eval()(**inputs).logits, expected)
 
 
+@pytest.mark.slow
 def test_two_adapters_in_turn() -> None:
     def program(m: Any) -> Any:
         wrapped = adapted(m, "lora")
@@ -216,6 +219,7 @@ def test_injected_by_transformers() -> None:
     compare(build("llama"), program, calls=2)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_with_lora() -> None:
     def program(m: Any) -> Any:
         m.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})

@@ -68,6 +68,7 @@ def test_generate_at_once() -> None:
         same(at_once(lambda i: generate(opt, i)), theirs)
 
 
+@pytest.mark.slow
 def test_modes_of_threads_are_their_own() -> None:
     """Some threads record gradients, others are in inference mode or under autocast."""
     model, twin_of = build("llama"), build("llama")
@@ -94,6 +95,7 @@ def test_modes_of_threads_are_their_own() -> None:
         same(found[i], theirs[i], rtol=bound, atol=bound)
 
 
+@pytest.mark.slow
 def test_optimize_at_once() -> None:
     """Eight results of one model, made at once."""
     model, twin_of = build("llama"), build("llama")
@@ -105,6 +107,7 @@ def test_optimize_at_once() -> None:
             same(opt(**inputs).logits, expected)
 
 
+@pytest.mark.slow
 def test_one_trains_while_others_look() -> None:
     """A model in training and its copies in use."""
     model, twin_of = build("llama"), build("llama")

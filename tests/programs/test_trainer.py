@@ -59,18 +59,21 @@ def test_loss_curve(name: str, kind: str, tmp_path: Path) -> None:
     compare(build(name), program, calls=runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_bf16(name: str, tmp_path: Path) -> None:
     """bf16 autocast: as near as bf16 is to itself."""
     compare(build(name), lambda m: train(m, tmp_path / "run", bf16=True), calls=STEPS, rtol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama"])
 def test_adamw(name: str, tmp_path: Path) -> None:
     options = {"optim": "adamw_torch", "learning_rate": 1e-3}
     compare(build(name), lambda m: train(m, tmp_path / "run", **options), calls=STEPS)
 
 
+@pytest.mark.slow
 def test_resume(tmp_path: Path) -> None:
     """Stopped after two steps and gone on with: the curve of one that was not stopped."""
     model, twin_of = build("llama"), build("llama")
@@ -97,6 +100,7 @@ def test_resume(tmp_path: Path) -> None:
     same(weights(again), weights(twin_of))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_the_plain_models(tmp_path: Path) -> None:
     model, twin_of = build("llama"), build("llama")
     opt = optimize(model)
@@ -113,6 +117,7 @@ def test_the_checkpoint_is_the_plain_models(tmp_path: Path) -> None:
     same(weights(loaded), weights(twin_of))
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict(tmp_path: Path) -> None:
     def program(m: Any) -> Any:
         made = arguments(tmp_path, per_device_eval_batch_size=4)
@@ -127,6 +132,7 @@ def test_evaluate_and_predict(tmp_path: Path) -> None:
     compare(build("llama"), program, calls=3 + 3 * 3)
 
 
+@pytest.mark.slow
 def test_optimised_by_model_init(tmp_path: Path) -> None:
     def program(m: Any) -> Any:
         made = arguments(tmp_path)
@@ -136,6 +142,7 @@ def test_optimised_by_model_init(tmp_path: Path) -> None:
     compare(build("llama"), program, calls=STEPS)
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own(tmp_path: Path) -> None:
     def loss_of(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = outputs.logits[:, :-1].flatten(0, 1)

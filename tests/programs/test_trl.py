@@ -143,6 +143,7 @@ def test_sft_with_lora(kind: str, tmp_path: Path) -> None:
     compare(build("llama"), lambda m: sft(m, tmp_path, data(), lora(), **options), calls=STEPS)
 
 
+@pytest.mark.slow
 def test_sft_of_a_peft_model(tmp_path: Path) -> None:
     """The adapter around the optimised model, put on by the user."""
 
@@ -152,6 +153,7 @@ def test_sft_of_a_peft_model(tmp_path: Path) -> None:
     compare(build("llama"), program, calls=STEPS)
 
 
+@pytest.mark.slow
 def test_sft_in_bf16(tmp_path: Path) -> None:
     def program(m: Any) -> Any:
         return sft(m, tmp_path, plain_texts(), bf16=True)[0]
@@ -184,6 +186,7 @@ def test_dpo(name: str, kind: str, tmp_path: Path) -> None:
     compare(build(name), program, calls=STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["loaded reference", "lora"])
 def test_dpo_without_a_reference(adapter: bool, tmp_path: Path) -> None:
     """TRL loads the reference by the name in the config, or takes the adapter off."""
@@ -201,6 +204,7 @@ def test_dpo_without_a_reference(adapter: bool, tmp_path: Path) -> None:
     compare(from_disk(tmp_path / "model"), program, calls=STEPS)
 
 
+@pytest.mark.slow
 def test_kto(tmp_path: Path) -> None:
     lines = texts(24)
     data = rows(
@@ -279,6 +283,7 @@ def test_grpo(kind: str, tmp_path: Path) -> None:
     compare(from_disk(tmp_path / "model"), program, calls=STEPS * 4)
 
 
+@pytest.mark.slow
 def test_rloo(tmp_path: Path) -> None:
     def program(m: Any) -> Any:
         trainer = trl.RLOOTrainer(
@@ -312,6 +317,7 @@ def test_reward(tmp_path: Path) -> None:
     compare(perturb(made), program, calls=STEPS)
 
 
+@pytest.mark.slow
 def test_saved_by_trl(tmp_path: Path) -> None:
     """What the trainer saves is the plain model, with the weights that were trained."""
     model, twin_of = build("llama"), build("llama")
