@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from liger_fx.storage import arguments, skeleton
 from liger_fx.storage.files import unreplaced
 from liger_fx.storage.records import Document
 from liger_fx.storage.saved import Saved, read_saved
-from liger_fx.storage.sources import locate, located
+from liger_fx.storage.sources import locate
 from liger_fx.storage.stored import Stored
 from liger_fx.storage.weights import PARAMETER, Slot, Tensor, total_bytes
 from liger_fx.tracing.tree_state import Kind
@@ -162,7 +161,8 @@ def _finished(saved: Saved, tree: nn.Module) -> Block:
     planner.original = report.before.tree if report else tree_rows(tree)
     planner.verified = report.verified if report else None
     planner.fallbacks = [
-        Fallback(f.path, f.class_name, f.call, f.reason) for f in (report.fallbacks if report else ())
+        Fallback(f.path, f.class_name, f.call, f.reason)
+        for f in (report.fallbacks if report else ())
     ]
     kinds = _kinds(saved, tree)
     groups = []

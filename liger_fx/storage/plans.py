@@ -112,4 +112,3 @@ def _check_sites(graph: fx.Graph, sites: list[Site]) -> None:
         if not 0 <= made.site < len(sites) or sites[made.site].rule != made.rule:
             place = f"[{i}] ({shown(node.name)}).rewrite.site"
             raise LoadError(f"the plan has no site {made.site} of {shown(made.rule)}", place)
-

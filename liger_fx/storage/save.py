@@ -24,6 +24,7 @@ from liger_fx.model.account import blocks_of, report_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.block import Block
 from liger_fx.model.plan import Plan
+from liger_fx.report.facts import GraphDiff
 from liger_fx.storage import config, fingerprint, named_modules, skeleton
 from liger_fx.storage.directory import replacing, write_file
 from liger_fx.storage.files import (
@@ -40,7 +41,6 @@ from liger_fx.storage.json_file import dump
 from liger_fx.storage.model_class import is_known
 from liger_fx.storage.original import Original
 from liger_fx.storage.plans import plan_record
-from liger_fx.report.facts import GraphDiff
 from liger_fx.storage.records import SCHEMA, BlockRecord, Document, ModelRecord
 from liger_fx.storage.saved import read_saved
 from liger_fx.storage.sources import portable

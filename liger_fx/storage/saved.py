@@ -155,9 +155,7 @@ def _check_schema(raw: Any) -> None:
     if schema < SCHEMA:
         raise LoadError(f"is {schema}, which liger_fx 0.1 reads; this one reads {SCHEMA}", "schema")
     if schema > SCHEMA:
-        raise LoadError(
-            f"is {schema}, of a later liger_fx; this one reads {SCHEMA}", "schema"
-        )
+        raise LoadError(f"is {schema}, of a later liger_fx; this one reads {SCHEMA}", "schema")
 
 
 def _check_once(field: str, paths: Iterable[list[str]]) -> None:

@@ -21,15 +21,14 @@ from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError
 from liger_fx.model.tree import copy_tree
 from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules
+from liger_fx.storage.calls import check_arguments
 from liger_fx.storage.files import CONFIG, GENERATION_CONFIG, GRAPH
 from liger_fx.storage.original import Original, class_of, compare_modules
-from liger_fx.storage.calls import check_arguments
 from liger_fx.storage.plans import SavedBlock
 from liger_fx.storage.records import TensorKind
 from liger_fx.storage.saved import Saved
 from liger_fx.storage.weights import CONSTANT, IN_CHECKPOINT, Slot, Tensor, slots
 from liger_fx.storage.writes import check_writes
-
 
 T = TypeVar("T")
 
@@ -127,7 +126,9 @@ def _below(items: Mapping[str, T], path: str) -> dict[str, T]:
     """Those at and below a path, by the paths from there."""
     if not path:
         return dict(items)
-    found = {p.removeprefix(f"{path}."): item for p, item in items.items() if p.startswith(f"{path}.")}
+    found = {
+        p.removeprefix(f"{path}."): item for p, item in items.items() if p.startswith(f"{path}.")
+    }
     if path in items:
         found[""] = items[path]
     return found
