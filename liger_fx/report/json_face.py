@@ -1,4 +1,4 @@
-"""A GraphDiff as JSON and back; docs/report-schema.md describes the form.
+"""A report as JSON and back; docs/report-schema.md describes the form.
 
 GraphDiff(sites=(Site("rms_norm", ...), ...), ...)
  <->
@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, TypeVar
 
 from liger_fx.engine.drawing import Drawing
 from liger_fx.errors import UsageError, one_line
 from liger_fx.report.amounts import totals
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report.facts import Facts
 from liger_fx.report.plain import Malformed, decode, encode
 
 FORMAT = "liger_fx.report"
 SCHEMA = 1
 
+Found = TypeVar("Found", bound=Facts)
 
-def to_json(diff: GraphDiff) -> str:
+
+def to_json(diff: Facts) -> str:
     """The report as JSON text: equal reports give equal texts, byte for byte."""
     drawings = {drawing: i for i, drawing in enumerate(dict.fromkeys(_drawings(diff)))}
     head = {"format": FORMAT, "schema": SCHEMA, "summary": summary(diff)}
@@ -33,8 +35,9 @@ def to_json(diff: GraphDiff) -> str:
     return json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def from_json(text: str | bytes, name: str = "the report") -> GraphDiff:
-    """The report that ``to_json`` wrote; ``name`` is what an error calls it (its file, say).
+def from_json(text: str | bytes, name: str, kind: type[Found]) -> Found:
+    """The report that ``to_json`` wrote, as a ``kind``; ``name`` is what an error calls it (its
+    file, say).
 
     Raises UsageError for text that is no report, or one of a later schema.
     """
@@ -47,20 +50,20 @@ def from_json(text: str | bytes, name: str = "the report") -> GraphDiff:
         ) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is no JSON: {one_line(error)}.") from None
-    return from_data(whole, name)
+    return from_data(whole, name, kind)
 
 
-def from_data(whole: Any, name: str = "the report") -> GraphDiff:
+def from_data(whole: Any, name: str, kind: type[Found]) -> Found:
     """The report of parsed JSON, with the same errors as ``from_json``."""
     try:
-        return _diff(whole)
+        return _read(whole, kind)
     except (Malformed, RecursionError) as error:
         raise UsageError(
             f"{name} is no report that this version reads: {one_line(error)}."
         ) from None
 
 
-def summary(diff: GraphDiff) -> dict[str, Any]:
+def summary(diff: Facts) -> dict[str, Any]:
     """The main numbers, for whoever reads the file with other tools; not read back."""
     done, left = (Counter(site.rule for site in s) for s in (diff.rewritten, diff.refused))
     names = dict.fromkeys([*diff.rules, *done, *left])
@@ -76,11 +79,11 @@ def summary(diff: GraphDiff) -> dict[str, Any]:
     }
 
 
-def _drawings(diff: GraphDiff) -> list[Drawing]:
+def _drawings(diff: Facts) -> list[Drawing]:
     return [site.drawing for site in diff.sites if site.drawing is not None]
 
 
-def _diff(whole: Any) -> GraphDiff:
+def _read(whole: Any, kind: type[Found]) -> Found:
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise Malformed(f"it has no field format: {FORMAT!r}")
     schema = whole.get("schema")
@@ -93,7 +96,8 @@ def _diff(whole: Any) -> GraphDiff:
     fields = {
         k: v for k, v in whole.items() if k not in ("format", "schema", "summary", "drawings")
     }
-    return decode(GraphDiff, fields, "", {Drawing: drawings})
+    found: Found = decode(kind, fields, "", {Drawing: drawings})
+    return found
 
 
 def _check_drawings(drawings: tuple[Drawing, ...]) -> None:
