@@ -18,7 +18,8 @@ from liger_fx.engine.site import Site
 from liger_fx.model.block import Block
 from liger_fx.model.plan import Plan
 from liger_fx.report.blocks import BlockRow, FallbackRow
-from liger_fx.report.facts import GraphDiff, Side, tree_rows
+from liger_fx.report.facts import Side, tree_rows
+from liger_fx.report.graph_diff import GraphDiff
 
 
 def blocks_of(root: nn.Module) -> dict[str, Block]:

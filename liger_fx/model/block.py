@@ -24,7 +24,7 @@ from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
 from liger_fx.model.alike import Alike
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Fallback, Planner
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.call import (
     Signature,
     UnsupportedCall,
