@@ -32,7 +32,7 @@ _WITH_LABELS = {
 
 
 def example_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """The arguments by name of the call to trace first: the user's example, or token ids and a mask.
+    """The arguments by name of the call to trace first: the user's example, or ids and a mask.
 
     UsageError for what is no example, and for a model that needs one.
     """

@@ -8,7 +8,6 @@ GraphDiff.from_json(text)          the report that json() wrote
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from liger_fx.errors import UsageError
 from liger_fx.report import json_face
