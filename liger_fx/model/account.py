@@ -32,7 +32,9 @@ def report_of(root: Block) -> GraphDiff:
     blocks = blocks_of(root)
     assert planner.original is not None
     first = root.plans[0] if root.plans else None
-    before = Side(root.block_class.__name__, _operators(root, blocks, after=False), planner.original)
+    before = Side(
+        root.block_class.__name__, _operators(root, blocks, after=False), planner.original
+    )
     return GraphDiff(
         before,
         side_of(root),
@@ -117,5 +119,3 @@ def _rows(blocks: dict[str, Block]) -> Iterator[BlockRow]:
         )
         code = block.code if block.plans else ""
         yield BlockRow(block.block_class.__name__, tuple(paths), calls, code)
-
-

@@ -131,7 +131,9 @@ class Block(fx.GraphModule):
 
     def _why_none(self) -> str:
         told = [f for f in self._block.planner.fallbacks if f.path == self._block.path]
-        return f"no call of it could be traced: {told[0].reason}" if told else "it was not called yet."
+        return (
+            f"no call of it could be traced: {told[0].reason}" if told else "it was not called yet."
+        )
 
     @property
     def code(self) -> str:
@@ -299,4 +301,3 @@ def _derive(block_class: type[nn.Module]) -> type[Block]:
         "__doc__": block_class.__doc__,
     }
     return type(block_class.__name__, (Block, block_class), namespace)
-

@@ -66,7 +66,9 @@ class Plan:
         """Take the tree as it is now for the one the graph was made for, but for the dtypes and
         devices in ``kinds``, if given."""
         facts = TreeFacts.of(block, self._followed_modules(block))
-        self.facts = facts if kinds is None else replace(facts, kinds=dict(kinds))
+        if kinds is not None:
+            facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
+        self.facts = facts
 
     def fits(self, block: nn.Module) -> bool:
         """Whether the dtypes, devices and configs of the tree are those the graph was made for."""

@@ -13,7 +13,6 @@ import platform
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 

@@ -22,7 +22,17 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers.utils import output_capturing
 
-from liger_fx.tracing.call import CallSpec, Constant, Items, Namer, Number, Opaque, Spec, free_numbers, is_mask
+from liger_fx.tracing.call import (
+    CallSpec,
+    Constant,
+    Items,
+    Namer,
+    Number,
+    Opaque,
+    Spec,
+    free_numbers,
+    is_mask,
+)
 from liger_fx.tracing.fakes import FakeWorld, as_expr
 from liger_fx.tracing.numbers import TracedNumber, plain
 from liger_fx.tracing.recorder import CannotRecord
@@ -248,4 +258,3 @@ def collects_inside(block: nn.Module, keys: Mapping[str, Any]) -> bool:
 def _key(hook: Any) -> Any:
     cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
     return cells["key"].cell_contents if "key" in cells else None
-

@@ -55,12 +55,47 @@ def _asking(name: str) -> Any:
     return method
 
 
-_ASKING = (
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ "
-    "__rfloordiv__ __mod__ __rmod__ __pow__ __rpow__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ "
-    "__gt__ __ge__ __bool__ __hash__ __index__ __int__ __float__ __round__ __str__ __repr__ "
-    "__format__ __and__ __or__ __xor__ __lshift__ __rshift__ __divmod__ __rdivmod__ __trunc__"
-).split()
+_ASKING = [
+    "__add__",
+    "__radd__",
+    "__sub__",
+    "__rsub__",
+    "__mul__",
+    "__rmul__",
+    "__truediv__",
+    "__rtruediv__",
+    "__floordiv__",
+    "__rfloordiv__",
+    "__mod__",
+    "__rmod__",
+    "__pow__",
+    "__rpow__",
+    "__neg__",
+    "__abs__",
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__bool__",
+    "__hash__",
+    "__index__",
+    "__int__",
+    "__float__",
+    "__round__",
+    "__str__",
+    "__repr__",
+    "__format__",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "__lshift__",
+    "__rshift__",
+    "__divmod__",
+    "__rdivmod__",
+    "__trunc__",
+]
 for _cls in (TracedInt, TracedFloat):
     for _name in _ASKING:
         if hasattr(_cls.__mro__[1], _name):

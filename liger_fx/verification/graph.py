@@ -118,9 +118,7 @@ def _as_now(value: Any) -> Any:
         return value.detach().clone().requires_grad_(value.requires_grad)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    tensors = {
-        id(t): t.detach().clone() for t in _tensors_of(value) if isinstance(t, torch.Tensor)
-    }
+    tensors = {id(t): t.detach().clone() for t in _tensors_of(value) if isinstance(t, torch.Tensor)}
     return copy.deepcopy(value, dict(tensors))
 
 
@@ -137,9 +135,7 @@ def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors_of(vars(value))
 
 
-def _served(
-    opt: Block, arrivals: list[tuple[str, Arguments]]
-) -> list[tuple[str, Plan, Arguments]]:
+def _served(opt: Block, arrivals: list[tuple[str, Arguments]]) -> list[tuple[str, Plan, Arguments]]:
     found = []
     for path, arguments in arrivals:
         block: Any = opt.get_submodule(path)
