@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from liger_fx.errors import UsageError
-from liger_fx.media import images, names_of, parts, sounds, told, tokens_an_image
+from liger_fx.media import images, names_of, parts, sounds, tokens_an_image, told
 from liger_fx.tracing.call import UnsupportedCall, named_arguments
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | None
@@ -142,10 +142,6 @@ def _with_image(model: PreTrainedModel, ids: torch.Tensor, token: int, count: in
     end = told(model.config, "vision_end_token_id", "eoi_token_index", "eoi_token_id")
     marks = [[] if mark is None else [mark] for mark in (begin, end)]
     middle = [*marks[0], *[token] * count, *marks[1]]
-        *([] if begin is None else [begin]),
-        *[token] * count,
-        *([] if end is None else [end]),
-    ]
     image = torch.tensor(middle).expand(ids.shape[0], -1)
     return torch.cat((ids[:, :_BEFORE], image, ids[:, _BEFORE:]), dim=1)
 
