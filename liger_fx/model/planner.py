@@ -1,4 +1,4 @@
-"""How a kind of call of a block becomes a plan: traced, and rewritten where rules are to be applied.
+"""How a kind of call of a block becomes a plan: traced, and rewritten by the rules that apply.
 
     planner.plan(block, call, examples)   ->   Plan: the graph, rewritten; its guards; its sites
 
@@ -20,10 +20,10 @@ from liger_fx.engine.rewriter import rewrite
 from liger_fx.engine.rule import Selection, discover
 from liger_fx.errors import LigerFxError
 from liger_fx.model.alike import Alike, Transplant, describe, differing, places
+from liger_fx.model.codec import encode_graph
 from liger_fx.model.plan import Plan
 from liger_fx.report.facts import TreeRow
 from liger_fx.report.verified import Verified
-from liger_fx.model.codec import encode_graph
 from liger_fx.tracing.call import (
     CallSpec,
     UnsupportedCall,
@@ -233,7 +233,9 @@ class Planner:
                 return number, plan.result
         return None
 
-    def plan_for(self, block: Any, call: CallSpec, arguments: Mapping[str, Any], examples: Any) -> Plan:
+    def plan_for(
+        self, block: Any, call: CallSpec, arguments: Mapping[str, Any], examples: Any
+    ) -> Plan:
         """A plan that serves this very call, traced at example sizes, or else at the call's own."""
         plan = self._with_numbers_free(block, call, arguments)
         if plan is not None:
@@ -255,7 +257,7 @@ class Planner:
     def _with_numbers_free(
         self, block: Any, call: CallSpec, arguments: Mapping[str, Any]
     ) -> Plan | None:
-        """If there is a plan for such a call but for its numbers: one plan for any, in its place."""
+        """A plan for any numbers, in the place of one for such a call but for its numbers."""
         alike: Alike = block._block.alike
         for number, old in enumerate(alike.plans):
             freed = with_numbers_free(call, old.guards.call)
@@ -314,4 +316,3 @@ def int_at(block: nn.Module, path: str) -> int:
     owner, _, name = path.rpartition(".")
     value: int = vars(block.get_submodule(owner))[name]
     return value
-

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from torch import nn
 
-from liger_fx.errors import LoadError, SaveError, UsageError
-from liger_fx.graph_model import GraphModel
-from liger_fx.plan import Plan
+from liger_fx.errors import LoadError, SaveError, TraceError, UsageError
+from liger_fx.model.block import Block
+from liger_fx.model.flatten import flat_plan
+from liger_fx.model.plan import Plan
 from liger_fx.report.facts import versions
 from liger_fx.source.check import check_source
 from liger_fx.source.statements import Statements, folded
@@ -36,8 +37,9 @@ from liger_fx.storage import expressions, named_modules
 from liger_fx.storage.directory import Kind, first_bytes, is_file, replacing, write_file
 from liger_fx.storage.files import MODEL_FILES
 from liger_fx.storage.model_class import is_known
-from liger_fx.storage.save import wanted_tensors, write_configs, write_tensors
+from liger_fx.storage.save import Group, wanted_tensors, write_configs, write_tensors
 from liger_fx.storage.weights import Tensor, describe
+from liger_fx.tracing.call import UnsupportedCall
 
 # The first line of every module.
 MODULE_MARK = "# A graph as Python source, written by liger_fx"
@@ -114,19 +116,24 @@ def to_folder(opt: nn.Module, folder: str | PathLike[str], module_name: str | No
     Raises SaveError for what is no model of transformers, or when ``folder`` holds anything else;
     UsageError for what is no optimised or traced model.
     """
-    if not isinstance(opt, GraphModel):
+    if not isinstance(opt, Block):
         raise UsageError(f"Expected what optimize() returned, got a {type(opt).__name__}.")
-    class_name = opt.model_class.__name__ if module_name is None else module_name
+    class_name = opt.block_class.__name__ if module_name is None else module_name
     if not is_name(class_name):
         raise SaveError(f"{class_name!r} is no name for a class.")
-    if not is_known(opt.model_class, getattr(opt, "config", None)):
+    if not is_known(opt.block_class, getattr(opt, "config", None)):
         raise SaveError(
-            f"{opt.model_class.__name__} is no model class of transformers, so no source can make "
+            f"{opt.block_class.__name__} is no model class of transformers, so no source can make "
             "it again. Its graph is opt.code."
         )
-    plan = opt.plans[0]
-    tensors = describe(opt, wanted_tensors([plan]))
-    text = _source(opt, plan, tensors, class_name)
+    if not opt.plans:
+        raise SaveError(f"This {class_name} has no graph of its own, only the blocks inside it.")
+    try:
+        flat, plan = flat_plan(opt, opt.plans[0].guards.call)
+    except (TraceError, UnsupportedCall) as error:
+        raise SaveError(f"This {class_name} is no one graph: {error}") from error
+    tensors = describe(flat, wanted_tensors([Group([""], (), {0: plan})]))
+    text = _source(flat, plan, tensors, class_name)
     check_source(text, class_name)
     with replacing(Path(folder), PACKAGE) as new:
         write_file(new / "module.py", text.encode())
@@ -135,8 +142,9 @@ def to_folder(opt: nn.Module, folder: str | PathLike[str], module_name: str | No
         write_tensors(opt, new, tensors)
 
 
-def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str) -> str:
+def _source(opt: Block, plan: Plan, tensors: list[Tensor], class_name: str) -> str:
     statements = Statements(plan.graph)
+    names = [name for name, _ in plan.guards.call.leaves()]
     body = [f"        {line}" if line else "" for line in statements.lines()]
     constants = [
         f"        self.register_buffer({t.path!r}, torch.empty({list(t.shape)}), persistent=False)"
@@ -147,15 +155,15 @@ def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str)
     return _MODULE.format(
         mark=MODULE_MARK,
         name=class_name,
-        base=opt.model_class.__name__,
+        base=opt.block_class.__name__,
         version=versions()["liger_fx"],
         # the graph's own regions leave the caller's grad mode as it is
         guards="\n".join(comment(t) for t in plan.guards.describe() if "grad mode" not in t),
         imports="\n".join(_import_lines(opt, statements)),
         modules="".join(f"{line}\n" for line in modules),
-        inputs=", ".join(map(name_text, plan.inputs)),
-        optional=", ".join(f"{name}=None" for name in plan.inputs),
-        given="{" + ", ".join(f"{name!r}: {name}" for name in plan.inputs) + "}",
+        inputs=", ".join(map(name_text, names)),
+        optional=", ".join(f"{name}=None" for name in names),
+        given="{" + ", ".join(f"{name!r}: {name}" for name in names) + "}",
         constants=value_text(plan.guards.call.constants),
         body="\n".join(body),
         checks="\n".join(f"        {line}" for line in _check_lines(plan)) + "\n",
@@ -167,7 +175,7 @@ def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str)
     )
 
 
-def _import_lines(opt: GraphModel, statements: Statements) -> Iterator[str]:
+def _import_lines(opt: Block, statements: Statements) -> Iterator[str]:
     named = {type(m).__name__ for m in opt.modules() if named_modules.is_named(m)}
     imports = {**statements.imports, "safetensors.torch": {"load_file"}}
     if named:

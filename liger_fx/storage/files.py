@@ -43,11 +43,6 @@ for _name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"):
 _MOST_BYTES = 2**28
 
 
-def report_name(plan: int) -> str:
-    """The file of a plan's report."""
-    return REPORT if plan == 0 else f"report-{plan + 1}.json"
-
-
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """The file, to be read unbuffered; LoadError if it cannot be, or is none (a pipe, a device).

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
@@ -24,6 +25,7 @@ from liger_fx.codec import Form, decode, inside, shown
 from liger_fx.errors import LoadError
 from liger_fx.storage.records import ImplementationName, matching
 from liger_fx.storage.targets import (
+    CACHE_PARTS,
     ENTER_AUTOCAST,
     EXIT_AUTOCAST,
     OPERATORS,
@@ -81,9 +83,12 @@ def _module(node: fx.Node) -> fx.Node:
 
 
 def _cache(node: fx.Node) -> fx.Node:
-    if node.op != "placeholder" and node.target is not leaves.new_cache:
+    if node.op != "placeholder" and node.target not in _MAKING_CACHES:
         raise LoadError(f"{node.name} is no cache")
     return node
+
+
+_MAKING_CACHES = (leaves.new_cache, leaves.encoder_decoder_cache, getattr, operator.getitem)
 
 
 def _region(node: fx.Node) -> fx.Node:
@@ -102,10 +107,19 @@ _ReferenceText = Annotated[
 ]
 # What each function is called with, by position, and whether it takes more by name or position.
 _ARGUMENTS: dict[Any, tuple[Any, bool, bool]] = {
-    getattr: (tuple[fx.Node, Annotated[str, _in(PROPERTIES, "attribute to read")]], False, False),
+    getattr: (
+        tuple[fx.Node, Annotated[str, _in(PROPERTIES | CACHE_PARTS, "attribute to read")]],
+        False,
+        False,
+    ),
     leaves.attention: (tuple[Annotated[fx.Node, _module]], True, True),
     leaves.build_mask: (tuple[Annotated[str, _mask_builder], fx.Node], True, False),
     leaves.new_cache: (tuple[fx.Node | None], False, False),
+    leaves.encoder_decoder_cache: (
+        tuple[Annotated[fx.Node, _cache], Annotated[fx.Node, _cache]],
+        False,
+        False,
+    ),
     leaves.cache_call: (
         tuple[Annotated[fx.Node, _cache], Annotated[str, _in(CACHE_METHODS, "method of a cache")]],
         True,

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,17 +19,20 @@ from torch import nn
 from liger_fx.codec import inside
 from liger_fx.engine.garbage import garbage_kept
 from liger_fx.errors import LoadError, RetraceWarning
-from liger_fx.graph_model import GraphModel, graph_class
-from liger_fx.plan import Plan
-from liger_fx.planning import Planner
+from liger_fx.model.account import blocks_of
+from liger_fx.model.alike import Alike
+from liger_fx.model.block import Block
+from liger_fx.model.build import turn_into_blocks
+from liger_fx.model.planner import Fallback, Planner
+from liger_fx.report.facts import tree_rows
 from liger_fx.storage import arguments, skeleton
 from liger_fx.storage.files import unreplaced
 from liger_fx.storage.records import Document
 from liger_fx.storage.saved import Saved, read_saved
-from liger_fx.storage.sources import locate, located
+from liger_fx.storage.sources import locate
 from liger_fx.storage.stored import Stored
 from liger_fx.storage.weights import PARAMETER, Slot, Tensor, total_bytes
-from liger_fx.tracing.tree_state import Kind, telling_parameters
+from liger_fx.tracing.tree_state import Kind
 
 StrPath = str | PathLike[str]
 
@@ -42,7 +44,7 @@ def load(
     checkpoint: StrPath | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> GraphModel:
+) -> Block:
     """The optimised model that ``liger_fx.save`` wrote to the directory ``path``.
 
     It is in the mode (train or eval) in which it was saved, and meets kinds of call that it has no
@@ -151,30 +153,43 @@ def _dtypes(tensors: list[Tensor], dtype: torch.dtype | None) -> dict[str, torch
     return {t.path: dtype for t in floating if t.dtype == usual}
 
 
-def _finished(saved: Saved, tree: nn.Module) -> GraphModel:
+def _finished(saved: Saved, tree: nn.Module) -> Block:
     found = saved.document
     _set_modes(tree, found)
+    planner = Planner(found.selection)
+    report = saved.report
+    planner.original = report.before.tree if report else tree_rows(tree)
+    planner.verified = report.verified if report else None
+    planner.fallbacks = [
+        Fallback(f.path, f.class_name, f.call, f.reason)
+        for f in (report.fallbacks if report else ())
+    ]
     kinds = _kinds(saved, tree)
-    plans = []
-    for part, report in zip(saved.plans, saved.reports, strict=True):
-        for node in part.graph.nodes:
-            if node.meta["source"] is not None:
-                node.meta["source"] = locate(node.meta["source"])
-        plan = Plan.restored(
-            part.graph, part.guards, part.opaque, part.followed, report and located(report)
-        )
-        plan.assume(tree, kinds)
-        plans.append(plan)
-    if not any(plan.fits(tree) for plan in plans):
+    groups = []
+    for block in saved.blocks:
+        alike = Alike(None, tuple(block.attributes))
+        for part in block.plans:
+            for node in part.graph.nodes:
+                if node.meta["source"] is not None:
+                    node.meta["source"] = locate(node.meta["source"])
+            plan = part.plan()
+            plan.assume(tree.get_submodule(block.paths[0]), _below(kinds, block.paths[0]))
+            alike.plans.append(plan)
+        groups.append((block.paths, alike))
+    root = turn_into_blocks(tree, groups, planner)
+    if not any(plan.fits(b) for b in blocks_of(root).values() for plan in b.plans):
         warnings.warn(
             f"{found.model.class_}: the saved graphs are for other dtypes or devices than the "
             "weights have now; each kind of call is traced anew when it is first made.",
             RetraceWarning,
             stacklevel=3,
         )
-    kind: Any = type(tree)
-    make: Any = graph_class(kind)
-    return make(tree.__dict__, plans, Planner(found.selection))
+    return root
+
+
+def _below(kinds: dict[str, Kind], path: str) -> dict[str, Kind]:
+    prefix = f"{path}." if path else ""
+    return {p.removeprefix(prefix): kind for p, kind in kinds.items() if p.startswith(prefix)}
 
 
 def _set_modes(tree: nn.Module, found: Document) -> None:
@@ -187,4 +202,7 @@ def _set_modes(tree: nn.Module, found: Document) -> None:
 def _kinds(saved: Saved, tree: nn.Module) -> dict[str, Kind]:
     """The dtypes and devices that the graphs take for granted."""
     dtypes = {path: tensor.dtype for tensor in saved.tensors for path in tensor.places}
-    return {path: (dtypes[path], saved.device) for path in telling_parameters(tree)}
+    return {
+        path: (dtypes[path], saved.device)
+        for path, _ in tree.named_parameters(remove_duplicate=False)
+    }

@@ -30,13 +30,22 @@ from liger_fx.tracing.trace import TensorSpec
 
 
 def encode_nodes(
-    graph: fx.Graph, sizes: SizeNames, device: torch.device | None
+    graph: fx.Graph,
+    sizes: SizeNames,
+    device: torch.device | None,
+    numbers: Mapping[str, Mapping[int, int]],
 ) -> list[dict[str, Any]]:
-    """Every node in order; ``device`` is the one that is not written down for each tensor."""
-    return [encode(_record(node, sizes, device), FORMS) for node in graph.nodes]
+    """Every node in order; ``device`` is the one that is not written down for each tensor,
+    ``numbers`` are those of the plans of blocks that it calls."""
+    return [encode(_record(node, sizes, device, numbers), FORMS) for node in graph.nodes]
 
 
-def _record(node: fx.Node, sizes: SizeNames, device: torch.device | None) -> NodeRecord:
+def _record(
+    node: fx.Node,
+    sizes: SizeNames,
+    device: torch.device | None,
+    numbers: Mapping[str, Mapping[int, int]],
+) -> NodeRecord:
     target: Any = node.target
     name = target if isinstance(target, str) else name_of(target)
     if name is None or (node.op == "call_method" and name not in METHODS):
@@ -57,6 +66,7 @@ def _record(node: fx.Node, sizes: SizeNames, device: torch.device | None) -> Nod
         module=node.meta.get("module", ""),
         source=write_source(source) if source else None,
         rewrite=node.meta.get("rewrite"),
+        plan=numbers[name][node.meta["plan"]] if "plan" in node.meta else None,
     )
 
 
@@ -109,6 +119,8 @@ class GraphReader:
         node.meta |= {"module": record.module, "source": record.source}
         if record.rewrite is not None:
             node.meta["rewrite"] = record.rewrite
+        if record.plan is not None:
+            node.meta["plan"] = record.plan
         if record.spec:
             node.meta["spec"] = self._spec(record)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from liger_fx.codec import inside, shown
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.graph_model import GraphModel
 from liger_fx.modules.origin import Origin, origins, plain_attributes
 from liger_fx.storage.facts import Describer, Indescribable
 from liger_fx.storage.model_code import ModelCode, full_name
@@ -24,8 +23,6 @@ from liger_fx.storage.records import Module
 _PASSING = {
     "gradient_checkpointing", "_gradient_checkpointing_func", "name_or_path", "_is_hf_initialized",
 }  # fmt: skip
-# What torch.fx keeps on an optimised model's root.
-_GRAPH_MODULE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 class Original:
@@ -127,12 +124,12 @@ def _no_text(part: Origin, name: str, kind: Indescribable) -> SaveError:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The module's class; of an optimised model, the class of the model it was made from."""
-    return getattr(module, "model_class", type(module))
+    return getattr(module, "block_class", type(module))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    if not isinstance(module, GraphModel):
-        return plain_attributes(vars(module))
-    # A graph was traced from the class's forward: one set on the object since is a wrapper's.
-    held = plain_attributes(module._attributes())
-    return {n: v for n, v in held.items() if n not in _GRAPH_MODULE and n != "forward"}
+    held = plain_attributes(vars(module))
+    if hasattr(module, "block_class"):
+        # Its graphs were traced from the class's forward: one set on the object is a wrapper's.
+        held = {n: v for n, v in held.items() if n not in ("_block", "forward")}
+    return held

@@ -15,14 +15,16 @@ import torch
 from liger_fx.codec import absent, shown
 from liger_fx.engine.edits import Rewrite
 from liger_fx.engine.rule import Selection
+from liger_fx.engine.site import Site
 from liger_fx.errors import LoadError
 from liger_fx.storage.checks import Name, PartOfPath, Path, RootPath, identifier
 
-SCHEMA = 1
+SCHEMA = 2
 _MAX_PLANS, _MAX_NAMES = 16, 4096
 # Names that the check of the inputs uses itself.
 _RESERVED = {
-    "min", "max", "abs", "round", "math", "floor", "ceil", "trunc", "arguments", "constants",
+    "min", "max", "abs", "round", "math", "floor", "ceil", "trunc", "arguments", "block", "take",
+    "type", "len", "tuple",
 }  # fmt: skip
 
 
@@ -69,8 +71,8 @@ def _few_names(selection: Selection) -> Selection:
 
 
 def _few_plans(plans: list[PlanRecord]) -> list[PlanRecord]:
-    if not 1 <= len(plans) <= _MAX_PLANS:
-        raise LoadError(f"are {len(plans)}, not between 1 and {_MAX_PLANS}")
+    if len(plans) > _MAX_PLANS:
+        raise LoadError(f"are {len(plans)}, more than {_MAX_PLANS}")
     return plans
 
 
@@ -145,17 +147,29 @@ class InputRecord:
 
 
 @dataclass(frozen=True)
-class GuardsRecord:
-    """When a graph may serve a call."""
+class ReadRecord:
+    """What the code asked of an object that is handed in, step by step, and found."""
 
-    inputs: dict[Name, InputRecord]
-    constants: dict[Name, Any]
+    argument: Name
+    steps: list[list[Any]]
+    value: bool | int | str | None
+
+
+@dataclass(frozen=True)
+class GuardsRecord:
+    """When a graph may serve a call; calls.py reads the arguments and the reads."""
+
+    arguments: dict[Name, Any]
     hints: dict[str, int]
+    loose: list[str]
     sizes: list[str]
     training: bool
-    grad_enabled: bool
+    grad_enabled: bool | None
     autocast: dict[str, torch.dtype | None]
     attention_fixed: bool
+    attributes: dict[Name, Path] = absent({})
+    reads: list[ReadRecord] = absent([])
+    numbers: dict[Name, ReadRecord] = absent({})
 
 
 @dataclass(frozen=True)
@@ -182,16 +196,33 @@ class NodeRecord:
     module: RootPath = absent("")
     source: Source | None = absent(None)
     rewrite: Rewrite | None = absent(None)
+    plan: int | None = absent(None)
 
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """A graph for one kind of call. The nodes are read as NodeRecords, one by one."""
+    """A graph for one kind of call. The nodes are read as NodeRecords, one by one.
+
+    sites: what the rules rewrote and refused. operators: how often each stood there before; None
+    for a plain trace.
+    """
 
     guards: GuardsRecord
     followed: list[RootPath]
     opaque: list[OpaqueRecord]
     nodes: list[Any]
+    sites: list[Site] = absent([])
+    operators: dict[str, int] | None = absent(None)
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """Alike blocks and their graphs; ``attributes`` are paths of the ints that each has for
+    itself."""
+
+    paths: list[RootPath]
+    plans: Annotated[list[PlanRecord], _few_plans]
+    attributes: list[Path] = absent([])
 
 
 @dataclass(frozen=True)
@@ -211,4 +242,4 @@ class Document:
     modules: list[Module]
     named_modules: list[NamedModule]
     tensors: list[TensorRecord]
-    plans: Annotated[list[PlanRecord], _few_plans]
+    blocks: list[BlockRecord]

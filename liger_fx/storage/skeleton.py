@@ -9,9 +9,9 @@ Every module, tensor and name that the graph relies on is held against what was 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -19,15 +19,18 @@ from torch import fx, nn
 from liger_fx.codec import encode, inside, shown
 from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError
-from liger_fx.module_tree import copy_tree
+from liger_fx.model.tree import copy_tree
 from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules
+from liger_fx.storage.calls import check_arguments
 from liger_fx.storage.files import CONFIG, GENERATION_CONFIG, GRAPH
 from liger_fx.storage.original import Original, class_of, compare_modules
-from liger_fx.storage.plans import check_arguments
+from liger_fx.storage.plans import SavedBlock
 from liger_fx.storage.records import TensorKind
 from liger_fx.storage.saved import Saved
 from liger_fx.storage.weights import CONSTANT, IN_CHECKPOINT, Slot, Tensor, slots
 from liger_fx.storage.writes import check_writes
+
+T = TypeVar("T")
 
 
 def from_config(saved: Saved) -> nn.Module:
@@ -92,15 +95,43 @@ def check(root: nn.Module, saved: Saved) -> dict[str, Slot]:
         places = _compare_tensors(root, saved.tensors)
         modules = dict(root.named_modules(remove_duplicate=False))
         homes = {class_of(module).__module__ for module in modules.values()}
-        for i, plan in enumerate(saved.plans):
-            with inside(f"plans[{i}]"):
-                check_arguments(plan.guards, class_of(root).forward)
-            with inside(f"plans[{i}].nodes"):
-                _check_targets(plan.graph, modules.keys(), places.keys())
-                named_modules.check_calls(plan.graph, modules)
-                leaf_calls.resolve(plan.references, homes)
-                check_writes(plan.graph, places.keys(), modules)
+        for i, block in enumerate(saved.blocks):
+            with inside(f"blocks[{i}]"):
+                _check_block(block, modules, places, homes)
     return places
+
+
+def _check_block(
+    block: SavedBlock, modules: dict[str, nn.Module], places: dict[str, Slot], homes: set[str]
+) -> None:
+    """Every path of the graphs leads to something in each of the alike blocks."""
+    for path in block.paths:
+        inner, tensors = _below(modules, path), _below(places, path)
+        for name in block.attributes:
+            owner, _, attribute = name.rpartition(".")
+            if owner not in inner or type(vars(inner[owner]).get(attribute)) is not int:
+                raise LoadError(f"{path or 'the model'} has no number {name}", "attributes")
+        for j, plan in enumerate(block.plans):
+            with inside(f"plans[{j}]"):
+                check_arguments(plan.guards, class_of(modules[path]).forward)
+            with inside(f"plans[{j}].nodes"):
+                _check_targets(plan.graph, {*inner, *tensors, *block.attributes}, inner.keys())
+                if path == block.paths[0]:
+                    named_modules.check_calls(plan.graph, inner)
+                    leaf_calls.resolve(plan.references, homes)
+                    check_writes(plan.graph, tensors.keys(), inner)
+
+
+def _below(items: Mapping[str, T], path: str) -> dict[str, T]:
+    """Those at and below a path, by the paths from there."""
+    if not path:
+        return dict(items)
+    found = {
+        p.removeprefix(f"{path}."): item for p, item in items.items() if p.startswith(f"{path}.")
+    }
+    if path in items:
+        found[""] = items[path]
+    return found
 
 
 @dataclass(frozen=True)
@@ -109,8 +140,8 @@ class _Named:
 
 
 def _check_selection(selection: Selection, saved: Saved, root: nn.Module) -> None:
-    # the rules that the reports name: to import our own would take longer than to load
-    names = {name for report in saved.reports if report for name in report.rules}
+    # the rules that the report names: to import our own would take longer than to load
+    names = saved.report.rules if saved.report else ()
     rules: Any = [_Named(name) for name in sorted(names)]
     for entry in (*(selection.chosen or ()), *selection.excluded):
         if Selection(None, (entry,)).unknown(rules, root):
@@ -153,9 +184,9 @@ def _add_place(root: nn.Module, path: str, kind: TensorKind, tensor: Tensor) -> 
     return Slot(path, kind, owner.__dict__, name)
 
 
-def _check_targets(graph: fx.Graph, modules: Any, tensors: Any) -> None:
+def _check_targets(graph: fx.Graph, known: Collection[str], modules: Collection[str]) -> None:
     for node in graph.nodes:
         if node.op == "call_module" and node.target not in modules:
             raise LoadError(f"the model has no module {node.target}", node.name)
-        if node.op == "get_attr" and node.target not in modules and node.target not in tensors:
+        if node.op == "get_attr" and node.target not in known:
             raise LoadError(f"the model has no module or tensor {node.target}", node.name)

@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
-from liger_fx.report import GraphDiff
+from liger_fx.engine.site import Site
 from liger_fx.tracing.trace import Source
 
 _names: dict[str, str] = {}
@@ -40,20 +39,11 @@ def locate(source: Source) -> Source:
     return (file if isinstance(file, str) else source[0]), source[1]
 
 
-def portable(report: GraphDiff) -> GraphDiff:
-    """The report with its sites' sources as ``write_source`` writes them."""
-
-    def named(source: Source) -> Source:
-        return module_of(source[0]), source[1]
-
-    return _with_sources(report, named)
+def portable(site: Site) -> Site:
+    """The site with its source as ``write_source`` writes it."""
+    return replace(site, source=site.source and write_source(site.source))
 
 
-def located(report: GraphDiff) -> GraphDiff:
-    """A ``portable`` report with the files of this machine."""
-    return _with_sources(report, locate)
-
-
-def _with_sources(report: GraphDiff, change: Callable[[Source], Source]) -> GraphDiff:
-    sites = (replace(site, source=site.source and change(site.source)) for site in report.sites)
-    return replace(report, sites=tuple(sites))
+def located(site: Site) -> Site:
+    """A ``portable`` site with the file of this machine."""
+    return replace(site, source=site.source and locate(site.source))

@@ -86,7 +86,8 @@ inv invert ior ipow irshift is_ is_not isub itruediv ixor le lshift lt matmul mo
 or_ pos pow rshift setitem sub truediv truth xor
 """
 _LEAVES = (
-    leaves.attention, leaves.build_mask, leaves.new_cache, leaves.cache_call, leaves.model_output,
+    leaves.attention, leaves.build_mask, leaves.new_cache, leaves.encoder_decoder_cache,
+    leaves.cache_call, leaves.model_output,
 )  # fmt: skip
 
 # Methods besides those that are functions too.
@@ -105,6 +106,10 @@ METHODS = frozenset(
 )
 # Properties of tensors that a graph reads by builtins.getattr.
 PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
+# And what it reads of caches.
+CACHE_PARTS = frozenset(
+    {"is_updated", "self_attention_cache", "cross_attention_cache", "layers", "keys", "values"}
+)
 SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
 ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast

@@ -22,7 +22,17 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers.utils import output_capturing
 
-from liger_fx.tracing.call import CallSpec, Constant, Items, Namer, Number, Opaque, Spec, free_numbers, is_mask
+from liger_fx.tracing.call import (
+    CallSpec,
+    Constant,
+    Items,
+    Namer,
+    Number,
+    Opaque,
+    Spec,
+    free_numbers,
+    is_mask,
+)
 from liger_fx.tracing.fakes import FakeWorld, as_expr
 from liger_fx.tracing.numbers import TracedNumber, plain
 from liger_fx.tracing.recorder import CannotRecord
@@ -135,7 +145,7 @@ class ResultArgument:
     name: str
 
 
-# -- results -------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def describe_result(value: Any, world: FakeWorld) -> Result:
@@ -205,7 +215,7 @@ class Results:
 
     def _symbol(self, symbol: sympy.Symbol) -> Any:
         name = self.result.names.get(symbol)
-        if name in self.symbols:
+        if name is not None and name in self.symbols:
             return self.symbols[name]
         if symbol not in self._fresh:
             self._fresh[symbol] = self.world.fresh_size(7)
@@ -225,7 +235,7 @@ def rebuilt(kind: type, keys: tuple[Any, ...] | None, items: list[Any]) -> Any:
         return kind(fields)
 
 
-# -- what transformers collects by hooks -------------------------------------------------------------
+# -- what transformers collects by hooks -----------------------------------------------------------
 
 
 def collected() -> Mapping[str, Any]:
@@ -248,4 +258,3 @@ def collects_inside(block: nn.Module, keys: Mapping[str, Any]) -> bool:
 def _key(hook: Any) -> Any:
     cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
     return cells["key"].cell_contents if "key" in cells else None
-

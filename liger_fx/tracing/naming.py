@@ -1,8 +1,8 @@
 """What the sizes of a call's tensors are called, so that one graph serves many sizes.
 
-    model(input_ids=<2 x 7>, labels=<2 x 7>)       ->  [batch, sequence], [batch, sequence]
-    layer(<2 x 7 x 64>, attention_mask=<2 x 1 x 7 x 9>)
-                                                   ->  [batch, sequence, 64], [batch, 1, q, k]
+model(input_ids=<2 x 7>, labels=<2 x 7>)       ->  [batch, sequence], [batch, sequence]
+layer(<2 x 7 x 64>, attention_mask=<2 x 1 x 7 x 9>)
+                                               ->  [batch, sequence, 64], [batch, 1, q, k]
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ class _Names(Namer):
         sizes = enumerate(zip(tensor.shape, known, strict=True))
         return tuple(self._size(name, dim, int(size), k, tensor) for dim, (size, k) in sizes)
 
-    def _size(
-        self, name: str, dim: int, size: int, known: str, tensor: torch.Tensor
-    ) -> int | str:
+    def _size(self, name: str, dim: int, size: int, known: str, tensor: torch.Tensor) -> int | str:
         if known and self.values.setdefault(known, size) == size:
             # With a cache the mask covers what the cache holds, too.
             if not (self.has_cache and name.endswith("attention_mask") and dim == 1):

@@ -111,8 +111,8 @@ class Plans:
 
     of: the plan that serves such a call of a block, as (its number, its result); None if there is
     none yet. attributes: the ints of the traced block's modules that alike blocks do not share, by
-    path, which stay symbolic; fixed_attributes: those whose value the code asks. inside: trace through the blocks instead of calling them. exact: at
-    the very sizes of the call.
+    path, which stay symbolic; fixed_attributes: those whose value the code asks. inside: trace
+    through the blocks instead of calling them. exact: at the very sizes of the call.
     """
 
     of: Callable[[nn.Module, CallSpec], tuple[int, Result] | None] = lambda block, call: None
@@ -246,6 +246,7 @@ class HFTracer(fx.Tracer, Recording):
             set_node(number, node)
             return number
         if isinstance(spec, Number):
+            assert spec.size is not None
             return self.world.size(spec.size, call.hints.get(spec.size))
         if name not in examples:
             raise UnsupportedCall(f"{name}, {spec}, of which there is no example")
