@@ -31,7 +31,8 @@ from liger_fx.model.build import build
 from liger_fx.model.planner import Fallback, Planner
 from liger_fx.report.between import Subject
 from liger_fx.report.between import compare as compare_subjects
-from liger_fx.report.facts import GraphDiff, tree_rows
+from liger_fx.report.facts import tree_rows
+from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.call import UnsupportedCall, flat_inputs
 from liger_fx.tracing.inner_blocks import examples_of
 from liger_fx.tracing.naming import describe_call

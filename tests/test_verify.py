@@ -20,8 +20,8 @@ from torch import nn
 
 import liger_fx
 from liger_fx.errors import UsageError
-from liger_fx.tiny import tiny_model
 from liger_fx.inputs import example_inputs
+from liger_fx.tiny import tiny_model
 
 Plant = Callable[[nn.Module], None]
 

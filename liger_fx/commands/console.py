@@ -60,7 +60,7 @@ def colors_are_welcome() -> bool:
 
 def check_report_file(path: str) -> None:
     """UsageError, before the long work, where ``save_report`` could not write."""
-    from liger_fx.report.facts import check_name
+    from liger_fx.report.graph_diff import check_name
 
     check_name(path)
     check_file(path)
@@ -74,7 +74,7 @@ def check_file(path: str) -> None:
 
 def save_report(report: GraphDiff, path: str) -> None:
     """Write a report to a file whose name says how; UsageError where that cannot be done."""
-    from liger_fx.report.facts import check_name
+    from liger_fx.report.graph_diff import check_name
 
     write(report.face(check_name(path)), path)
     say(f"    the report is in {path}")

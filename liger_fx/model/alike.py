@@ -74,7 +74,7 @@ def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:
     seen: dict[int, str] = {}
     for path, module in block.named_modules():
         attributes = vars(module)
-        plain = []
+        plain: list[Hashable] = []
         for name, value in attributes.items():
             if name in _INTERNALS or name in _OWN:
                 continue

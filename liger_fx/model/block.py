@@ -21,10 +21,11 @@ import torch
 from torch import fx, nn
 
 from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
+from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Fallback, Planner
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.call import (
     Signature,
     UnsupportedCall,
@@ -76,10 +77,7 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[], bool]:
             states.extend(plan.states_of(owner()))
         if not modes_hold():
             return False
-        for state in states:
-            if not state.holds():
-                return False
-        return True
+        return all(state.holds() for state in states)
 
     return holds
 
@@ -125,8 +123,6 @@ class Block(fx.GraphModule):
     def report(self) -> GraphDiff | None:
         """What was rewritten in all blocks from this one down, why the rest was not, and what no
         graph served; None for a plain trace."""
-        from liger_fx.model.account import report_of
-
         return None if self._block.planner.selection is None else report_of(self)
 
     def _why_none(self) -> str:
@@ -141,13 +137,13 @@ class Block(fx.GraphModule):
         return str(self.graph.python_code(root_module="self").src)
 
     @property
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> dict[str, Any]:  # type: ignore[override]
         """GraphModule's notes."""
         return self._block.meta
 
     def recompile(self) -> Any:
-        """Compile ``.graph`` anew after it was edited; it serves the calls it was traced for, in all
-        alike blocks."""
+        """Compile ``.graph`` anew after it was edited, for all alike blocks; it serves the calls it
+        was traced for."""
         self.plans[0].recompile()
         for member in self._block.alike.members:
             member._block.states.clear()

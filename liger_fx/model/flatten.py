@@ -73,7 +73,8 @@ class _Inliner:
     def _copied(
         self, block: Block, node: fx.Node, values: Mapping[fx.Node, Any], prefix: str
     ) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        given: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = given
         if "plan" in node.meta:
             inner: Any = block.get_submodule(str(node.target))
             plan = inner._block.alike.plans[node.meta["plan"]]
@@ -81,7 +82,8 @@ class _Inliner:
             inputs = list(self._leaves(plan.guards.call.arguments, arguments))
             return self.inline(inner, plan, inputs, f"{prefix}{node.target}.")
         if node.target is operator.getitem:
-            return self._item(*args, node)
+            value, key = args
+            return self._item(value, key, node)
         target: Any = node.target
         if node.op in ("get_attr", "call_module"):
             found = operator.attrgetter(target)(block)

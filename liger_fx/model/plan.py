@@ -128,8 +128,9 @@ class Plan:
             missing = self._missing_path(block)
             if missing is None:
                 raise
+            path = ".".join(filter(None, (block._block.path, missing)))
             raise UsageError(
-                f"{'.'.join(filter(None, (block._block.path, missing)))} is gone: the module tree was changed after it was traced. Change the "
+                f"{path} is gone: the module tree was changed after it was traced. Change the "
                 "model that this one was made from, and optimise that again."
             ) from error
 

@@ -1,4 +1,4 @@
-"""How a kind of call of a block becomes a plan: traced, and rewritten where rules are to be applied.
+"""How a kind of call of a block becomes a plan: traced, and rewritten by the rules that apply.
 
     planner.plan(block, call, examples)   ->   Plan: the graph, rewritten; its guards; its sites
 
@@ -257,7 +257,7 @@ class Planner:
     def _with_numbers_free(
         self, block: Any, call: CallSpec, arguments: Mapping[str, Any]
     ) -> Plan | None:
-        """If there is a plan for such a call but for its numbers: one plan for any, in its place."""
+        """A plan for any numbers, in the place of one for such a call but for its numbers."""
         alike: Alike = block._block.alike
         for number, old in enumerate(alike.plans):
             freed = with_numbers_free(call, old.guards.call)

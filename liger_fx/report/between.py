@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from liger_fx.engine.site import Site
 from liger_fx.report.changes import changes
-from liger_fx.report.facts import GraphDiff, Side
+from liger_fx.report.facts import Side
+from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.report.kinds import kind_of
 
 

@@ -1,4 +1,4 @@
-"""The blocks of a model as plain data: which there are, which are alike, and what no graph served."""
+"""The blocks of a model as plain data: which there are, which are alike, what no graph served."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The facts of a rewrite, apart from every way of showing them.
 
-    before: LlamaForCausalLM, 96 operators, its module tree    ->  GraphDiff: sites, counts, trees
+    before: LlamaForCausalLM, 96 operators, its module tree    ->  Facts: sites, counts, trees
     after:  the same model, rewritten
 
 Everything here is plain data (strings, numbers, tuples), so that a face needs no model to be drawn
-and a diff can be kept when the models are gone.
+and a diff can be kept when the models are gone. graph_diff.py gives the facts their faces.
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, field, replace
 from importlib import metadata
-from pathlib import Path
+from typing import Self
 
 import torch
 
 from liger_fx import __version__
 from liger_fx.engine.site import Site
-from liger_fx.errors import UsageError
 from liger_fx.report.blocks import BlockRow, FallbackRow
 from liger_fx.report.changes import SiteChange
 from liger_fx.report.verified import Verified
-
-FACES = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def tree_rows(root: torch.nn.Module) -> tuple[TreeRow, ...]:
 
 
 @dataclass(frozen=True)
-class GraphDiff:
+class Facts:
     """Two graphs of one model and the sites at which they differ.
 
     rules: the names of all rules that looked, also of those that found nothing.
@@ -98,69 +95,9 @@ class GraphDiff:
         """The places at which something was rewritten in the first of two and is not any more."""
         return tuple(change for change in self.changes if change.lost)
 
-    def with_verified(self, found: Verified) -> GraphDiff:
+    def with_verified(self, found: Verified) -> Self:
         """The report with what verify found: ``report.with_verified(verify(...).summary())``."""
         return replace(self, verified=found)
-
-    def text(self, full: bool = False, color: bool = False) -> str:
-        """The report as text of a hundred columns where its longest words allow.
-
-        `full` lists every layer instead of folding alike ones, and the settings of modules that did
-        not change; `color` adds the escapes of a terminal.
-        """
-        from liger_fx.report.text import render
-
-        return render(self, full, color)
-
-    def markdown(self, full: bool = False) -> str:
-        """The report as Markdown for GitHub."""
-        from liger_fx.report.markdown_face import render
-
-        return render(self, full)
-
-    def html(self) -> str:
-        """The report as one HTML page that needs no other file and no network."""
-        from liger_fx.report.html_face import render
-
-        return render(self)
-
-    def json(self) -> str:
-        """The report as JSON text, which ``GraphDiff.from_json`` reads again."""
-        from liger_fx.report.json_face import to_json
-
-        return to_json(self)
-
-    @classmethod
-    def from_json(cls, text: str | bytes, name: str = "the report") -> GraphDiff:
-        """The report that ``json()`` wrote; UsageError, naming ``name`` and the field, if it is
-        none."""
-        from liger_fx.report.json_face import from_json
-
-        return from_json(text, name)
-
-    def face(self, name: str) -> str:
-        """The report as "text", "markdown", "json" or "html"."""
-        return str(getattr(self, name)())
-
-    def save(self, path: str | Path) -> None:
-        """Write the report to a file whose name says how: .txt, .md, .json or .html.
-
-        UsageError for any other name; OSError where the file cannot be written.
-        """
-        style = check_name(path)
-        Path(path).write_text(self.face(style), encoding="utf-8")
-
-    def __str__(self) -> str:
-        return self.text()
-
-
-def check_name(path: str | Path) -> str:
-    """The face that a file's name asks for; UsageError for a name that asks for none."""
-    suffix = Path(path).suffix
-    if suffix not in FACES:
-        known = ", ".join(sorted(FACES))
-        raise UsageError(f"{path} names no kind of report: its end should be one of {known}.")
-    return FACES[suffix]
 
 
 def versions() -> dict[str, str]:

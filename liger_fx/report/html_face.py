@@ -1,4 +1,4 @@
-"""A GraphDiff as one HTML file that needs nothing else: no network, no other file.
+"""A report as one HTML file that needs nothing else: no network, no other file.
 
 page/page.html is the page (Jinja2, every value escaped), page.css its looks, page.js what moves. A
 browser runs and applies nothing but these two: their hashes stand in the page's own policy.
@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from liger_fx.engine.site import Site
 from liger_fx.report.amounts import change, full_change, percent, totals
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report.facts import Facts
 from liger_fx.report.kinds import Kind, kinds, source_text
 from liger_fx.report.layout import lay_out, lines_of
 from liger_fx.report.listing import box_names, spec_text
@@ -44,7 +44,7 @@ _LISTED = {  # the sections below the tree; the tree and the site's panel show t
 }  # fmt: skip
 
 
-def render(diff: GraphDiff) -> str:
+def render(diff: Facts) -> str:
     """The page. Alike sites and modules stand in it once, with the list of their paths."""
     found = [*kinds(diff.refused), *kinds(diff.rewritten)]
     style, script = (_source(name) for name in ("page.css", "page.js"))
@@ -111,7 +111,7 @@ def _rows(section: Section) -> Any:
     return getattr(section, "rows", None)
 
 
-def _data(diff: GraphDiff, found: list[Kind]) -> dict[str, Any]:
+def _data(diff: Facts, found: list[Kind]) -> dict[str, Any]:
     """What the script needs: the tree, the kinds of sites, and what verify found at each."""
     tree = aligned(diff.before.tree, diff.after.tree)
     for i, kind in enumerate(found):
@@ -133,7 +133,7 @@ def _data(diff: GraphDiff, found: list[Kind]) -> dict[str, Any]:
     }
 
 
-def _checks(diff: GraphDiff) -> dict[str, str]:
+def _checks(diff: Facts) -> dict[str, str]:
     """What verify found, by the module's path and by that of the site."""
     found = {
         check.path: check.fault

@@ -1,4 +1,4 @@
-"""A GraphDiff as JSON and back; docs/report-schema.md describes the form.
+"""A report as JSON and back; docs/report-schema.md describes the form.
 
 GraphDiff(sites=(Site("rms_norm", ...), ...), ...)
  <->
@@ -14,19 +14,21 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from liger_fx.codec import Form, Forms, decode, encode, expect, inside
 from liger_fx.engine.drawing import Drawing
 from liger_fx.errors import LoadError, UsageError, one_line
 from liger_fx.report.amounts import totals
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report.facts import Facts
 
 FORMAT = "liger_fx.report"
 SCHEMA = 1
 
+Found = TypeVar("Found", bound=Facts)
 
-def to_json(diff: GraphDiff) -> str:
+
+def to_json(diff: Facts) -> str:
     """The report as JSON text: equal reports give equal texts, byte for byte."""
     drawings = tuple(dict.fromkeys(_drawings(diff)))
     head = {"format": FORMAT, "schema": SCHEMA, "summary": summary(diff)}
@@ -35,15 +37,16 @@ def to_json(diff: GraphDiff) -> str:
     return json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def from_json(text: str | bytes, name: str = "the report") -> GraphDiff:
-    """The report that ``to_json`` wrote; ``name`` is what an error calls it (its file, say).
+def from_json(text: str | bytes, name: str, kind: type[Found]) -> Found:
+    """The report that ``to_json`` wrote, as a ``kind``; ``name`` is what an error calls it (its
+    file, say).
 
     Raises UsageError for text that is no report, or one of a later schema.
     """
     try:
         whole = json.loads(text, parse_constant=_no_number)
         json.dumps(whole, ensure_ascii=False).encode()  # ValueError for half a character
-        return from_data(whole)
+        return from_data(whole, kind)
     except LoadError as error:
         raise UsageError(
             f"{name} is no report that this version reads: {one_line(error)}."
@@ -52,7 +55,7 @@ def from_json(text: str | bytes, name: str = "the report") -> GraphDiff:
         raise UsageError(f"{name} is no JSON: {one_line(error)}.") from None
 
 
-def from_data(whole: Any) -> GraphDiff:
+def from_data(whole: Any, kind: type[Found]) -> Found:
     """The report of parsed JSON; LoadError, naming the field, if it is none."""
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
         raise LoadError(f"it has no field format: {FORMAT!r}")
@@ -67,11 +70,11 @@ def from_data(whole: Any) -> GraphDiff:
     fields = {
         k: v for k, v in whole.items() if k not in ("format", "schema", "summary", "drawings")
     }
-    found: GraphDiff = decode(GraphDiff, fields, _forms(drawings))
+    found: Found = decode(kind, fields, _forms(drawings))
     return found
 
 
-def summary(diff: GraphDiff) -> dict[str, Any]:
+def summary(diff: Facts) -> dict[str, Any]:
     """The main numbers, for whoever reads the file with other tools; not read back."""
     done, left = (Counter(site.rule for site in s) for s in (diff.rewritten, diff.refused))
     names = dict.fromkeys([*diff.rules, *done, *left])
@@ -87,7 +90,7 @@ def summary(diff: GraphDiff) -> dict[str, Any]:
     }
 
 
-def _drawings(diff: GraphDiff) -> list[Drawing]:
+def _drawings(diff: Facts) -> list[Drawing]:
     return [site.drawing for site in diff.sites if site.drawing is not None]
 
 

@@ -1,4 +1,4 @@
-"""A GraphDiff as Markdown for GitHub: tables, with everything long folded away.
+"""A report as Markdown for GitHub: tables, with everything long folded away.
 
 Table("Rules", ("rule", "found"), [("rms_norm", 5)])   ->   | rule | found |
                                                             | :--- | ---: |
@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import re
 
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report.facts import Facts
 from liger_fx.report.sections import (
     CHANGED,
     LOST,
@@ -27,7 +27,7 @@ _IN_SIGHT = {LOST, CHANGED, "Rules", "Refused", "Sites", "Memory, for one token"
 _MARKUP = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
-def render(diff: GraphDiff, full: bool = False) -> str:
+def render(diff: Facts, full: bool = False) -> str:
     """Every section; ``full`` folds no layers into one."""
     first, *rest = headline(diff)
     parts = [

@@ -1,6 +1,6 @@
-"""The facts of a GraphDiff as titled tables and lists: what each face shows, each in its way.
+"""The facts of a report as titled tables and lists: what each face shows, each in its way.
 
-GraphDiff   ->   [Table("Rules", ("rule", "found", ...), [("rms_norm", 65, ...)]), ...]
+Facts   ->   [Table("Rules", ("rule", "found", ...), [("rms_norm", 65, ...)]), ...]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from liger_fx.engine.drawing import Cost
 from liger_fx.report.amounts import ASSUMPTIONS, change, full_change, percent, totals
 from liger_fx.report.changes import SiteChange
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report.facts import Facts
 from liger_fx.report.folding import alike, fold, fold_paths, shape
 from liger_fx.report.kinds import Kind, kinds, source_text
 from liger_fx.report.listing import listing
@@ -54,7 +54,7 @@ _CHANGE = ("rule", "where", "sites", "before", "now", "why")
 _MEMORY = ("where", "traffic", "change", "kept for backward", "change")
 
 
-def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
+def sections(diff: Facts, full: bool = False) -> list[Section]:
     """Every section that has something to say; ``full`` folds no layers."""
     refused, rewritten = kinds(diff.refused, full), kinds(diff.rewritten, full)
     tree = aligned(diff.before.tree, diff.after.tree)
@@ -82,7 +82,7 @@ def sections(diff: GraphDiff, full: bool = False) -> list[Section]:
     return [section for section in found if _says_something(section)]
 
 
-def headline(diff: GraphDiff) -> list[str]:
+def headline(diff: Facts) -> list[str]:
     """The main facts, a sentence each."""
     before, after = sum(diff.before.operators.values()), sum(diff.after.operators.values())
     operators, name = f"{before} -> {after} operators", diff.after.class_name
@@ -135,7 +135,7 @@ def _changed(found: list[SiteChange]) -> list[tuple[Cell, ...]]:
     ]
 
 
-def _versions(diff: GraphDiff) -> tuple[str, ...]:
+def _versions(diff: Facts) -> tuple[str, ...]:
     now, before = (
         ", ".join(f"{name} {version}" for name, version in found.items())
         for found in (diff.versions, diff.versions_before)
@@ -149,11 +149,11 @@ def _says_something(section: Section) -> bool:
     return not isinstance(section, Lines) or any(section.lines)
 
 
-def _has_costs(diff: GraphDiff) -> bool:
+def _has_costs(diff: Facts) -> bool:
     return any(site.drawing and site.drawing.cost_after for site in diff.rewritten)
 
 
-def rule_counts(diff: GraphDiff) -> list[tuple[Cell, ...]]:
+def rule_counts(diff: Facts) -> list[tuple[Cell, ...]]:
     """(rule, sites found, rewritten, refused) for each rule that looked."""
     names = dict.fromkeys([*diff.rules, *(site.rule for site in diff.sites)])
     rows: list[tuple[Cell, ...]] = []
@@ -186,7 +186,7 @@ def _nodes(kind: Kind) -> str:
     return ", ".join(box.label for box in boxes)
 
 
-def _memory(diff: GraphDiff, rewritten: list[Kind]) -> list[tuple[Cell, ...]]:
+def _memory(diff: Facts, rewritten: list[Kind]) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = []
     for kind in rewritten:
         a, b = totals(kind.sites)
@@ -202,7 +202,7 @@ def _changes(before: Cost, after: Cost) -> tuple[str, ...]:
     return tuple(text for a, b in pairs for text in (full_change(a, b), percent(a, b)))
 
 
-def operator_counts(diff: GraphDiff, full: bool) -> Iterator[Section]:
+def operator_counts(diff: Facts, full: bool) -> Iterator[Section]:
     """How many there are of each before and after; those unchanged in one line unless ``full``."""
     before, after = diff.before.operators, diff.after.operators
     names = sorted(before.keys() | after.keys(), key=lambda n: (-before.get(n, 0), n))
@@ -231,7 +231,7 @@ def _subgraphs(found: list[Kind]) -> Iterator[Subgraph]:
             yield Subgraph(f"{what}: {kind.where}", before, after)
 
 
-def _guards(diff: GraphDiff) -> tuple[str, ...]:
+def _guards(diff: Facts) -> tuple[str, ...]:
     """Without those that say again what the inputs are."""
     told = {f"{name} is {text}" for name, text in diff.inputs.items()}
     return tuple(guard for guard in diff.guards if guard not in told)

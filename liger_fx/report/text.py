@@ -1,11 +1,11 @@
-"""A GraphDiff as plain text for a log file or, with colours, for a terminal.
+"""A report as plain text for a log file or, with colours, for a terminal.
 
-GraphDiff   ->   LlamaForCausalLM: 9 sites rewritten, 0 refused, 144 -> 75 operators
+Facts   ->   LlamaForCausalLM: 9 sites rewritten, 0 refused, 144 -> 75 operators
 
-                 Rules
-                 rule        found    rewritten    refused
-                 --------  -------  -----------  ---------
-                 rms_norm        5            5          0
+             Rules
+             rule        found    rewritten    refused
+             --------  -------  -----------  ---------
+             rms_norm        5            5          0
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from tabulate import tabulate
 
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report.facts import Facts
 from liger_fx.report.fitting import fitted
 from liger_fx.report.sections import LOST, Lines, Section, Subgraph, Table, headline, sections
 
@@ -26,7 +26,7 @@ _GOOD, _WARNING = f"{_BOLD};{_GREEN}", f"{_BOLD};{_YELLOW}"
 _Paint = Callable[[str, str], str]
 
 
-def render(diff: GraphDiff, full: bool = False, color: bool = False) -> str:
+def render(diff: Facts, full: bool = False, color: bool = False) -> str:
     """Every section, the main facts first, and again at the end of what fills more than a screen.
 
     ``full`` folds no layers and adds the settings of modules that did not change; ``color`` is for

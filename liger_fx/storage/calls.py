@@ -89,7 +89,7 @@ def _read_record(read: Read) -> ReadRecord:
     return ReadRecord(read.argument, steps, read.value)
 
 
-# -- reading -----------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def read_guards(record: GuardsRecord, devices: Devices, attributes: list[str]) -> Guards:
@@ -157,7 +157,8 @@ class _SpecReader:
                 return self._items(content, depth)
             if kind not in readers:
                 raise LoadError(f"{shown(kind)} is no kind of argument")
-            return readers[kind](content)
+            found: Spec = readers[kind](content)  # type: ignore[assignment]
+            return found
 
     def _tensor(self, content: Any) -> InputSpec:
         found: InputRecord = decode(InputRecord, content, FORMS)

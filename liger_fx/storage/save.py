@@ -24,7 +24,7 @@ from liger_fx.model.account import blocks_of, report_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.block import Block
 from liger_fx.model.plan import Plan
-from liger_fx.report.facts import GraphDiff
+from liger_fx.report import GraphDiff
 from liger_fx.storage import config, fingerprint, named_modules, skeleton
 from liger_fx.storage.directory import replacing, write_file
 from liger_fx.storage.files import (

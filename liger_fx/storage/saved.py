@@ -94,7 +94,8 @@ def read_saved(
     report = None
     if found.selection is not None:
         with inside(REPORT):
-            report = from_data(parse(read_file(folder / REPORT), REPORT_BYTES))
+            raw_report = parse(read_file(folder / REPORT), REPORT_BYTES)
+            report = from_data(raw_report, GraphDiff)
     return Saved(found, device, tensors, blocks, raw, generation, stored, constants, report)
 
 

@@ -6,8 +6,8 @@
    position_embeddings (float32[batch, sequence, 16], float32[batch, sequence, 16]),
    use_cache=False
 
-Arguments are trees: tuples, lists and dictionaries (ModelOutput among them) of tensors, plain values
-and opaque Python objects such as caches.
+Arguments are trees: tuples, lists and dictionaries (ModelOutput among them) of tensors, plain
+values and opaque Python objects such as caches.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class ResultArgument:
     name: str
 
 
-# -- results -------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def describe_result(value: Any, world: FakeWorld) -> Result:
@@ -215,7 +215,7 @@ class Results:
 
     def _symbol(self, symbol: sympy.Symbol) -> Any:
         name = self.result.names.get(symbol)
-        if name in self.symbols:
+        if name is not None and name in self.symbols:
             return self.symbols[name]
         if symbol not in self._fresh:
             self._fresh[symbol] = self.world.fresh_size(7)
@@ -235,7 +235,7 @@ def rebuilt(kind: type, keys: tuple[Any, ...] | None, items: list[Any]) -> Any:
         return kind(fields)
 
 
-# -- what transformers collects by hooks -------------------------------------------------------------
+# -- what transformers collects by hooks -----------------------------------------------------------
 
 
 def collected() -> Mapping[str, Any]:

@@ -36,8 +36,7 @@ def traced_number(value: Any) -> Any:
 
 def plain(value: Any) -> Any:
     """The number itself."""
-    kind = int if isinstance(value, int) else float
-    return kind.__add__(value, kind())
+    return int.__add__(value, 0) if isinstance(value, int) else float.__add__(value, 0.0)
 
 
 def another(value: Any) -> Any:
@@ -55,48 +54,12 @@ def _asking(name: str) -> Any:
     return method
 
 
-_ASKING = [
-    "__add__",
-    "__radd__",
-    "__sub__",
-    "__rsub__",
-    "__mul__",
-    "__rmul__",
-    "__truediv__",
-    "__rtruediv__",
-    "__floordiv__",
-    "__rfloordiv__",
-    "__mod__",
-    "__rmod__",
-    "__pow__",
-    "__rpow__",
-    "__neg__",
-    "__abs__",
-    "__eq__",
-    "__ne__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    "__bool__",
-    "__hash__",
-    "__index__",
-    "__int__",
-    "__float__",
-    "__round__",
-    "__str__",
-    "__repr__",
-    "__format__",
-    "__and__",
-    "__or__",
-    "__xor__",
-    "__lshift__",
-    "__rshift__",
-    "__divmod__",
-    "__rdivmod__",
-    "__trunc__",
-]
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow divmod "
+    "rdivmod neg abs eq ne lt le gt ge and or xor lshift rshift bool hash index int float round "
+    "trunc str repr format"
+)
 for _cls in (TracedInt, TracedFloat):
-    for _name in _ASKING:
+    for _name in (f"__{_operator}__" for _operator in _OPERATORS.split()):
         if hasattr(_cls.__mro__[1], _name):
             setattr(_cls, _name, _asking(_name))

@@ -92,7 +92,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside is not recorded, and what it asks of sizes is not the model's question."""
+        """What runs inside is not recorded; what it asks of sizes is no question of the model's."""
         was, self.recording = self.recording, False
         with self.kernel_guards_dropped():
             try:

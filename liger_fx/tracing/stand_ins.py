@@ -245,14 +245,16 @@ def stand_in(origin: Origin) -> Any:
     """An object of the example's class that answers as ``origin`` does."""
     if isinstance(origin.example, (list, dict)):
         return _Container(origin)
-    made = object.__new__(_class_for(type(origin.example)))
+    kind: Any = type(origin.example)
+    made: Any = object.__new__(_class_for(kind))
     become(made, origin)
     return made
 
 
 def become(value: Any, origin: Origin) -> None:
     """Make an object of the example's class its stand-in."""
-    object.__setattr__(value, "__class__", _class_for(type(origin.example)))
+    kind: Any = type(origin.example)
+    object.__setattr__(value, "__class__", _class_for(kind))
     value.__dict__.clear()
     object.__setattr__(value, "_liger_fx_origin", origin)
     set_node(value, origin.node)

@@ -111,8 +111,8 @@ class Plans:
 
     of: the plan that serves such a call of a block, as (its number, its result); None if there is
     none yet. attributes: the ints of the traced block's modules that alike blocks do not share, by
-    path, which stay symbolic; fixed_attributes: those whose value the code asks. inside: trace through the blocks instead of calling them. exact: at
-    the very sizes of the call.
+    path, which stay symbolic; fixed_attributes: those whose value the code asks. inside: trace
+    through the blocks instead of calling them. exact: at the very sizes of the call.
     """
 
     of: Callable[[nn.Module, CallSpec], tuple[int, Result] | None] = lambda block, call: None
@@ -246,6 +246,7 @@ class HFTracer(fx.Tracer, Recording):
             set_node(number, node)
             return number
         if isinstance(spec, Number):
+            assert spec.size is not None
             return self.world.size(spec.size, call.hints.get(spec.size))
         if name not in examples:
             raise UnsupportedCall(f"{name}, {spec}, of which there is no example")
@@ -374,6 +375,7 @@ class HFTracer(fx.Tracer, Recording):
         finally:
             self.stack.pop()
         call.output = self._noted(result)
+        _let_collect(module, args, result)
         return result
 
     def _call_block(self, block: Any, path: str, args: Any, kwargs: Any) -> Any:
@@ -404,9 +406,7 @@ class HFTracer(fx.Tracer, Recording):
             made = Results(self.world, result, names.symbols, inputs).make()
             changed_by_call(values)
             made = self._with_objects(recorder.bind(made, node), node)
-        for hook in block._forward_hooks.values():
-            if is_capturing(hook):
-                hook(block, args, made)
+        _let_collect(block, args, made)
         return made
 
     def _with_objects(self, value: Any, node: fx.Node) -> Any:
@@ -427,7 +427,10 @@ class HFTracer(fx.Tracer, Recording):
         return rebuilt(type(value), tuple(keys) if isinstance(value, dict) else None, items)
 
     def _call_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-        recorder = self.recorder
+        recorder, keys = self.recorder, collected()
+        if keys and collects_inside(module, keys):
+            text = f"{', '.join(keys)} of modules inside it are collected"
+            raise Untraceable([*self._stack(), (path, module)], None, text)
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             reason = self._opaque_reason(module)
@@ -458,7 +461,9 @@ class HFTracer(fx.Tracer, Recording):
                     id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)
                 }
             )
-            return recorder.bind(result, node, ids)
+            made = recorder.bind(result, node, ids)
+        _let_collect(module, args, made)
+        return made
 
     def _opaque_reason(self, module: nn.Module) -> tuple[str, Source | None] | None:
         if is_experts(module):
@@ -596,6 +601,13 @@ def _around(module: nn.Module) -> str:
         return "a hook stands on all modules"
     checkpointed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     return "it is checkpointed" if checkpointed and module.training else ""
+
+
+def _let_collect(module: nn.Module, args: Any, result: Any) -> None:
+    """Let transformers' own hooks on a module take what they collect, as after any call."""
+    for hook in module._forward_hooks.values():
+        if is_capturing(hook):
+            hook(module, args, result)
 
 
 def _symbol(path: str) -> str:

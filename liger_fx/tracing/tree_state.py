@@ -60,7 +60,7 @@ class TreeFacts:
             for place, config in configs_of(modules).items()
         }
         checkpointed = {
-            path: module.gradient_checkpointing
+            path: bool(module.gradient_checkpointing)
             for path, module in modules.items()
             if hasattr(module, "gradient_checkpointing")
             and not isinstance(module, GradientCheckpointingLayer)

@@ -64,7 +64,7 @@ def check_graph(model: nn.Module, opt: nn.Module, calls: Sequence[Call]) -> Grap
                     _check(checks, plain.get_submodule(path), path, plan, opt, arguments)
                 except (LookupError, LigerFxError, UnsupportedCall) as mismatch:
                     failed.add(id(plan))
-                    if plan is opt.get_submodule(path).plans[0]:  # type: ignore[index, union-attr]
+                    if plan is opt.get_submodule(path).plans[0]:  # type: ignore[index]
                         where = path or "the model"
                         found.faults.append(
                             f"no site of {where} was checked: the graph is not the model's, "
@@ -110,7 +110,7 @@ def _arrivals(plain: Block, paths: Any, call: Call) -> list[tuple[str, Arguments
 
 def _kept(arguments: Arguments) -> Arguments:
     """The arguments as they are now: a cache will be written to."""
-    return pytree.tree_map(_as_now, arguments)  # type: ignore[no-any-return]
+    return pytree.tree_map(_as_now, arguments)
 
 
 def _as_now(value: Any) -> Any:

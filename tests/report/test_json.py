@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import liger_fx
 from liger_fx.errors import UsageError
 from liger_fx.report import GraphDiff
-from liger_fx.report.facts import FACES
+from liger_fx.report.graph_diff import FACES
 from liger_fx.report.json_face import SCHEMA
 from liger_fx.tiny import tiny_model
 from tests.report.sample import DRAWING, sample

@@ -13,7 +13,7 @@ import pytest
 from liger_fx.engine.drawing import Drawing
 from liger_fx.errors import UsageError
 from liger_fx.report import GraphDiff
-from liger_fx.report.facts import FACES
+from liger_fx.report.graph_diff import FACES
 from liger_fx.report.json_face import FORMAT, SCHEMA, summary
 from tests.report.sample import everything, sample
 

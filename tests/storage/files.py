@@ -28,7 +28,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
 
 def node(document: Any, name: str, plan: int = 0) -> Any:
     """The record of a node by its name, or by what it calls."""
-    nodes = document["plans"][plan]["nodes"]
+    nodes = document["blocks"][0]["plans"][plan]["nodes"]
     return next(n for n in nodes if name in (n["name"], n["target"]))
 
 

@@ -28,8 +28,8 @@ DOCUMENT: dict[str, tuple[Change, str]] = {
     ),
     "missing field": (lambda d: d.pop("tensors"), "graph.json.tensors: is missing"),
     "no object": (lambda d: [d], "graph.json: is a list"),
-    "no plans": (lambda d: put(d, plans=[]), "graph.json.plans"),
-    "many plans": (lambda d: put(d, plans=d["plans"] * 17), "graph.json.plans"),
+    "no plans": (lambda d: put(d, plans=[]), "graph.json.blocks[0].plans"),
+    "many plans": (lambda d: put(d, plans=d["blocks"][0]["plans"] * 17), "graph.json.blocks[0].plans"),
     "class of Python": (lambda d: put(d["model"], **{"class": "os"}), "graph.json.model.class"),
     "no model class": (lambda d: put(d["model"], **{"class": "Trainer"}), "graph.json.model.class"),
     "base class": (
@@ -121,18 +121,18 @@ DOCUMENT: dict[str, tuple[Change, str]] = {
         "graph.json.tensors[0].same_as",
     ),
     "placeholders late": (
-        lambda d: d["plans"][0]["nodes"].insert(5, d["plans"][0]["nodes"].pop(1)),
-        "graph.json.plans[0].nodes",
+        lambda d: d["blocks"][0]["plans"][0]["nodes"].insert(5, d["blocks"][0]["plans"][0]["nodes"].pop(1)),
+        "graph.json.blocks[0].plans[0].nodes",
     ),
     "two outputs": (
-        lambda d: d["plans"][0]["nodes"].insert(-1, {**d["plans"][0]["nodes"][-1], "name": "out"}),
-        "graph.json.plans[0].nodes",
+        lambda d: d["blocks"][0]["plans"][0]["nodes"].insert(-1, {**d["blocks"][0]["plans"][0]["nodes"][-1], "name": "out"}),
+        "graph.json.blocks[0].plans[0].nodes",
     ),
-    "no output": (lambda d: d["plans"][0]["nodes"].pop(), "graph.json.plans[0].nodes"),
-    "no nodes": (lambda d: put(d["plans"][0], nodes=[]), "graph.json.plans[0].nodes"),
+    "no output": (lambda d: d["blocks"][0]["plans"][0]["nodes"].pop(), "graph.json.blocks[0].plans[0].nodes"),
+    "no nodes": (lambda d: put(d["blocks"][0]["plans"][0], nodes=[]), "graph.json.blocks[0].plans[0].nodes"),
     "input unguarded": (
-        lambda d: d["plans"][0]["guards"]["inputs"].pop("attention_mask"),
-        "graph.json.plans[0].nodes",
+        lambda d: d["blocks"][0]["plans"][0]["guards"]["inputs"].pop("attention_mask"),
+        "graph.json.blocks[0].plans[0].nodes",
     ),
     "selection": (
         lambda d: put(d, selection={"chosen": "all", "excluded": []}),

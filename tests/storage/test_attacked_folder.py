@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import liger_fx
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.graph_model import GraphModel
+from liger_fx.model.block import Block
 from liger_fx.source import folder
 from liger_fx.source.folder import to_folder
 from liger_fx.source.statements import Statements
@@ -74,14 +74,14 @@ def check(text: str, class_name: str) -> None:
             assert not isinstance(part, ast.Lambda | ast.Global | ast.AsyncFunctionDef | ast.Await)
 
 
-def source(opt: GraphModel, class_name: str) -> str:
+def source(opt: Block, class_name: str) -> str:
     plan = opt.plans[0]
     text = folder._source(opt, plan, describe(opt, wanted_tensors([plan])), class_name)
     folder.check_source(text, class_name)
     return text
 
 
-def put(opt: GraphModel, place: str, text: str) -> None:
+def put(opt: Block, place: str, text: str) -> None:
     """Write ``text`` into a place of the graph or the model that becomes part of the source."""
     plan = opt.plans[0]
     nodes = {n.op: n for n in reversed(plan.graph.nodes)}
@@ -130,7 +130,7 @@ PLACES = [
 ]  # fmt: skip
 
 
-def outcome(opt: GraphModel, place: str, text: str) -> str:
+def outcome(opt: Block, place: str, text: str) -> str:
     """``source`` of a copy with ``text`` put in; nothing for a SaveError."""
     twin = copy.deepcopy(opt)
     put(twin, place, text)
@@ -145,7 +145,7 @@ def outcome(opt: GraphModel, place: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_code_put_where_a_text_stands(place: str, llama: GraphModel) -> None:
+def test_code_put_where_a_text_stands(place: str, llama: Block) -> None:
     check(source(llama, "Graph"), "Graph")
     written = [text for text in TEXTS if outcome(llama, place, text)]
     if place in ("constant", "argument", "config", "module of a node", "autocast", "path"):
@@ -163,7 +163,7 @@ def test_code_put_where_a_text_stands(place: str, llama: GraphModel) -> None:
         st.text(alphabet="\"'\\\n\r\x0c\u2028#{}();ax0_.", max_size=30),
     ),
 )
-def test_any_text_anywhere(place: str, text: str, llama: GraphModel) -> None:
+def test_any_text_anywhere(place: str, text: str, llama: Block) -> None:
     outcome(llama, place, text)
 
 
@@ -171,7 +171,7 @@ def test_a_constant_that_closes_the_docstring(saved: Path, tmp_path: Path) -> No
     mark = tmp_path / "owned"
     code = f'"""; __import__("pathlib").Path({str(mark)!r}).write_text("x"); """'
     constants = {"use_cache": code}
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"].update(constants=constants))
+    edit(saved / "graph.json", lambda d: d["blocks"][0]["plans"][0]["guards"].update(constants=constants))
     liger_fx.to_folder(liger_fx.load(saved), tmp_path / "graph")
     run = "import json, sys\nsys.path.insert(0, sys.argv[1])\nimport graph\nprint(json.dumps(1))"
     assert run_python(run, tmp_path) == 1 and not mark.exists()
@@ -183,7 +183,7 @@ def test_a_constant_that_closes_the_docstring(saved: Path, tmp_path: Path) -> No
     + ["CausalLMOutputWithPast", "class", "None", "__debug__", "a b", "", "self", "leaves"],
 )
 def test_names_of_the_class_that_the_source_needs(
-    name: str, llama: GraphModel, tmp_path: Path
+    name: str, llama: Block, tmp_path: Path
 ) -> None:
     with pytest.raises(SaveError, match="no name for a class|the source itself needs"):
         to_folder(llama, tmp_path / "graph", name)
@@ -246,8 +246,8 @@ def test_negative_numbers_and_arguments_with_names_of_builtins() -> None:
 def test_constants_that_are_no_arguments(
     constants: dict[str, Any], place: str, saved: Path
 ) -> None:
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"].update(constants=constants))
-    refused(saved, f"graph.json.plans[0].guards.{place}")
+    edit(saved / "graph.json", lambda d: d["blocks"][0]["plans"][0]["guards"].update(constants=constants))
+    refused(saved, f"graph.json.blocks[0].plans[0].guards.{place}")
 
 
 def test_constants_that_the_forward_does_not_take(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_constants_that_the_forward_does_not_take(tmp_path: Path) -> None:
         lambda g: g["inputs"].update(code=g["inputs"].pop("x")),
     ):
         folder = Path(shutil.copytree(tmp_path / "graph", tmp_path / "damaged"))
-        edit(folder / "graph.json", lambda d, change=change: change(d["plans"][0]["guards"]))  # type: ignore[misc]
+        edit(folder / "graph.json", lambda d, change=change: change(d["blocks"][0]["plans"][0]["guards"]))  # type: ignore[misc]
         edit(folder / "graph.json", rename_input)
         with pytest.raises(LoadError, match="the model's forward takes no 'code'"):
             liger_fx.load(folder, model=model)
@@ -266,6 +266,6 @@ def test_constants_that_the_forward_does_not_take(tmp_path: Path) -> None:
 
 
 def rename_input(document: Any) -> None:
-    plan = document["plans"][0]
+    plan = document["blocks"][0]["plans"][0]
     record = next(n for n in plan["nodes"] if n["op"] == "placeholder")
     (record["target"],) = plan["guards"]["inputs"]

@@ -41,8 +41,8 @@ GOOD = [
 
 @pytest.mark.parametrize("guard", BAD)
 def test_guards_that_take_for_ever_or_fail(guard: str, saved: Path) -> None:
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"]["sizes"].append(guard))
-    refused(saved, "graph.json.plans[0].guards.sizes[0]")
+    edit(saved / "graph.json", lambda d: d["blocks"][0]["plans"][0]["guards"]["sizes"].append(guard))
+    refused(saved, "graph.json.blocks[0].plans[0].guards.sizes[0]")
 
 
 @pytest.mark.parametrize("guard", GOOD)
@@ -52,7 +52,7 @@ def test_guards_that_models_have(guard: str) -> None:
 
 @pytest.mark.parametrize("guard", ["1 / (batch - 2) > 0", "sequence % (batch - 2) == 0"])
 def test_a_guard_that_divides_by_zero_does_not_hold(guard: str, saved: Path) -> None:
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"]["sizes"].append(guard))
+    edit(saved / "graph.json", lambda d: d["blocks"][0]["plans"][0]["guards"]["sizes"].append(guard))
     found = load(saved)
     plain = found.model_class.forward
     inputs = make_inputs(found, batch=2)

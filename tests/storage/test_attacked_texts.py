@@ -87,7 +87,7 @@ def test_a_report_is_read_as_strictly_as_the_graph(
 @pytest.mark.parametrize("half", ["\ud800", "x\udfff", "\udc00\ud800"])
 def test_half_a_character(half: str, saved: Path) -> None:
     def change(document: Any) -> None:
-        document["plans"][0]["guards"]["constants"].update(use_cache=half)
+        document["blocks"][0]["plans"][0]["guards"]["constants"].update(use_cache=half)
 
     edit(saved / "graph.json", change)
     assert "surrogates" in refused(saved, "graph.json")

@@ -65,14 +65,14 @@ VIEWS: dict[str, Record] = {
 
 
 def insert(folder: Path, *records: Record) -> None:
-    edit(folder / "graph.json", lambda d: d["plans"][0]["nodes"].__setitem__(slice(2, 2), records))
+    edit(folder / "graph.json", lambda d: d["blocks"][0]["plans"][0]["nodes"].__setitem__(slice(2, 2), records))
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_writes_into_what_may_be_a_view_of_a_weight(view: str, saved: Path) -> None:
     insert(saved, WEIGHT, VIEWS[view], FILL)
     assert (
-        "(zz_f): writes into" in (said := refused(saved, "graph.json.plans[0].nodes.zz_f")) or said
+        "(zz_f): writes into" in (said := refused(saved, "graph.json.blocks[0].plans[0].nodes.zz_f")) or said
     )
 
 
@@ -99,7 +99,7 @@ PARTS: dict[str, list[Record]] = {
 @pytest.mark.parametrize("part", PARTS)
 def test_writes_into_parts(part: str, saved: Path) -> None:
     insert(saved, WEIGHT, *PARTS[part], FILL)
-    refused(saved, "graph.json.plans[0].nodes.zz_f: writes into lm_head.weight")
+    refused(saved, "graph.json.blocks[0].plans[0].nodes.zz_f: writes into lm_head.weight")
 
 
 WRITES: dict[str, Record] = {
@@ -130,7 +130,7 @@ WRITES: dict[str, Record] = {
 @pytest.mark.parametrize("write", WRITES)
 def test_writes_of_every_kind(write: str, tensor: Record, saved: Path) -> None:
     insert(saved, tensor, WRITES[write])
-    refused(saved, f"graph.json.plans[0].nodes.zz_f: writes into {tensor['target']}")
+    refused(saved, f"graph.json.blocks[0].plans[0].nodes.zz_f: writes into {tensor['target']}")
 
 
 HARMLESS: dict[str, list[Record]] = {

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import liger_fx
 from liger_fx.errors import SaveError, UsageError
-from liger_fx.graph_model import GraphModel
+from liger_fx.model.block import Block
 from liger_fx.storage import directory
 from tests.storage.files import ROOT, contents
 from tests.support.families import build
@@ -55,7 +55,7 @@ class Disk:
 
 @pytest.mark.parametrize("over", [False, True], ids=["new", "over another"])
 def test_a_full_disk_at_any_write_leaves_what_was_there(
-    over: bool, llama: GraphModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    over: bool, llama: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "graph"
     if over:
@@ -79,7 +79,7 @@ def test_a_full_disk_at_any_write_leaves_what_was_there(
 
 @pytest.mark.parametrize("name", ["sync", "_put_in_place", "_check_replaceable"])
 def test_a_failing_step_leaves_what_was_there(
-    name: str, saved: Path, llama: GraphModel, monkeypatch: pytest.MonkeyPatch
+    name: str, saved: Path, llama: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(saved.parent)
 
@@ -156,7 +156,7 @@ def test_a_killed_process_leaves_the_old_files_whole(place: str, count: int, sav
     assert type(liger_fx.load(saved)).__name__ == "LlamaForCausalLM"
 
 
-def test_a_save_replaces_an_earlier_one_whole(llama: GraphModel, tmp_path: Path) -> None:
+def test_a_save_replaces_an_earlier_one_whole(llama: Block, tmp_path: Path) -> None:
     folder = tmp_path / "graph"
     deep = liger_fx.optimize(build("qwen2"))
     deep(input_ids=torch.ones(1, 3, dtype=torch.long))
@@ -169,7 +169,7 @@ def test_a_save_replaces_an_earlier_one_whole(llama: GraphModel, tmp_path: Path)
     assert not (folder / "model.safetensors").exists()
 
 
-def test_the_loaded_model_does_not_need_its_directory(llama: GraphModel, saved: Path) -> None:
+def test_the_loaded_model_does_not_need_its_directory(llama: Block, saved: Path) -> None:
     loaded = liger_fx.load(saved)
     before = {path: p.clone() for path, p in loaded.named_parameters()}
     liger_fx.save(liger_fx.optimize(build("mistral")), saved)
@@ -177,7 +177,7 @@ def test_the_loaded_model_does_not_need_its_directory(llama: GraphModel, saved: 
 
 
 def test_a_directory_that_holds_something_else_is_refused(
-    llama: GraphModel, saved: Path, tmp_path: Path
+    llama: Block, saved: Path, tmp_path: Path
 ) -> None:
     (saved / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -196,7 +196,7 @@ def test_a_directory_that_holds_something_else_is_refused(
     assert contents(tmp_path / "empty") == contents(tmp_path / "new" / "deeper")
 
 
-def test_a_link_to_a_directory_stays_one(llama: GraphModel, saved: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_directory_stays_one(llama: Block, saved: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(saved)
     liger_fx.save(liger_fx.optimize(build("mistral")), link)

@@ -61,7 +61,7 @@ def test_the_documentation_has_every_field() -> None:
     text = DOCS.read_text(encoding="utf-8")
     names = set(re.findall(r"`([a-z_]+)`", text))
     saved = json.loads((VERSION_1 / "graph.json").read_text())
-    plan = saved["plans"][0]
+    plan = saved["blocks"][0]["plans"][0]
     wanted = {*saved, *saved["model"], *saved["fingerprint"], *plan, *plan["guards"]}
     for records in (plan["nodes"], saved["tensors"], saved["named_modules"]):
         wanted |= {name for record in records for name in record}

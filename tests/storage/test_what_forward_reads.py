@@ -24,7 +24,7 @@ from torch import nn
 
 import liger_fx
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.graph_model import GraphModel
+from liger_fx.model.block import Block
 from liger_fx.storage.original import Original
 from liger_fx.tiny import tiny_model
 from tests.families.test_trainer import losses
@@ -131,7 +131,7 @@ def test_what_was_replaced_is_known_after_copies_and_loading(tmp_path: Path) -> 
         assert (tmp_path / str(i) / "graph.json").read_bytes() == wanted
 
 
-def bind(saved: nn.Module, other: nn.Module, x: torch.Tensor, folder: Path) -> GraphModel:
+def bind(saved: nn.Module, other: nn.Module, x: torch.Tensor, folder: Path) -> Block:
     liger_fx.save(liger_fx.trace(saved.eval(), (x,)), folder / "graph", weights=False)
     return liger_fx.load(folder / "graph", model=other.eval())
 
