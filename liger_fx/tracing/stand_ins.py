@@ -61,21 +61,26 @@ class Origin:
         outer: Origin | None = None,
     ) -> None:
         self.host, self.example, self.node = host, example, node
-        self.argument, self.steps, self.outer = argument, steps, outer
-        self._changed = False
+        self.argument, self.steps = argument, steps
+        # The parts of the outermost object that were changed, by the way to them.
+        self._changes: list[tuple[str, ...]] = [] if outer is None else outer._changes
         self._simulated: Any = None
 
     @property
     def changed(self) -> bool:
-        """Whether something before may have changed the object that the example stands for."""
-        return self._changed if self.outer is None else self.outer.changed
+        """Whether something before may have changed the object that the example stands for: it, a
+        part of it, or what it is a part of."""
+        way = self._way
+        return any(w[: len(way)] == way[: len(w)] for w in self._changes)
 
     def change(self) -> None:
         """Note that something may have changed it."""
-        if self.outer is None:
-            self._changed = True
-        else:
-            self.outer.change()
+        self._changes.append(self._way)
+
+    @property
+    def _way(self) -> tuple[str, ...]:
+        """The way to it from the outermost object; items are not told apart."""
+        return tuple(str(key) if kind == "attr" else "[]" for kind, key in self.steps)
 
     def inner(self, kind: str, key: Any, example: Any) -> Any:
         """The stand-in for an attribute or item."""
