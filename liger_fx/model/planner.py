@@ -261,7 +261,9 @@ class Planner:
         alike: Alike = block._block.alike
         for number, old in enumerate(alike.plans):
             freed = with_numbers_free(call, old.guards.call)
-            if freed is None or freed in alike.asking or not _serves(old, block, old.guards.call):
+            if freed is None or freed == old.guards.call or freed in alike.asking:
+                continue
+            if not _serves(old, block, old.guards.call):
                 continue
             values = flat_inputs(freed.arguments, arguments)
             try:

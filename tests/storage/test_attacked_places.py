@@ -103,9 +103,7 @@ def test_to_folder_replaces_nothing_of_others(kind: str, llama: Block, tmp_path:
     assert contents(tmp_path) == before
 
 
-def test_what_was_written_before_is_replaced(
-    llama: Block, saved: Path, tmp_path: Path
-) -> None:
+def test_what_was_written_before_is_replaced(llama: Block, saved: Path, tmp_path: Path) -> None:
     for text in ('{"format": "liger_fx graph", damaged', '{"a": 1, "format": "liger_fx graph"}'):
         (saved / "graph.json").write_text(text)
         liger_fx.save(llama, saved)

@@ -14,7 +14,7 @@ import liger_fx
 from liger_fx.errors import LoadError
 from liger_fx.storage.targets import FUNCTIONS, METHODS
 from liger_fx.storage.writes import is_in_place, makes_new
-from tests.storage.files import edit
+from tests.storage.files import edit, plan_in
 from tests.storage.hostile import refused
 from tests.support.families import build
 
@@ -65,14 +65,16 @@ VIEWS: dict[str, Record] = {
 
 
 def insert(folder: Path, *records: Record) -> None:
-    edit(folder / "graph.json", lambda d: d["blocks"][0]["plans"][0]["nodes"].__setitem__(slice(2, 2), records))
+    edit(folder / "graph.json", lambda d: plan_in(d)["nodes"].__setitem__(slice(2, 2), records))
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_writes_into_what_may_be_a_view_of_a_weight(view: str, saved: Path) -> None:
     insert(saved, WEIGHT, VIEWS[view], FILL)
     assert (
-        "(zz_f): writes into" in (said := refused(saved, "graph.json.blocks[0].plans[0].nodes.zz_f")) or said
+        "(zz_f): writes into"
+        in (said := refused(saved, "graph.json.blocks[0].plans[0].nodes.zz_f"))
+        or said
     )
 
 

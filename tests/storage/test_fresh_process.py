@@ -99,4 +99,4 @@ def test_saved_graphs_say_the_same_in_every_process(llama: Block, saved: Path) -
     assert run_python(code, saved, again) == str(llama)
     for file in saved.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
-    assert json.loads((again / "graph.json").read_text())["schema"] == 1
+    assert json.loads((again / "graph.json").read_text())["schema"] == 2

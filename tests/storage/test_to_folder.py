@@ -34,7 +34,7 @@ print(json.dumps({
     "same": torch.equal(result.logits, given["logits"]),
     "class": [cls.__module__ for cls in type(model).__mro__[:2]],
     "tracing": [m for m in names if m.endswith(tracer) or m.startswith(("liger_fx.engine",
-        "liger_fx.api", "liger_fx.plan", "liger_fx.graph_model", "liger_fx.storage"))],
+        "liger_fx.api", "liger_fx.model", "liger_fx.storage"))],
     "refused": [refused(model, given["inputs"], change) for change in (
         lambda i: i.update(input_ids=i["input_ids"].int()),
         lambda i: i.update(attention_mask=i["attention_mask"][:, :-1]),
