@@ -14,6 +14,7 @@ _HOME = {
     "trace": "liger_fx.api",
     "compare": "liger_fx.api",
     "flatten": "liger_fx.model.flatten",
+    "restore": "liger_fx.model.restore",
     "verify": "liger_fx.verification",
     "save": "liger_fx.storage.save",
     "load": "liger_fx.storage.load",

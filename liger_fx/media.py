@@ -58,7 +58,7 @@ def images(model: Any, batch: int, generator: torch.Generator) -> Tensors:
     if size is None:
         return {}
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    shape = (batch, channels, height, width)
+    shape: tuple[int, ...] = (batch, channels, height, width)
     if "pixel_attention_mask" in names:  # a row may have several images
         shape = (batch, 1, channels, height, width)
     made = {"pixel_values": torch.randn(shape, generator=generator)}

@@ -340,4 +340,6 @@ class _Container:
 
     def __contains__(self, key: Any) -> bool:
         origin = self._liger_fx_origin
-        return bool(origin.answer("call", origin.concrete(key) in origin.example, "__contains__", key))
+        return bool(
+            origin.answer("call", origin.concrete(key) in origin.example, "__contains__", key)
+        )
