@@ -11,7 +11,7 @@ Its class derives from GraphModule and from the module's own class, so ``isinsta
 from __future__ import annotations
 
 import copy
-import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -280,7 +280,6 @@ _GRAPH_CLASSES: weakref.WeakValueDictionary[type, type[Block]] = weakref.WeakVal
 
 
 def _derive(block_class: type[nn.Module]) -> type[Block]:
-    @functools.wraps(block_class.forward)
     def forward(self: Block, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self.call_compiled(args, kwargs)
@@ -288,6 +287,11 @@ def _derive(block_class: type[nn.Module]) -> type[Block]:
             return block_class.forward(self, *args, **kwargs)
         return self.call_graph(args, kwargs)
 
+    # No __wrapped__: accelerate's unwrap_model would follow it past the graphs.
+    kind: Any = forward
+    kind.__signature__ = inspect.signature(block_class.forward)
+    kind.__doc__ = block_class.forward.__doc__
+    kind.__qualname__ = f"{block_class.__qualname__}.forward"
     namespace = {
         "forward": forward,
         "block_class": block_class,

@@ -300,6 +300,10 @@ class HFTracer(fx.Tracer, Recording):
                 return path
         return None
 
+    def own_value(self, path: str) -> int:
+        """What the block's own int at this path is."""
+        return self.plans.attributes[path]
+
     def _run(self, forward: Any, arguments: dict[str, Any]) -> tuple[Result, Any]:
         recorder = self.recorder
         with autocast_cache_off(), enable_python_dispatcher(), self.world.mode, recorder:
