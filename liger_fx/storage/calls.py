@@ -21,13 +21,13 @@ from transformers.utils.generic import ModelOutput
 from liger_fx.codec import decode, encode, expect, inside, shown
 from liger_fx.errors import LoadError, SaveError
 from liger_fx.storage import expressions, values
-from liger_fx.storage.checks import identifier
-from liger_fx.storage.records import GuardsRecord, InputRecord, ReadRecord
+from liger_fx.storage.checks import module_path
+from liger_fx.storage.records import GuardsRecord, InputRecord, ReadRecord, size_name
 from liger_fx.storage.values import FORMS, Devices, ValueReader, read_device
 from liger_fx.tracing.call import PLAIN, CallSpec, Constant, InputSpec, Items, Number, Opaque, Spec
 from liger_fx.tracing.guards import Attribute, Guards, Read
 
-_MAX_DEPTH, _MAX_ITEMS = 8, 512
+_MAX_DEPTH, _MAX_ITEMS, _MAX_SPECS = 8, 512, 4096
 _CONTAINERS = {kind.__name__: kind for kind in (tuple, list, dict)}
 _NUMBERS = {kind.__name__: kind for kind in (int, float)}
 # What a check may ask of a cache.
@@ -92,9 +92,9 @@ def _read_record(read: Read) -> ReadRecord:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def read_guards(record: GuardsRecord, devices: Devices, attributes: list[str]) -> Guards:
-    """LoadError, naming the field, for what is no assumption of a graph; ``attributes`` are the
-    paths of the ints that the block may be asked for."""
+def read_guards(record: GuardsRecord, devices: Devices) -> Guards:
+    """LoadError, naming the field, for what is no assumption of a graph. Whether the block holds
+    the ints that it is asked for (``own_numbers``) is not known here."""
     reader = _SpecReader(devices)
     arguments = {}
     for name, spec in record.arguments.items():
@@ -107,14 +107,16 @@ def read_guards(record: GuardsRecord, devices: Devices, attributes: list[str]) -
     for size, hint in record.hints.items():
         if size not in reader.sizes or hint < 0:
             raise LoadError(f"{shown(size)}: {shown(hint)} is no example of a size", "hints")
-    for path in record.attributes.values():
-        if path not in attributes:
-            raise LoadError(f"{shown(path)} is no number of the block", "attributes")
+    for size in record.loose:
+        if size not in record.hints:
+            raise LoadError(f"{shown(size)} has no example", "loose")
     opaque = {name for name, spec in call.leaves() if isinstance(spec, Opaque)}
     with inside("reads"):
-        reads = tuple(_read(read, opaque, attributes) for read in record.reads)
+        reads = tuple(_read(read, opaque) for read in record.reads)
     with inside("numbers"):
-        numbers = {n: _read(read, opaque, attributes) for n, read in record.numbers.items()}
+        numbers = {n: _read(read, opaque) for n, read in record.numbers.items()}
+    for name in (*record.attributes, *numbers):
+        size_name(name)
     names = reader.sizes | record.attributes.keys() | numbers.keys()
     if len(names) != len(reader.sizes) + len(record.attributes) + len(numbers):
         raise LoadError("a name stands for two things", "attributes")
@@ -138,11 +140,14 @@ class _SpecReader:
     """Reads the specifications of one call; ``sizes`` are the names that it met."""
 
     def __init__(self, devices: Devices) -> None:
-        self.devices, self.sizes = devices, set[str]()
+        self.devices, self.sizes, self.count = devices, set[str](), 0
         self.values = ValueReader({}, devices)
 
     def read(self, record: Any, depth: int) -> Spec:
         """One argument, or one item of it."""
+        self.count += 1
+        if self.count > _MAX_SPECS:
+            raise LoadError(f"are more than {_MAX_SPECS}")
         if depth > _MAX_DEPTH:
             raise LoadError("is nested too deeply")
         if type(record) is not dict or len(record) != 1:
@@ -174,10 +179,10 @@ class _SpecReader:
 
     def _number(self, content: Any) -> Number:
         name, size = decode(tuple[str, str | None], content)
-        if name not in _NUMBERS:
+        if name not in _NUMBERS or (size is not None and name != "int"):
             raise LoadError(f"{shown(name)} is no kind of number")
         if size is not None:
-            self.sizes.add(identifier(size))
+            self.sizes.add(size_name(size))
         return Number(_NUMBERS[name], size)
 
     def _object(self, content: Any) -> Opaque:
@@ -216,17 +221,22 @@ def _output_class(reference: str) -> type:
     return found
 
 
-def _read(record: ReadRecord, opaque: set[str], attributes: list[str]) -> Read:
+def own_numbers(guards: Guards) -> set[str]:
+    """The paths of the ints that the check of a call reads from the block."""
+    asked = (*guards.reads, *guards.numbers.values())
+    parts = (part for read in asked for step in read.steps for part in step)
+    return {*guards.attributes.values(), *(p.path for p in parts if isinstance(p, Attribute))}
+
+
+def _read(record: ReadRecord, opaque: set[str]) -> Read:
     if record.argument not in opaque:
         raise LoadError(f"{shown(record.argument)} is no object that is handed in")
     if not 1 <= len(record.steps) <= _MAX_DEPTH:
         raise LoadError("asks in too many steps")
-    return Read(
-        record.argument, tuple(tuple(_step(s, attributes)) for s in record.steps), record.value
-    )
+    return Read(record.argument, tuple(tuple(_step(s)) for s in record.steps), record.value)
 
 
-def _step(step: list[Any], attributes: list[str]) -> Iterator[Any]:
+def _step(step: list[Any]) -> Iterator[Any]:
     kind, *parts = step or [None]
     known = {"attr": _ATTRIBUTES, "call": _METHODS}.get(kind) if isinstance(kind, str) else None
     if kind == "item" and len(parts) == 1:
@@ -239,9 +249,9 @@ def _step(step: list[Any], attributes: list[str]) -> Iterator[Any]:
         raise LoadError(f"{shown(step)} is no question to a cache")
     for part in parts:
         if type(part) is dict:
-            if part.keys() != {"own"} or part["own"] not in attributes:
-                raise LoadError(f"{shown(part)} is no number of the block")
-            yield Attribute(part["own"])
+            if part.keys() != {"own"}:
+                raise LoadError(f"{shown(part)} is no argument of a question")
+            yield Attribute(module_path(expect(part["own"], str)))
         elif type(part) in (int, bool, str, type(None)):
             yield part
         else:

@@ -80,15 +80,13 @@ def read_block(record: BlockRecord, devices: Devices, device: torch.device) -> S
     plans = []
     for i, plan in enumerate(record.plans):
         with inside(f"plans[{i}]"):
-            plans.append(_read_plan(plan, devices, device, record.attributes))
+            plans.append(_read_plan(plan, devices, device))
     return SavedBlock(record.paths, record.attributes, plans)
 
 
-def _read_plan(
-    record: PlanRecord, devices: Devices, device: torch.device, attributes: list[str]
-) -> SavedPlan:
+def _read_plan(record: PlanRecord, devices: Devices, device: torch.device) -> SavedPlan:
     with inside("guards"):
-        guards = read_guards(record.guards, devices, attributes)
+        guards = read_guards(record.guards, devices)
     reader = GraphReader(devices, device)
     graph = reader.read(record.nodes)
     inputs = [str(node.target) for node in graph.find_nodes(op="placeholder")]

@@ -50,12 +50,15 @@ def below(limit: int, what: str) -> Callable[[int], int]:
     return check
 
 
+def size_name(name: str) -> str:
+    """``name``, which stands for a number in the guards over sizes."""
+    if identifier(name) in _RESERVED:
+        raise LoadError(f"{shown(name)} is no name for a size")
+    return name
+
+
 def _input_size(size: int | str) -> int | str:
-    if isinstance(size, int):
-        return below(2**63, "size")(size)
-    if identifier(size) in _RESERVED:
-        raise LoadError(f"{shown(size)} is no name for a size")
-    return size
+    return size_name(size) if isinstance(size, str) else below(2**63, "size")(size)
 
 
 def _shape(shape: list[int]) -> list[int]:

@@ -118,13 +118,14 @@ def _check_inner_plans(blocks: list[SavedBlock]) -> None:
         for j, plan in enumerate(block.plans):
             for node in plan.graph.nodes:
                 number = node.meta.get("plan")
-                if number is None:
-                    continue
                 inner = [f"{path}.{node.target}".lstrip(".") for path in block.paths]
-                if node.op != "call_module" or not all(
-                    0 <= number < counts.get(path, 0) for path in inner
-                ):
-                    place = f"blocks[{i}].plans[{j}].nodes ({shown(node.name)}).plan"
+                calls = node.op == "call_module" and any(path in counts for path in inner)
+                if number is None and not calls:
+                    continue
+                place = f"blocks[{i}].plans[{j}].nodes ({shown(node.name)}).plan"
+                if number is None:
+                    raise LoadError(f"is missing for {shown(inner[0])}, a block", place)
+                if not calls or not all(0 <= number < counts.get(path, 0) for path in inner):
                     raise LoadError(f"{number} is no plan of {shown(inner[0])}", place)
 
 

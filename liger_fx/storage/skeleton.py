@@ -9,7 +9,7 @@ Every module, tensor and name that the graph relies on is held against what was 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError
 from liger_fx.model.tree import copy_tree
 from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules
-from liger_fx.storage.calls import check_arguments
+from liger_fx.storage.calls import check_arguments, own_numbers
 from liger_fx.storage.files import CONFIG, GENERATION_CONFIG, GRAPH
 from liger_fx.storage.original import Original, class_of, compare_modules
 from liger_fx.storage.plans import SavedBlock
@@ -105,21 +105,52 @@ def _check_block(
     block: SavedBlock, modules: dict[str, nn.Module], places: dict[str, Slot], homes: set[str]
 ) -> None:
     """Every path of the graphs leads to something in each of the alike blocks."""
+    made: list[Any] = []
     for path in block.paths:
+        _check_can_be_block(path, modules)
         inner, tensors = _below(modules, path), _below(places, path)
-        for name in block.attributes:
-            owner, _, attribute = name.rpartition(".")
-            if owner not in inner or type(vars(inner[owner]).get(attribute)) is not int:
-                raise LoadError(f"{path or 'the model'} has no number {name}", "attributes")
+        made.append(_make_of(inner, tensors))
+        if made[-1] != made[0]:
+            raise LoadError(f"{shown(path)} is not like {shown(block.paths[0])}", "paths")
+        ints = set(_ints(inner))
+        unknown = sorted({*block.attributes} - ints)
+        if unknown:
+            raise LoadError(f"{path or 'the model'} has no number {unknown[0]}", "attributes")
         for j, plan in enumerate(block.plans):
             with inside(f"plans[{j}]"):
                 check_arguments(plan.guards, class_of(modules[path]).forward)
+                unknown = sorted(own_numbers(plan.guards) - ints)
+                if unknown:
+                    raise LoadError(f"{path or 'the model'} has no number {unknown[0]}", "guards")
             with inside(f"plans[{j}].nodes"):
-                _check_targets(plan.graph, {*inner, *tensors, *block.attributes}, inner.keys())
+                _check_targets(plan.graph, {*inner, *tensors, *ints}, inner.keys())
                 if path == block.paths[0]:
                     named_modules.check_calls(plan.graph, inner)
                     leaf_calls.resolve(plan.references, homes)
                     check_writes(plan.graph, tensors.keys(), inner)
+
+
+def _check_can_be_block(path: str, modules: dict[str, nn.Module]) -> None:
+    module = modules.get(path)
+    if module is None or named_modules.is_named(module):
+        raise LoadError(f"the model has no module {shown(path)} of its own", "paths")
+    first = next(p for p, other in modules.items() if other is module)
+    if first != path:
+        raise LoadError(f"{shown(path)} is the same module as {shown(first)}", "paths")
+
+
+def _make_of(modules: Mapping[str, nn.Module], tensors: Mapping[str, Slot]) -> Any:
+    """What alike blocks share: modules by class, tensors by kind, shape and dtype."""
+    kinds = {path: class_of(module) for path, module in modules.items()}
+    return kinds, {p: (s.kind, s.tensor.shape, s.tensor.dtype) for p, s in tensors.items()}
+
+
+def _ints(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The paths of the ints that modules hold, those that can be read by attribute."""
+    for path, module in modules.items():
+        for name, value in vars(module).items():
+            if type(value) is int and name.isidentifier():
+                yield f"{path}.{name}".lstrip(".")
 
 
 def _below(items: Mapping[str, T], path: str) -> dict[str, T]:
