@@ -109,9 +109,9 @@ class _Names(Namer):
             return 1
         if tensor is self.hidden or (name in _TRANSFORMERS_SIZES and dim == 2):
             return size  # the width
-        if self.hidden is not None and dim == tensor.ndim - 1 and tensor.is_floating_point():
-            if tensor.ndim in (2, 3):  # that of rotary tables, which the rules want to know
-                return size
+        is_width = dim == tensor.ndim - 1 and tensor.is_floating_point() and tensor.ndim in (2, 3)
+        if self.hidden is not None and is_width:  # of rotary tables: the rules want to know it
+            return size
         named = f"{name}_{dim}"
         self.hints[named] = size
         if (is_mask(tensor) and dim > 1) or self.has_cache:

@@ -114,8 +114,8 @@ def graph_runs(
     ``calls`` times on average, which nothing but a graph does.
 
     In a model without a rotary module, there must be named modules, or at least graphs (in some no
-    rule finds anything), and no FallbackWarning; with ``quiet`` none may be given in any model. rotary: how many rotary modules to expect, where
-    ``opt`` does not hold the modules that run.
+    rule finds anything), and no FallbackWarning; with ``quiet`` none may be given in any model.
+    rotary: how many rotary modules to expect, where ``opt`` does not hold the modules that run.
     """
     with watching() as witness:
         yield witness
