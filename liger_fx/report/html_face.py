@@ -18,22 +18,31 @@ from markupsafe import Markup
 
 from liger_fx.engine.site import Site
 from liger_fx.report.amounts import change, full_change, percent, totals
+from liger_fx.report.block_articles import block_articles
+from liger_fx.report.block_sections import (
+    BLOCKS,
+    FELL_BACK,
+    block_kinds,
+    blocks_line,
+    fallbacks_line,
+    graph_count,
+)
 from liger_fx.report.facts import Facts
 from liger_fx.report.kinds import Kind, kinds, source_text
 from liger_fx.report.layout import lay_out, lines_of
 from liger_fx.report.listing import box_names, spec_text
+from liger_fx.report.section import Section
 from liger_fx.report.sections import (
     ALIKE,
     CHANGED,
     LOST,
-    Section,
     headline,
     operator_counts,
     rule_counts,
     sections,
-    verdict,
 )
 from liger_fx.report.tree import Pair, aligned
+from liger_fx.report.verified_sections import verdict
 
 _NEGATIVE = re.compile(r"(?<![\w.])-(?=\d)")
 _FOLDER = Path(__file__).parent / "page"
@@ -47,6 +56,7 @@ _LISTED = {  # the sections below the tree; the tree and the site's panel show t
 def render(diff: Facts) -> str:
     """The page. Alike sites and modules stand in it once, with the list of their paths."""
     found = [*kinds(diff.refused), *kinds(diff.rewritten)]
+    shown = sections(diff)
     style, script = (_source(name) for name in ("page.css", "page.js"))
     return _template().render(
         diff=diff,
@@ -57,10 +67,15 @@ def render(diff: Facts) -> str:
         rules=rule_counts(diff),
         kinds=found,
         sections=[
-            *(section for section in sections(diff) if section.title in _LISTED),
+            *(section for section in shown if section.title in _LISTED),
             *operator_counts(diff, full=True),
         ],
-        changed=[s for s in sections(diff) if s.title in (LOST, CHANGED)],
+        changed=[s for s in shown if s.title in (LOST, CHANGED)],
+        block_sections=[s for s in shown if s.title in (FELL_BACK, BLOCKS)],
+        blocks=block_articles(diff),
+        graph_count=graph_count(diff),
+        blocks_line=blocks_line(diff),
+        fallbacks_line=fallbacks_line(diff),
         data=_data(diff, found),
         style=style,
         script=script,
@@ -118,8 +133,11 @@ def _data(diff: Facts, found: list[Kind]) -> dict[str, Any]:
         for site in kind.sites:
             for path in dict.fromkeys((site.path, _mounted(site) or site.path)):
                 tree.at(path).marks.append(i)
+    for i, rows in enumerate(block_kinds(diff)):
+        for path in (path for row in rows for path in row.paths):
+            tree.at(path).marks.append(len(found) + i)
     return {
-        "tree": _node(tree, ["model"]),
+        "tree": _node(tree, ["model"], len(found)),
         "kinds": [
             {
                 "rule": kind.example.rule,
@@ -160,12 +178,18 @@ def _words(kind: Kind) -> str:
     return " ".join(filter(None, (site.rule, site.before_class, site.after_class, site.reason)))
 
 
-def _node(pair: Pair, names: list[str]) -> dict[str, Any]:
-    """A place in the tree, or several alike ones: their names, and all that they have in common."""
+def _node(pair: Pair, names: list[str], sites: int) -> dict[str, Any]:
+    """A place in the tree, or several alike ones: their names, and all that they have in common.
+
+    sites: the number of kinds of sites; the marks from there on are of kinds of blocks.
+    """
     return {
         "names": names,
         "before": pair.before,
         "after": pair.after,
-        "kinds": pair.marks,
-        "below": [_node(group[0][1], [name for name, _ in group]) for group in pair.groups()],
+        "kinds": [mark for mark in pair.marks if mark < sites],
+        "block": next((mark - sites for mark in pair.marks if mark >= sites), None),
+        "below": [
+            _node(group[0][1], [name for name, _ in group], sites) for group in pair.groups()
+        ],
     }

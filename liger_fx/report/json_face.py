@@ -2,7 +2,7 @@
 
 GraphDiff(sites=(Site("rms_norm", ...), ...), ...)
  <->
-{"format": "liger_fx.report", "schema": 1, "sites": [{"rule": "rms_norm", ...}, ...], ...}
+{"format": "liger_fx.report", "schema": 2, "sites": [{"rule": "rms_norm", ...}, ...], ...}
 
 Reading builds plain data of known types and nothing else: every field is checked, and the first
 that is not as the schema says is named in one error.
@@ -20,10 +20,12 @@ from liger_fx.codec import Form, Forms, decode, encode, expect, inside
 from liger_fx.engine.drawing import Drawing
 from liger_fx.errors import LoadError, UsageError, one_line
 from liger_fx.report.amounts import totals
+from liger_fx.report.block_sections import graph_count
 from liger_fx.report.facts import Facts
 
 FORMAT = "liger_fx.report"
-SCHEMA = 1
+SCHEMA = 2
+READ_BY = {1: "liger_fx 0.1"}  # schemas that this version does not read, and the one that does
 
 Found = TypeVar("Found", bound=Facts)
 
@@ -41,7 +43,7 @@ def from_json(text: str | bytes, name: str, kind: type[Found]) -> Found:
     """The report that ``to_json`` wrote, as a ``kind``; ``name`` is what an error calls it (its
     file, say).
 
-    Raises UsageError for text that is no report, or one of a later schema.
+    Raises UsageError for text that is no report, or one of a schema that is not read.
     """
     try:
         whole = json.loads(text, parse_constant=_no_number)
@@ -62,6 +64,8 @@ def from_data(whole: Any, kind: type[Found]) -> Found:
     schema = whole.get("schema")
     if type(schema) is not int or schema < 1:
         raise LoadError(f"schema is {schema!r}, which is no version")
+    if schema in READ_BY:
+        raise LoadError(f"its schema is version {schema}, which {READ_BY[schema]} reads")
     if schema > SCHEMA:
         raise LoadError(f"its schema is version {schema}, and versions up to {SCHEMA} are known")
     with inside("drawings"):
@@ -85,6 +89,8 @@ def summary(diff: Facts) -> dict[str, Any]:
         "rules": {name: {"rewritten": done[name], "refused": left[name]} for name in names},
         "operators_before": sum(diff.before.operators.values()),
         "operators_after": sum(diff.after.operators.values()),
+        "graphs": graph_count(diff),
+        "fallbacks": len(diff.fallbacks),
         "traffic_a_token": [before.traffic.per_token, after.traffic.per_token],
         "kept_a_token": [before.saved.per_token, after.saved.per_token],
     }

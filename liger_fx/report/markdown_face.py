@@ -10,19 +10,15 @@ from __future__ import annotations
 import html
 import re
 
+from liger_fx.report.block_sections import BLOCKS, FELL_BACK
 from liger_fx.report.facts import Facts
-from liger_fx.report.sections import (
-    CHANGED,
-    LOST,
-    Cell,
-    Section,
-    Subgraph,
-    Table,
-    headline,
-    sections,
-)
+from liger_fx.report.section import Cell, Section, Subgraph, Table
+from liger_fx.report.sections import CHANGED, LOST, headline, sections
 
-_IN_SIGHT = {LOST, CHANGED, "Rules", "Refused", "Sites", "Memory, for one token", "Verified"}
+_IN_SIGHT = {
+    LOST, CHANGED, FELL_BACK, BLOCKS,
+    "Rules", "Refused", "Sites", "Memory, for one token", "Verified",
+}  # fmt: skip
 # What Markdown takes for markup; an underscore inside a word is none.
 _MARKUP = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 

@@ -5,49 +5,26 @@ Facts   ->   [Table("Rules", ("rule", "found", ...), [("rms_norm", 65, ...)]), .
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from liger_fx.engine.drawing import Cost
 from liger_fx.report.amounts import ASSUMPTIONS, change, full_change, percent, totals
+from liger_fx.report.block_sections import (
+    block_table,
+    blocks_line,
+    fallback_table,
+    fallbacks_line,
+    graph_sections,
+)
 from liger_fx.report.changes import SiteChange
 from liger_fx.report.facts import Facts
 from liger_fx.report.folding import alike, fold, fold_paths, shape
 from liger_fx.report.kinds import Kind, kinds, source_text
 from liger_fx.report.listing import listing
+from liger_fx.report.section import Cell, Lines, Section, Subgraph, Table
 from liger_fx.report.tree import aligned, lines
-from liger_fx.report.verified import Measured, Verified, VerifiedSite
+from liger_fx.report.verified_sections import verdict, verified_sections
 
-Cell = str | int
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under headers; a number stands to the right."""
-
-    title: str
-    headers: tuple[str, ...]
-    rows: Sequence[tuple[Cell, ...]]
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Sentences, one a line."""
-
-    title: str
-    lines: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Subgraph:
-    """The nodes of one kind of site: (text, dtype and shape) before, and after if rewritten."""
-
-    title: str
-    before: list[tuple[str, str]]
-    after: list[tuple[str, str]]
-
-
-Section = Table | Lines | Subgraph
 ALIKE = "what both have alike is left out"
 LOST, CHANGED = "No longer rewritten", "Newly or otherwise rewritten"
 _CHANGE = ("rule", "where", "sites", "before", "now", "why")
@@ -55,7 +32,7 @@ _MEMORY = ("where", "traffic", "change", "kept for backward", "change")
 
 
 def sections(diff: Facts, full: bool = False) -> list[Section]:
-    """Every section that has something to say; ``full`` folds no layers."""
+    """Every section that has something to say; ``full`` folds no layers and lists each graph."""
     refused, rewritten = kinds(diff.refused, full), kinds(diff.rewritten, full)
     tree = aligned(diff.before.tree, diff.after.tree)
     modules = tuple((name or "model", *rest) for name, *rest in lines(tree, full))
@@ -67,13 +44,16 @@ def sections(diff: Facts, full: bool = False) -> list[Section]:
         Table(CHANGED, _CHANGE, _changed(other)),
         Table("Rules", ("rule", "found", "rewritten", "refused"), rule_counts(diff)),
         Table("Refused", ("rule", "where", "sites", "why", "model code"), _refused(refused)),
+        fallback_table(diff, full),
         Table("Sites", ("where", "sites", "in", "nodes before", "node after"), _sites(rewritten)),
+        block_table(diff, full),
         Table("Memory, for one token", _MEMORY, _memory(diff, rewritten)),
-        *(_verified(diff.verified) if diff.verified else ()),
+        *(verified_sections(diff.verified) if diff.verified else ()),
         Lines("Opaque modules", diff.opaque),
         Table("Modules", ("module", "before", "after"), modules),
         *operator_counts(diff, full),
         *_subgraphs([*rewritten, *refused]),
+        *(graph_sections(diff) if full else ()),
         Lines("Traced with", tuple(f"{name}: {text}" for name, text in diff.inputs.items())),
         Lines("The graph holds while", _guards(diff)),
         Lines("How bytes are counted", ASSUMPTIONS if _has_costs(diff) else ()),
@@ -96,6 +76,8 @@ def headline(diff: Facts) -> list[str]:
     else:
         count = f"{len(diff.rewritten)} site{'' if len(diff.rewritten) == 1 else 's'}"
         said = [f"{name}: {count} rewritten, {len(diff.refused)} refused, {operators}"]
+    if diff.blocks:
+        said.append(f"{blocks_line(diff)}; {fallbacks_line(diff)}")
     if diff.verified:
         said.append(f"verified: {verdict(diff.verified)}")
     if _has_costs(diff):
@@ -109,12 +91,6 @@ def headline(diff: Facts) -> list[str]:
             f"({percent(a.saved, b.saved)})"
         )
     return said
-
-
-def verdict(verified: Verified) -> str:
-    """What verify found, in a sentence."""
-    told = "at least as accurate as the original" if verified.ok else "NOT as promised"
-    return f"{told}, in {verified.dtype} on {verified.device}"
 
 
 def _changed(found: list[SiteChange]) -> list[tuple[Cell, ...]]:
@@ -235,31 +211,3 @@ def _guards(diff: Facts) -> tuple[str, ...]:
     """Without those that say again what the inputs are."""
     told = {f"{name} is {text}" for name, text in diff.inputs.items()}
     return tuple(guard for guard in diff.guards if guard not in told)
-
-
-def _verified(found: Verified) -> Iterator[Section]:
-    rows = [_measured(m) for m in (*found.together, *((found.worst,) if found.worst else ()))]
-    headers = ("", "original", "optimised", "ratio", "at most", "")
-    yield Lines("Verified", (verdict(found), f"inputs: {found.inputs}", *found.faults))
-    yield Table("Relative L2 error against float64", headers, rows)
-    groups = fold(found.sites, key=lambda s: (shape(s.path), s.rule, s.fault is None))
-    by_site = [_verified_sites(group) for group in groups]
-    yield Table(
-        "Each site against float64", ("where", "sites", "outputs", "gradients", ""), by_site
-    )
-    yield Lines("Not looked at by verify", found.remarks)
-
-
-def _verified_sites(group: list[VerifiedSite]) -> tuple[Cell, ...]:
-    outputs, gradients = (
-        f"{max(ratios):.2f} x" if (ratios := [m.ratio for m in found if m and m.ratio]) else "-"
-        for found in ([s.outputs for s in group], [s.gradients for s in group])
-    )
-    where = fold_paths(site.path for site in group)
-    return where, len(group), outputs, gradients, group[0].fault or "ok"
-
-
-def _measured(m: Measured) -> tuple[Cell, ...]:
-    errors = ("not finite" if e is None else f"{e:.2e}" for e in (m.original, m.optimised))
-    ratio = "not finite" if m.ratio is None else f"{m.ratio:.2f}"
-    return (m.name, *errors, ratio, f"{m.bound}", "ok" if m.ok else "FAILS")

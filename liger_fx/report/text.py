@@ -15,9 +15,11 @@ from collections.abc import Callable
 
 from tabulate import tabulate
 
+from liger_fx.report.block_sections import FELL_BACK
 from liger_fx.report.facts import Facts
 from liger_fx.report.fitting import fitted
-from liger_fx.report.sections import LOST, Lines, Section, Subgraph, Table, headline, sections
+from liger_fx.report.section import Lines, Section, Subgraph, Table
+from liger_fx.report.sections import LOST, headline, sections
 
 _WIDTH, _SCREEN = 100, 50  # columns a line should keep to; lines that a reader sees at once
 _BOLD, _DIM, _GREEN, _YELLOW, _RED = "1", "2", "32", "33", "31"
@@ -29,8 +31,8 @@ _Paint = Callable[[str, str], str]
 def render(diff: Facts, full: bool = False, color: bool = False) -> str:
     """Every section, the main facts first, and again at the end of what fills more than a screen.
 
-    ``full`` folds no layers and adds the settings of modules that did not change; ``color`` is for
-    terminals.
+    ``full`` folds no layers, adds the settings of modules that did not change and the code of each
+    graph; ``color`` is for terminals.
     """
     paint = _painted if color else _plain
     good = diff.rewritten and not (diff.refused or diff.lost)
@@ -40,7 +42,7 @@ def render(diff: Facts, full: bool = False, color: bool = False) -> str:
     parts = [head]
     for section in sections(diff, full):
         title = textwrap.fill(section.title, _WIDTH, subsequent_indent="    ")
-        style = _WARNING if section.title in (LOST, "Refused") else _BOLD
+        style = _WARNING if section.title in (LOST, FELL_BACK, "Refused") else _BOLD
         parts.append(f"{paint(title, style)}\n{_body(section, full, paint)}")
     whole = "\n\n".join(parts)
     return f"{whole}\n\n{head}" if whole.count("\n") > _SCREEN else whole

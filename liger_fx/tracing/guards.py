@@ -99,7 +99,7 @@ class Guards:
         """Whether what the code asked of the block's own ints holds for this block's."""
         places = {name: _attribute_text(path) for name, path in self.attributes.items()}
         scope = {"math": math, "block": block}
-        sizes = {size for spec in self.call.tensors.values() for size in spec.sizes}
+        sizes: set[Any] = {size for spec in self.call.tensors.values() for size in spec.sizes}
         sizes |= {spec.size for _, spec in self.call.leaves() if isinstance(spec, Number)}
         asked = (set(_NAME.findall(guard)) for guard in self.sizes)
         others = sizes | self.numbers.keys()

@@ -18,7 +18,7 @@ from liger_fx.engine.rule import Rule, Selection
 from liger_fx.engine.site import Site
 from liger_fx.engine.term import Term
 from liger_fx.engine.terms import Terms
-from liger_fx.tracing.call import CallSpec, InputSpec, named_arguments
+from liger_fx.tracing.call import CallSpec, InputSpec, Spec, named_arguments
 from liger_fx.tracing.retry import trace_block
 from liger_fx.tracing.trace import Trace
 
@@ -52,7 +52,7 @@ class Around(nn.Module):
 def trace(module: nn.Module, *inputs: torch.Tensor) -> Trace:
     """The trace of ``module(*inputs)``."""
     named = {BATCH: "batch", TOKENS: "tokens"}
-    specs = {
+    specs: dict[str, Spec] = {
         name: InputSpec(tuple(named.get(n, n) for n in tensor.shape), tensor.dtype, tensor.device)
         for name, tensor in named_arguments(type(module).forward, inputs, {}).items()
     }

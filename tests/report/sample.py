@@ -5,6 +5,7 @@ from dataclasses import replace
 from liger_fx.engine.drawing import Box, Bytes, Cost, Drawing
 from liger_fx.engine.site import Site
 from liger_fx.report import GraphDiff, Side, TreeRow
+from liger_fx.report.blocks import BlockRow, FallbackRow
 from liger_fx.report.changes import SiteChange
 from liger_fx.report.verified import Measured, Verified, VerifiedSite
 
@@ -62,6 +63,26 @@ def measured(name: str, ratio: float | None, bound: float) -> Measured:
     return Measured(name, 2.5e-07, None if ratio is None else ratio * 2.5e-07, ratio, bound, True)
 
 
+CODE = """
+
+
+def forward(self, hidden_states):
+    norm = self.norm(hidden_states);  hidden_states = None
+    return norm
+    """
+IDS = "input_ids int64[batch, sequence] on cpu"
+HIDDEN = "hidden_states bfloat16[batch, sequence, 8] on cpu, scales (float16[8] on cpu, 1)"
+MASKED = f"{HIDDEN}, mask bool[batch, sequence] on cpu, cache a TinyCache, window 16"
+BECAUSE = "scan branches on data in layers_2 at modeling_tiny.py:71"
+
+
+def blocks(layers: int) -> tuple[BlockRow, ...]:
+    code = CODE.replace("self.norm", "self.layers")
+    root = BlockRow("TinyForCausalLM", ("",), (f"{IDS}, use_cache False",), code)
+    paths = tuple(f"layers.{i}" for i in range(layers))
+    return root, BlockRow("TinyLayer", paths, (HIDDEN, MASKED), CODE)
+
+
 def sample(layers: int = 5) -> GraphDiff:
     """``layers`` norms, the fourth of them refused."""
     return GraphDiff(
@@ -87,6 +108,11 @@ def sample(layers: int = 5) -> GraphDiff:
                 VerifiedSite("layers.0.norm", "rms_norm", None, measured("out", 0.91, 1.5), None),
             ),
             ("the graph for position_ids was not run",),
+        ),
+        blocks=blocks(layers),
+        fallbacks=(
+            FallbackRow("layers.1", "TinyLayer", "hidden_states, packed", BECAUSE),
+            FallbackRow("layers.2", "TinyLayer", "hidden_states, packed", BECAUSE),
         ),
     )  # fmt: skip
 
@@ -123,6 +149,10 @@ TinyNorm; FusedNorm; TinyLayer; ModuleList; Linear; eps=1e-06; pow; mean; mul
 bfloat16[batch, sequence, 8]; float32[batch, sequence, 1]; float16[8]; hidden; scale; keepdim=True
 20.0 KiB -> 4,321 B; 3,333 B -> 1,234 B; 48 B -> 16 B a call
 at least as accurate as the original, in bfloat16 on cpu; 2.50e-07; 0.97; 1.01; 1.23; 0.91
+TinyLayer; layers.0-4; hidden_states, packed
+scan branches on data in layers_2 at modeling_tiny.py:71
+3 distinct graphs for 6 blocks; 2 calls fell back to the model's own code
+cache a TinyCache, window 16; norm = self.norm(hidden_states)
 layers.2.norm.scale; torch 2.13.0; liger_fx 0.1.0
 """
 

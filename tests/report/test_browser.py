@@ -215,6 +215,41 @@ def test_keyboard_alone_reaches_a_site_and_its_drawing(page: Page) -> None:
     assert name == "x, input, float32[batch, sequence, 56]"
 
 
+def shown_graph(page: Page) -> str:
+    """The only graph that is to be seen, once it is unfolded."""
+    page.one("#panel article:not([hidden]) summary").click()
+    return page.one("#panel article:not([hidden]) pre").text
+
+
+def test_a_block_shows_its_graph_by_mouse_and_by_key(page: Page, llama: GraphDiff) -> None:
+    code = {row.class_name: row.code.strip() for row in llama.blocks}
+    page.row("model.layers.0").find_element("css selector", ".block").click()
+    assert page.one("#panel article:not([hidden]) h2").text == "LlamaDecoderLayer"
+    assert page.one("#panel .path").text == "model.layers.0"
+    assert page.all("#panel pre") == [] and page.row("model.layers.0.mlp")
+    assert shown_graph(page) == code["LlamaDecoderLayer"]
+    page.row("model").find_element("css selector", ".block").click()
+    assert shown_graph(page) == code["LlamaModel"]
+    page.run("document.querySelector('#tree tbody tr').focus()")
+    page.press("g")
+    assert page.one("#panel .path").text == "the model"
+    assert shown_graph(page) == code["LlamaForCausalLM"]
+    page.row("model.layers.0.mlp").click()
+    assert page.one("#panel article:not([hidden]) h2").text == "LlamaMLP to LigerSwiGLUMLP"
+
+
+def test_what_no_graph_served_is_said(small: Page) -> None:
+    tile = next(tile for tile in small.all(".facts > div") if tile.text.startswith("Graphs"))
+    assert tile.text.split("\n")[1:] == [
+        "3", "3 distinct graphs for 6 blocks; 2 calls fell back to the model's own code",
+    ]  # fmt: skip
+    (section,) = (s for s in small.all("section.wide") if s.text.startswith("Calls that"))
+    assert section.find_element("css selector", "tbody").text == (
+        "layers.1-2 TinyLayer hidden_states, packed "
+        "scan branches on data in layers_2 at modeling_tiny.py:71"
+    )
+
+
 def test_filters_by_rule_and_by_refused(small: Page) -> None:
     assert [r.strip() for r in small.rows()] == ["model", "layers", "0–2,4", "norm", "3", "norm"]
     small.one("#refused").click()
@@ -298,4 +333,6 @@ def test_a_name_is_shown_and_not_run(chrome: Chrome, tmp_path: Path, name: str) 
     assert page.run("return window.hit") is None
     assert page.one("h1").text == name
     assert page.row(name).find_element("css selector", ".name").text == name
+    page.row(name).find_element("css selector", ".block").click()
+    assert shown_graph(page) == name and page.run("return window.hit") is None
     assert page.complaints() == []

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from liger_fx.report import GraphDiff, TreeRow
+from liger_fx.report.blocks import BlockRow, FallbackRow
 from tests.report.sample import facts, sample, site
 
 PAGE = sample().html()
@@ -91,7 +92,7 @@ def test_names_are_no_markup_in_markdown(name: str) -> None:
 
 
 def hostile(name: str) -> GraphDiff:
-    """A report in which a module, a class, a reason and an input have this name."""
+    """A report in which modules, classes, reasons, calls, code and an input have this name."""
     diff = sample()
     rows = (*diff.after.tree, TreeRow(name, name, name))
     bad = replace(site(3), path=f"layers.{name}", reason=name, before_class=name)
@@ -100,4 +101,6 @@ def hostile(name: str) -> GraphDiff:
         after=replace(diff.after, class_name=name, tree=rows),
         sites=(*diff.sites, bad),
         inputs={name: name},
+        blocks=(*diff.blocks, BlockRow(name, (name,), (f"x {name}",), name)),
+        fallbacks=(FallbackRow(name, name, name, name),),
     )

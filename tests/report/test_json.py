@@ -49,6 +49,8 @@ def test_the_summary_counts() -> None:
         },
         "operators_before": 29,
         "operators_after": 25,
+        "graphs": 3,
+        "fallbacks": 2,
         "traffic_a_token": [81920, 17284],
         "kept_a_token": [13332, 4936],
     }
@@ -71,6 +73,7 @@ def changed(path: str, value: Any) -> str:
 BAD = [
     ("format", "something.else", "format"),
     ("schema", SCHEMA + 1, f"version {SCHEMA + 1}, and versions up to {SCHEMA}"),
+    ("schema", 1, "schema is version 1, which liger_fx 0.1 reads"),
     ("schema", True, "schema is True"),
     ("schema", ..., "schema is None"),
     ("sites", ..., "sites: is missing"),
@@ -88,6 +91,9 @@ BAD = [
     ("drawings/0/before/1/reads", [1], r"drawings\[0\].before\[1\]: reads 1"),
     ("drawings/1/before", [], r"drawings\[1\].before: is empty"),
     ("verified/ok", 1, "verified.ok: is an integer, not true or false"),
+    ("blocks/1/code", None, r"blocks\[1\].code: is null, not a string"),
+    ("blocks/1/paths", "layers.0", r"blocks\[1\].paths: is a string, not a list"),
+    ("fallbacks/0/reason", ..., r"fallbacks\[0\].reason: is missing"),
     ("rules", "rms_norm", "rules: is a string, not a list"),
     ("__class__", "os.system", "has the unknown field '__class__'"),
     ("inputs/a\n\x1b[31m", 7, r"inputs.'a\\n\\x1b\[31m': is an integer, not a string"),

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from liger_fx.report import GraphDiff
-from tests.report.sample import everything
+from tests.report.sample import BECAUSE, CODE, MASKED, everything
 from tests.report.test_faces import unwrapped, visible
 
 DIFF = everything()
 READ = json.loads(DIFF.json())
+
+
+def spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,34 @@ FACTS = [
         ("what both have alike is left out", "No longer rewritten"),
     ),
     Fact(
+        "alike blocks", ("TinyLayer", 5),
+        lambda d: (d.blocks[1].class_name, len(d.blocks[1].paths)),
+        lambda j: (j["blocks"][1]["class_name"], len(j["blocks"][1]["paths"])),
+        ("TinyLayer", "layers.0-4"),
+    ),
+    Fact(
+        "a kind of call", MASKED,
+        lambda d: d.blocks[1].calls[1], lambda j: j["blocks"][1]["calls"][1],
+        (MASKED,),
+    ),
+    Fact(
+        "the code of a graph", CODE,
+        lambda d: d.blocks[1].code, lambda j: j["blocks"][1]["code"],
+        (spaced(CODE),),
+    ),
+    Fact(
+        "how many graphs, and how many calls ran none", (3, 2),
+        lambda d: (sum(len(b.calls) for b in d.blocks), len(d.fallbacks)),
+        lambda j: (j["summary"]["graphs"], len(j["fallbacks"])),
+        ("3 distinct graphs for 6 blocks; 2 calls fell back to the model's own code",),
+    ),
+    Fact(
+        "a call that no graph served", ("layers.1", "TinyLayer", "hidden_states, packed", BECAUSE),
+        lambda d: (lambda f: (f.path, f.class_name, f.call, f.reason))(d.fallbacks[0]),
+        lambda j: tuple(j["fallbacks"][0][x] for x in ("path", "class_name", "call", "reason")),
+        ("Calls that no graph served", "TinyLayer hidden_states, packed scan branches on data"),
+    ),
+    Fact(
         "versions", "2.13.0", lambda d: d.versions["torch"], lambda j: j["versions"]["torch"],
         ("liger_fx 0.1.0, torch 2.13.0",),
     ),
@@ -205,10 +237,6 @@ def costs(diff: GraphDiff, what: str, count: str = "per_token") -> tuple[int, ..
 def costs_of(read: Any, what: str, count: str = "per_token") -> tuple[int, ...]:
     drawing = read["drawings"][read["sites"][0]["drawing"]]
     return tuple(drawing[cost][what][count] for cost in ("cost_before", "cost_after"))
-
-
-def spaced(text: str) -> str:
-    return " ".join(text.split())
 
 
 def page_text(page: str) -> str:

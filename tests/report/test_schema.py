@@ -1,4 +1,4 @@
-"""docs/report-schema.md says what the JSON holds, and a report of each schema is read for ever."""
+"""docs/report-schema.md says what the JSON holds, and a report of each schema from 2 on is read."""
 
 import json
 import re
@@ -90,7 +90,7 @@ OLD = sorted(Path(__file__).parent.glob("schema_*.json"))
 
 
 def test_there_is_a_report_of_each_schema() -> None:
-    assert [path.stem for path in OLD] == [f"schema_{i}" for i in range(1, SCHEMA + 1)]
+    assert [path.stem for path in OLD] == [f"schema_{i}" for i in range(2, SCHEMA + 1)]
 
 
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
@@ -106,6 +106,15 @@ def test_a_report_of_every_schema_is_read(path: Path) -> None:
     assert report.verified is not None and report.verified.ok and len(report.verified.sites) == 4
     assert report.inputs["input_ids"] == "int64[batch, sequence] on cpu"
     assert report.before.operators["mul"] > report.after.operators["mul"]
+    assert [row.class_name for row in report.blocks] == [
+        "LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer",
+    ]  # fmt: skip
+    assert "self.input_layernorm(hidden_states)" in report.blocks[-1].code
+    assert [(f.path, f.reason) for f in report.fallbacks] == [
+        ("", "input_ids, a Ids"),
+        ("model", "input_ids, a Ids"),
+        ("model.layers.0", "hidden_states, a Ids"),
+    ]
     for face in FACES.values():
         assert "LigerRotaryEmbedding" in report.face(face)
 
@@ -113,6 +122,16 @@ def test_a_report_of_every_schema_is_read(path: Path) -> None:
 def test_a_report_of_this_schema_is_written_as_it_was() -> None:
     text = OLD[-1].read_text(encoding="utf-8")
     assert GraphDiff.from_json(text).json() == text
+
+
+def test_a_report_of_schema_1_is_refused_with_the_version_that_reads_it() -> None:
+    first = json.dumps(json.loads(sample().json()) | {"schema": 1})
+    with pytest.raises(UsageError) as error:
+        GraphDiff.from_json(first, "old.json")
+    assert str(error.value) == (
+        "old.json is no report that this version reads: its schema is version 1, which "
+        "liger_fx 0.1 reads."
+    )
 
 
 def test_a_later_schema_is_refused_in_a_sentence() -> None:

@@ -90,7 +90,9 @@ def test_nobody_else_can_look_in_while_it_is_written(
     folder = tmp_path / "graph"
     folder.mkdir(mode=0o700)
     seen = []
-    original = liger_fx.storage.save.write_file
+    from liger_fx.storage import save as saving
+
+    original = saving.write_file
 
     def write_file(path: Path, data: bytes) -> None:
         seen.append(stat.S_IMODE(path.parent.stat().st_mode))

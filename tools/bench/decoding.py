@@ -1,4 +1,4 @@
-"""Greedy decoding with the default dynamic cache: tokens/s of transformers and of its optimised twin.
+"""Greedy decoding with the default dynamic cache: tokens/s of transformers, optimised and not.
 
     python tools/bench/decoding.py --model llama1b  ->  results/decoding.json and a table
 

@@ -41,7 +41,7 @@ def prepare(variant: str, model: torch.nn.Module, example: dict[str, torch.Tenso
         import liger_fx
 
         # Adapters stay around the model, as the user has put them there.
-        inner = getattr(model, "base_model", model) if hasattr(model, "peft_config") else None
+        inner: Any = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
         if inner is not None:
             inner.model = liger_fx.optimize(inner.model, inputs=example)
         else:

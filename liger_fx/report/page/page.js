@@ -128,9 +128,12 @@ function rowElement(row) {
   name.setAttribute("role", "gridcell");
   name.append(element("span", row.hasBelow ? "twist" : "twist leaf"));
   const kinds = node.kinds.map((i) => data.kinds[i]);
+  const isBlock = node.block !== null && !row.unfolded;
+  if ((kinds.length && !row.unfolded) || isBlock) {
+    line.setAttribute("aria-selected", state.chosen === row.path);
+  }
   if (kinds.length && !row.unfolded) {
     line.classList.add("site");
-    line.setAttribute("aria-selected", state.chosen === row.path);
     const refused = kinds.some((kind) => kind.refused);
     const dot = element("span", refused ? "dot warn" : "dot");
     dot.setAttribute("role", "img");
@@ -145,6 +148,13 @@ function rowElement(row) {
     times.setAttribute("aria-label", row.unfolded
       ? `Fold ${row.count} alike modules` : `Unfold ${row.count} alike modules`);
     name.append(times);
+  }
+  if (isBlock) {
+    const graph = element("button", "block", "graph");
+    graph.type = "button";
+    graph.tabIndex = -1;
+    graph.setAttribute("aria-label", "Show the graph of this block");
+    name.prepend(graph);
   }
   if (row.unfolded) {
     line.append(name, classCell(""), classCell(""));
@@ -191,12 +201,15 @@ function fold(row) {
 
 /* -- the chosen site ---------------------------------------------------------------------------- */
 
-function choose(kinds, path) {
+function choose(kinds, path, block) {
   state.chosen = path;
   for (const article of document.querySelectorAll("#panel article")) {
-    article.hidden = !kinds.includes(Number(article.dataset.kind));
+    const isBlock = article.dataset.block !== undefined;
+    article.hidden = isBlock
+      ? Number(article.dataset.block) !== block : !kinds.includes(Number(article.dataset.kind));
     if (article.hidden) continue;
-    article.querySelector(".path").textContent = path;
+    article.querySelector(".path").textContent = path || "the model";
+    if (isBlock) continue;
     const verified = article.querySelector(".verified");
     const told = data.verified[path];
     verified.hidden = told === undefined;
@@ -208,10 +221,14 @@ function choose(kinds, path) {
   document.querySelector("#panel .empty").hidden = true;
   byId("panel").scrollTop = 0;
   for (const line of body.rows) {
-    if (line.classList.contains("site")) {
+    if (line.hasAttribute("aria-selected")) {
       line.setAttribute("aria-selected", line.dataset.path === path);
     }
   }
+}
+
+function chooseBlock(row) {
+  if (row.node.block !== null && !row.unfolded) choose([], row.path, row.node.block);
 }
 
 function chooseRow(row) {
@@ -224,6 +241,7 @@ body.addEventListener("click", (event) => {
   const line = event.target.closest("tr");
   const row = rowOf(line);
   state.active = row.key;
+  if (event.target.closest(".block")) return chooseBlock(row);
   if (event.target.closest(".times")) return fold(row);
   if (event.target.closest(".twist") || !row.node.kinds.length || row.unfolded) {
     if (row.hasBelow) return setOpen(row, !row.open);
@@ -261,6 +279,7 @@ body.addEventListener("keydown", (event) => {
     Enter: () => (row.node.kinds.length ? chooseRow(row) : setOpen(row, !row.open)),
     " ": () => (row.node.kinds.length ? chooseRow(row) : setOpen(row, !row.open)),
     u: () => { if (row.count > 1) fold(row); },
+    g: () => chooseBlock(row),
   };
   const action = event.ctrlKey || event.metaKey || event.altKey ? undefined : actions[event.key];
   if (!action) return;
