@@ -34,14 +34,14 @@ BAR = 1.2  # x eager's tokens/s, llama1b
 VARIANTS = ("eager", "liger_fx", "liger_kernel", "torch_compile", "liger_fx+torch_compile")
 
 
-def prepare(variant: str, model: torch.nn.Module, example: dict[str, torch.Tensor]) -> Any:
+def prepare(variant: str, model: Any, example: dict[str, torch.Tensor]) -> Any:
     """The callable that the variant trains."""
     base, _, compiled = variant.partition("+")
     if "liger_fx" in base:
         import liger_fx
 
         # Adapters stay around the model, as the user has put them there.
-        inner: Any = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
+        inner = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
         if inner is not None:
             inner.model = liger_fx.optimize(inner.model, inputs=example)
         else:
