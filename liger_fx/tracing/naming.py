@@ -27,6 +27,7 @@ _TRANSFORMERS_SIZES: dict[str, tuple[str, ...]] = {
     "decoder_inputs_embeds": ("batch", "decoder_sequence", ""),
     "decoder_attention_mask": ("batch", "decoder_sequence"),
     "decoder_position_ids": ("batch", "decoder_sequence"),
+    "encoder_outputs_last_hidden_state": ("batch", "sequence", ""),
 }
 _SAYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -109,9 +110,9 @@ class _Names(Namer):
             return 1
         if tensor is self.hidden or (name in _TRANSFORMERS_SIZES and dim == 2):
             return size  # the width
-        if self.hidden is not None and dim == tensor.ndim - 1 and tensor.is_floating_point():
-            if tensor.ndim in (2, 3):  # that of rotary tables, which the rules want to know
-                return size
+        is_table = self.hidden is not None and tensor.ndim in (2, 3) and tensor.is_floating_point()
+        if is_table and dim == tensor.ndim - 1:
+            return size  # the width of rotary tables, which the rules want to know
         named = f"{name}_{dim}"
         self.hints[named] = size
         if (is_mask(tensor) and dim > 1) or self.has_cache:

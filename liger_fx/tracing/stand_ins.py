@@ -43,6 +43,9 @@ class Host(Protocol):
     def attribute_of(self, size: torch.SymInt) -> str | None:
         """The path of the block's own int behind this symbolic size, if it is one."""
 
+    def example_of_size(self, size: torch.SymInt) -> int:
+        """What a symbolic size is in the example: the block's own int, or the size's hint."""
+
     def ask(self, number: torch.SymInt, read: Read) -> None:
         """Note how a number can be read before the graph runs, should the code compare it."""
 
@@ -62,20 +65,31 @@ class Origin:
     ) -> None:
         self.host, self.example, self.node = host, example, node
         self.argument, self.steps, self.outer = argument, steps, outer
-        self._changed = False
+        self._changes: list[Origin] = []
         self._simulated: Any = None
 
     @property
+    def _root(self) -> Origin:
+        return self if self.outer is None else self.outer._root
+
+    @property
     def changed(self) -> bool:
-        """Whether something before may have changed the object that the example stands for."""
-        return self._changed if self.outer is None else self.outer.changed
+        """Whether something before may have changed the object that the example stands for.
+
+        What changes one part of an object leaves another part as it is that cannot be reached from
+        it: the self-attention cache and ``is_updated`` of a pair of caches.
+        """
+        return any(map(self._is_touched_by, self._root._changes))
+
+    def _is_touched_by(self, other: Origin) -> bool:
+        both = min(len(self.steps), len(other.steps))
+        if self.steps[:both] == other.steps[:both]:
+            return True
+        return _reaches(other.example, self.example, set())
 
     def change(self) -> None:
         """Note that something may have changed it."""
-        if self.outer is None:
-            self._changed = True
-        else:
-            self.outer.change()
+        self._root._changes.append(self)
 
     def inner(self, kind: str, key: Any, example: Any) -> Any:
         """The stand-in for an attribute or item."""
@@ -86,6 +100,10 @@ class Origin:
             arguments = (self.node, recorder.argument(key))
             node = recorder.create_node("call_function", target, arguments)
         return stand_in(Origin(self.host, example, node, self.argument, steps, self))
+
+    def concrete(self, value: Any) -> Any:
+        """The number that a symbolic one is in the example; anything else as it is."""
+        return self.host.example_of_size(value) if isinstance(value, torch.SymInt) else value
 
     def step_value(self, key: Any) -> Any:
         """A key or an argument as a guard writes it."""
@@ -104,9 +122,11 @@ class Origin:
         """A plain answer, which the call must confirm."""
         if self.changed:
             raise CannotRecord(f"{self._class_name} is asked for {key[0]} after it was changed")
+        return self._confirmed(value, ((kind, *map(self.step_value, key)),))
+
+    def _confirmed(self, value: Any, steps: tuple[tuple[Any, ...], ...]) -> Any:
         if self.argument is not None:
-            step = (kind, *map(self.step_value, key))
-            read = Read(self.argument, (*self.steps, step), value)
+            read = Read(self.argument, (*self.steps, *steps), value)
             if read not in self.host.reads:
                 self.host.reads.append(read)
         return value
@@ -130,13 +150,23 @@ class Origin:
             return functools.partial(self.call, name)
         if isinstance(value, torch.Tensor):
             node = recorder.create_node("call_function", getattr, (self.node, name))
-            return self._tensor(value, node)
+            return self._tensor(name, value, node)
         return self.inner("attr", name, value)
 
-    def _tensor(self, example: torch.Tensor, node: fx.Node) -> torch.Tensor:
+    def _tensor(self, name: str, example: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        """A tensor that it holds. Heads and their width are what they are, as the call must
+        confirm; batch and length may be any."""
         recorder = self.host.recorder
+        sizes: list[Any] = []
+        for dim, size in enumerate(example.shape):
+            if example.ndim == 4 and dim in (1, 3):
+                steps = ("attr", name), ("attr", "shape"), ("item", dim)
+                sizes.append(self._confirmed(int(size), steps))
+            else:
+                sizes.append(recorder.world.fresh_size(int(size)))
+        for fact in ("dtype", "device"):
+            self._confirmed(getattr(example, fact), (("attr", name), ("attr", fact)))
         with recorder.paused():
-            sizes = [recorder.world.fresh_size(int(size)) for size in example.shape]
             fake = torch.empty(sizes, dtype=example.dtype, device=example.device)
             return recorder.bind(fake, node)
 
@@ -151,7 +181,10 @@ class Origin:
         given = [*args, *kwargs.values()]
         if any(not isinstance(value, (*PLAIN, torch.SymInt)) for value in given):
             raise CannotRecord(f"{name} of a {self._class_name} with more than plain arguments")
-        real_args, real_kwargs = map(_concrete, args), {k: _concrete(v) for k, v in kwargs.items()}
+        real_args, real_kwargs = (
+            map(self.concrete, args),
+            {k: self.concrete(v) for k, v in kwargs.items()},
+        )
         with self.host.recorder.paused():
             value = getattr(self.example, name)(*real_args, **real_kwargs)
         if isinstance(value, bool) or value is None or isinstance(value, str):
@@ -190,7 +223,7 @@ class Origin:
             key, value = recorder.with_fakes(key), recorder.with_fakes(value)
             node = self._node_of_call("update", (key, value, layer, *args), kwargs)
             new = recorder.world.hint(key.shape[-2])
-            length = recorder.world.fresh_size(self.length(new, _concrete(layer)))
+            length = recorder.world.fresh_size(self.length(new, self.concrete(layer)))
             shapes = ((*t.shape[:-2], length, t.shape[-1]) for t in (key, value))
             results = tuple(
                 torch.empty(shape, dtype=t.dtype, device=t.device)
@@ -210,8 +243,8 @@ class Origin:
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             node = self._node_of_call(name, args, kwargs)
-            concrete = [_concrete(value) for value in args]
-            keywords = {key: _concrete(value) for key, value in kwargs.items()}
+            concrete = [self.concrete(value) for value in args]
+            keywords = {key: self.concrete(value) for key, value in kwargs.items()}
             result = getattr(self.simulated(), name)(*concrete, **keywords)
             self.change()
             return recorder.bind(pytree.tree_map(recorder.world.renewed, result), node)
@@ -224,8 +257,19 @@ class Origin:
             return int(self.example.get_seq_length(layer)) + new
 
 
-def _concrete(value: Any) -> Any:
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+def _reaches(start: Any, wanted: Any, seen: set[int]) -> bool:
+    """Whether the one object holds the other, at any depth."""
+    if start is wanted:
+        return True
+    if id(start) in seen or isinstance(start, (*PLAIN, torch.Tensor, type)):
+        return False
+    seen.add(id(start))
+    inside: list[Any] = [*vars(start).values()] if hasattr(start, "__dict__") else []
+    if isinstance(start, dict):
+        inside += start.values()
+    elif isinstance(start, (list, tuple, set)):
+        inside += start
+    return any(_reaches(item, wanted, seen) for item in inside)
 
 
 def origin_of(value: Any) -> Origin | None:
@@ -294,7 +338,7 @@ class _Container:
 
     def __getitem__(self, key: Any) -> Any:
         origin = self._liger_fx_origin
-        value = origin.example[_concrete(key)]
+        value = origin.example[origin.concrete(key)]
         if isinstance(value, PLAIN):
             return origin.answer("item", value, key)
         return origin.inner("item", key, value)
@@ -302,7 +346,7 @@ class _Container:
     def get(self, key: Any, default: Any = None) -> Any:
         """As a dict has it."""
         origin = self._liger_fx_origin
-        value = origin.example.get(_concrete(key), default)
+        value = origin.example.get(origin.concrete(key), default)
         if isinstance(value, PLAIN):
             return origin.answer("call", value, "get", key, default)
         raise CannotRecord(f"a {type(value).__name__} out of a mapping of an argument")
@@ -327,4 +371,6 @@ class _Container:
 
     def __contains__(self, key: Any) -> bool:
         origin = self._liger_fx_origin
-        return bool(origin.answer("call", _concrete(key) in origin.example, "__contains__", key))
+        return bool(
+            origin.answer("call", origin.concrete(key) in origin.example, "__contains__", key)
+        )
