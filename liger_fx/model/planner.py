@@ -157,7 +157,7 @@ class Planner:
         """
         alike: Alike = block._block.alike
         for number, plan in enumerate(alike.plans):
-            if _serves(plan, block, call) and plan.result is not None:
+            if _serves(plan, block, call, examples) and plan.result is not None:
                 return number, plan
         if len(alike.plans) >= MAX_PLANS:
             names = ", ".join(sorted(call.arguments))
@@ -224,12 +224,14 @@ class Planner:
                 first = first or error
         block._block.failed.append((needed.call.arguments, first))
 
-    def _result_of(self, block: Any, call: CallSpec) -> tuple[int, Result] | None:
+    def _result_of(
+        self, block: Any, call: CallSpec, examples: Mapping[str, Any]
+    ) -> tuple[int, Result] | None:
         for arguments, reason in block._block.failed:
             if arguments == call.arguments:
                 raise NoPlan(reason)
         for number, plan in enumerate(block._block.alike.plans):
-            if plan.result is not None and _serves(plan, block, call):
+            if plan.result is not None and _serves(plan, block, call, examples):
                 return number, plan.result
         return None
 
@@ -302,13 +304,16 @@ def _trace(*args: Any, **kwargs: Any) -> Trace | NeedsPlan:
         return needed
 
 
-def _serves(plan: Plan, block: Any, call: CallSpec) -> bool:
+def _serves(
+    plan: Plan, block: Any, call: CallSpec, examples: Mapping[str, Any] | None = None
+) -> bool:
     guards = plan.guards
     return (
         guards.call.arguments == call.arguments
         and guards.training == block.training
         and guards.modes_hold()
         and guards.holds_for_attributes(block)
+        and guards.reads_hold(block, examples or {})
         and all(state.holds() for state in plan.states_of(block))
     )
 

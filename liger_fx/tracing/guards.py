@@ -95,6 +95,10 @@ class Guards:
             return False
         return all(_autocast_dtype(kind) == dtype for kind, dtype in self.autocast.items())
 
+    def reads_hold(self, block: nn.Module, examples: Mapping[str, Any]) -> bool:
+        """Whether opaque arguments, by name, would answer what the code asked as they did."""
+        return all(_answers(read, block, examples) for read in self.reads)
+
     def holds_for_attributes(self, block: nn.Module) -> bool:
         """Whether what the code asked of the block's own ints holds for this block's."""
         places = {name: _attribute_text(path) for name, path in self.attributes.items()}
@@ -112,6 +116,16 @@ class Guards:
             )
         except ArithmeticError:  # a division by a number that is zero says nothing of the block
             return False
+
+
+def _answers(read: Read, block: nn.Module, examples: Mapping[str, Any]) -> bool:
+    if read.argument not in examples:
+        return True
+    scope = {"block": block, "value": examples[read.argument]}
+    try:
+        return bool(eval(f"value{_steps_text(read.steps)}", scope) == read.value)
+    except (LookupError, AttributeError, ArithmeticError, TypeError):
+        return False
 
 
 def autocast_state(devices: tuple[str, ...]) -> dict[str, torch.dtype | None]:

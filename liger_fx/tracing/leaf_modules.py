@@ -28,7 +28,13 @@ def is_leaf(module: nn.Module) -> bool:
     kind = type(module)
     if kind.__module__.startswith(("torch.nn", "torch.ao.nn", "liger_fx.modules")):
         return not isinstance(module, nn.Sequential)
-    return is_linear(module) or is_experts(module)
+    return is_linear(module) or is_experts(module) or is_switched(module)
+
+
+def is_switched(module: nn.Module) -> bool:
+    """A wrapper that adapters can be switched off in (PEFT's modules_to_save): it looks at its
+    switch at each call, and no guard does."""
+    return hasattr(module, "_disable_adapters")
 
 
 def is_parametrized_code(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ _TRANSFORMERS_SIZES: dict[str, tuple[str, ...]] = {
     "decoder_inputs_embeds": ("batch", "decoder_sequence", ""),
     "decoder_attention_mask": ("batch", "decoder_sequence"),
     "decoder_position_ids": ("batch", "decoder_sequence"),
+    "encoder_outputs_last_hidden_state": ("batch", "sequence", ""),
 }
 _SAYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 

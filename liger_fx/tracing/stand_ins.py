@@ -43,8 +43,8 @@ class Host(Protocol):
     def attribute_of(self, size: torch.SymInt) -> str | None:
         """The path of the block's own int behind this symbolic size, if it is one."""
 
-    def own_value(self, path: str) -> int:
-        """What the block's own int at this path is."""
+    def example_of_size(self, size: torch.SymInt) -> int:
+        """What a symbolic size is in the example: the block's own int, or the size's hint."""
 
     def ask(self, number: torch.SymInt, read: Read) -> None:
         """Note how a number can be read before the graph runs, should the code compare it."""
@@ -64,26 +64,32 @@ class Origin:
         outer: Origin | None = None,
     ) -> None:
         self.host, self.example, self.node = host, example, node
-        self.argument, self.steps = argument, steps
-        # The parts of the outermost object that were changed, by the way to them.
-        self._changes: list[tuple[str, ...]] = [] if outer is None else outer._changes
+        self.argument, self.steps, self.outer = argument, steps, outer
+        self._changes: list[Origin] = []
         self._simulated: Any = None
 
     @property
+    def _root(self) -> Origin:
+        return self if self.outer is None else self.outer._root
+
+    @property
     def changed(self) -> bool:
-        """Whether something before may have changed the object that the example stands for: it, a
-        part of it, or what it is a part of."""
-        way = self._way
-        return any(w[: len(way)] == way[: len(w)] for w in self._changes)
+        """Whether something before may have changed the object that the example stands for.
+
+        What changes one part of an object leaves another part as it is that cannot be reached from
+        it: the self-attention cache and ``is_updated`` of a pair of caches.
+        """
+        return any(map(self._is_touched_by, self._root._changes))
+
+    def _is_touched_by(self, other: Origin) -> bool:
+        both = min(len(self.steps), len(other.steps))
+        if self.steps[:both] == other.steps[:both]:
+            return True
+        return _reaches(other.example, self.example, set())
 
     def change(self) -> None:
         """Note that something may have changed it."""
-        self._changes.append(self._way)
-
-    @property
-    def _way(self) -> tuple[str, ...]:
-        """The way to it from the outermost object; items are not told apart."""
-        return tuple(str(key) if kind == "attr" else "[]" for kind, key in self.steps)
+        self._root._changes.append(self)
 
     def inner(self, kind: str, key: Any, example: Any) -> Any:
         """The stand-in for an attribute or item."""
@@ -94,6 +100,10 @@ class Origin:
             arguments = (self.node, recorder.argument(key))
             node = recorder.create_node("call_function", target, arguments)
         return stand_in(Origin(self.host, example, node, self.argument, steps, self))
+
+    def concrete(self, value: Any) -> Any:
+        """The number that a symbolic one is in the example; anything else as it is."""
+        return self.host.example_of_size(value) if isinstance(value, torch.SymInt) else value
 
     def step_value(self, key: Any) -> Any:
         """A key or an argument as a guard writes it."""
@@ -108,21 +118,15 @@ class Origin:
             return key
         raise CannotRecord(f"a {self._class_name} asked with a {type(key).__name__}")
 
-    def concrete(self, value: Any) -> Any:
-        """The number to ask the example with: an int of the block's own is what it is, another
-        size the trace's example of it."""
-        if not isinstance(value, torch.SymInt):
-            return value
-        path = self.host.attribute_of(value)
-        return int(value.node.hint) if path is None else self.host.own_value(path)
-
     def answer(self, kind: str, value: Any, *key: Any) -> Any:
         """A plain answer, which the call must confirm."""
         if self.changed:
             raise CannotRecord(f"{self._class_name} is asked for {key[0]} after it was changed")
+        return self._confirmed(value, ((kind, *map(self.step_value, key)),))
+
+    def _confirmed(self, value: Any, steps: tuple[tuple[Any, ...], ...]) -> Any:
         if self.argument is not None:
-            step = (kind, *map(self.step_value, key))
-            read = Read(self.argument, (*self.steps, step), value)
+            read = Read(self.argument, (*self.steps, *steps), value)
             if read not in self.host.reads:
                 self.host.reads.append(read)
         return value
@@ -146,13 +150,23 @@ class Origin:
             return functools.partial(self.call, name)
         if isinstance(value, torch.Tensor):
             node = recorder.create_node("call_function", getattr, (self.node, name))
-            return self._tensor(value, node)
+            return self._tensor(name, value, node)
         return self.inner("attr", name, value)
 
-    def _tensor(self, example: torch.Tensor, node: fx.Node) -> torch.Tensor:
+    def _tensor(self, name: str, example: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        """A tensor that it holds. Heads and their width are what they are, as the call must
+        confirm; batch and length may be any."""
         recorder = self.host.recorder
+        sizes: list[Any] = []
+        for dim, size in enumerate(example.shape):
+            if example.ndim == 4 and dim in (1, 3):
+                steps = ("attr", name), ("attr", "shape"), ("item", dim)
+                sizes.append(self._confirmed(int(size), steps))
+            else:
+                sizes.append(recorder.world.fresh_size(int(size)))
+        for fact in ("dtype", "device"):
+            self._confirmed(getattr(example, fact), (("attr", name), ("attr", fact)))
         with recorder.paused():
-            sizes = [recorder.world.fresh_size(int(size)) for size in example.shape]
             fake = torch.empty(sizes, dtype=example.dtype, device=example.device)
             return recorder.bind(fake, node)
 
@@ -167,8 +181,10 @@ class Origin:
         given = [*args, *kwargs.values()]
         if any(not isinstance(value, (*PLAIN, torch.SymInt)) for value in given):
             raise CannotRecord(f"{name} of a {self._class_name} with more than plain arguments")
-        real_args = map(self.concrete, args)
-        real_kwargs = {key: self.concrete(value) for key, value in kwargs.items()}
+        real_args, real_kwargs = (
+            map(self.concrete, args),
+            {k: self.concrete(v) for k, v in kwargs.items()},
+        )
         with self.host.recorder.paused():
             value = getattr(self.example, name)(*real_args, **real_kwargs)
         if isinstance(value, bool) or value is None or isinstance(value, str):
@@ -239,6 +255,21 @@ class Origin:
             return int(self.example.get_mask_sizes(new, layer)[0])
         except (TypeError, AttributeError, IndexError, ValueError):
             return int(self.example.get_seq_length(layer)) + new
+
+
+def _reaches(start: Any, wanted: Any, seen: set[int]) -> bool:
+    """Whether the one object holds the other, at any depth."""
+    if start is wanted:
+        return True
+    if id(start) in seen or isinstance(start, (*PLAIN, torch.Tensor, type)):
+        return False
+    seen.add(id(start))
+    inside: list[Any] = [*vars(start).values()] if hasattr(start, "__dict__") else []
+    if isinstance(start, dict):
+        inside += start.values()
+    elif isinstance(start, (list, tuple, set)):
+        inside += start
+    return any(_reaches(item, wanted, seen) for item in inside)
 
 
 def origin_of(value: Any) -> Origin | None:

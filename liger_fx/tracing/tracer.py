@@ -109,13 +109,16 @@ class Untraceable(Exception):
 class Plans:
     """What a trace asks about the blocks inside the one that it traces.
 
-    of: the plan that serves such a call of a block, as (its number, its result); None if there is
-    none yet. attributes: the ints of the traced block's modules that alike blocks do not share, by
-    path, which stay symbolic; fixed_attributes: those whose value the code asks. inside: trace
-    through the blocks instead of calling them. exact: at the very sizes of the call.
+    of: the plan that serves such a call of a block with such opaque arguments, as (its number, its
+    result); None if there is none yet. attributes: the ints of the traced block's modules that
+    alike blocks do not share, by path, which stay symbolic; fixed_attributes: those whose value the
+    code asks. inside: trace through the blocks instead of calling them. exact: at the very sizes of
+    the call.
     """
 
-    of: Callable[[nn.Module, CallSpec], tuple[int, Result] | None] = lambda block, call: None
+    of: Callable[[nn.Module, CallSpec, dict[str, Any]], tuple[int, Result] | None] = (
+        lambda block, call, examples: None
+    )
     attributes: Mapping[str, int] = field(default_factory=dict)
     fixed_attributes: Mapping[str, int] = field(default_factory=dict)
     inside: bool = False
@@ -300,9 +303,10 @@ class HFTracer(fx.Tracer, Recording):
                 return path
         return None
 
-    def own_value(self, path: str) -> int:
-        """What the block's own int at this path is."""
-        return self.plans.attributes[path]
+    def example_of_size(self, size: torch.SymInt) -> int:
+        """What a symbolic size is in the example: the block's own int, or the size's hint."""
+        path = self.attribute_of(size)
+        return self.world.hint(size) if path is None else self.plans.attributes[path]
 
     def _run(self, forward: Any, arguments: dict[str, Any]) -> tuple[Result, Any]:
         recorder = self.recorder
@@ -313,7 +317,7 @@ class HFTracer(fx.Tracer, Recording):
                 recorder.take_own_guards()
                 recorder.recording = False
                 self.size_guards = size_guards(self.world, recorder.own_guards)
-                return describe_result(result, self.world), self._output_argument(result)
+                return describe_result(result, self.world), self._tree_argument(result)
             except (Untraceable, TraceError, UnsupportedCall):
                 raise
             except Exception as error:
@@ -321,19 +325,21 @@ class HFTracer(fx.Tracer, Recording):
             finally:
                 recorder.recording = False
 
-    def _output_argument(self, result: Any) -> Any:
+    def _tree_argument(self, result: Any) -> Any:
+        """A result, or an argument of a block, as a node takes it: torch.fx makes a plain dict of
+        a ModelOutput."""
         if isinstance(result, ModelOutput):
-            fields = {key: self._output_argument(value) for key, value in result.items()}
+            fields = {key: self._tree_argument(value) for key, value in result.items()}
             reference = leaves.reference_to(type(result))
             return self.recorder.create_node(
                 "call_function", leaves.model_output, (reference,), fields
             )
         if isinstance(result, (tuple, list)) and not hasattr(result, "_fields"):
-            return type(result)(map(self._output_argument, result))
+            return type(result)(map(self._tree_argument, result))
         if type(result) is dict:
-            return {key: self._output_argument(value) for key, value in result.items()}
+            return {key: self._tree_argument(value) for key, value in result.items()}
         if isinstance(result, (dict, tuple)):
-            raise CannotRecord(f"a {type(result).__name__} as result")
+            raise CannotRecord(f"a {type(result).__name__} as result or argument of a block")
         return self.recorder.argument(result)
 
     def _finish(self, output: Any) -> None:
@@ -393,17 +399,18 @@ class HFTracer(fx.Tracer, Recording):
             names = InnerNames(self.world)
             call = names.describe(arguments)
             values = flat_inputs(call.arguments, arguments)
+            examples = examples_of(call, values)
             try:
-                known = self.plans.of(block, call)
+                known = self.plans.of(block, call, examples)
             except NoPlan as reason:
                 stack = [*self._stack(), (path, block)]
                 raise Untraceable(stack, None, str(reason), inner=reason.cause) from None
             if known is None:
-                raise NeedsPlan(block, call, examples_of(call, values))
+                raise NeedsPlan(block, call, examples)
             number, result = known
             node = recorder.create_node(
-                "call_module", path, tuple(map(recorder.argument, args)),
-                {key: recorder.argument(value) for key, value in kwargs.items()},
+                "call_module", path, tuple(map(self._tree_argument, args)),
+                {key: self._tree_argument(value) for key, value in kwargs.items()},
             )  # fmt: skip
             node.meta["plan"] = number
             inputs = dict(zip((name for name, _ in call.leaves()), values, strict=True))
