@@ -100,7 +100,7 @@ class Guards:
         places = {name: _attribute_text(path) for name, path in self.attributes.items()}
         scope = {"math": math, "block": block}
         sizes = {size for spec in self.call.tensors.values() for size in spec.sizes}
-        sizes |= {spec.size for _, spec in self.call.leaves() if isinstance(spec, Number)}
+        sizes |= {s.size or "" for _, s in self.call.leaves() if isinstance(s, Number)}
         asked = (set(_NAME.findall(guard)) for guard in self.sizes)
         others = sizes | self.numbers.keys()
         own = [not names & others and names & places.keys() for names in asked]
