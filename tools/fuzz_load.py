@@ -222,7 +222,9 @@ def _classes() -> dict[str, Any]:
 def _kind(error: LoadError) -> str:
     """The file that an error is about; of a graph, the field too."""
     file = next((name for name in FILES if error.place.startswith(name)), "another file, or none")
-    field = re.match(r"graph\.json\.([a-z_]+)(?:\[\d+\]\.([a-z_]+))?", error.place)
+    field = re.match(
+        r"graph\.json\.([a-z_]+)(?:\[\d+\]\.([a-z_]+))?(?:\[\d+\]\.([a-z_]+))?", error.place
+    )
     return ".".join([file, *filter(None, field.groups())]) if field else file
 
 

@@ -102,6 +102,7 @@ _GUARDS = [
     "batch / (batch - 2) > 0", "((batch**8)**8)**8 > 1", "1/0 > 1", "max() > 1", "abs(1, 2) > 0",
     "round(batch, -10**9) > 0", "batch > 1 # ", "(batch >\n1)", "batch - batch",
 ]  # fmt: skip
+_ASKED = ["layers", "get_seq_length", "keys", "get", "__class__", "__len__", "crop", 0]
 _VIEWS: list[tuple[str, str, list[Any]]] = [
     ("call_function", "getattr", ["data"]), ("call_method", "detach", []),
     ("call_method", "view", [-1]), ("call_function", "operator.getitem", [0]),
@@ -118,22 +119,48 @@ _WRITES: list[tuple[str, str, list[Any]]] = [
 
 def attack_graph(document: Any, rng: random.Random) -> None:
     """Change a whole graph.json in several places at once, so that its parts still agree."""
-    plan = rng.choice(document["blocks"][0]["plans"])
+    block = rng.choice(document["blocks"])
+    plan = rng.choice(block["plans"])
     guards, nodes = plan["guards"], plan["nodes"]
     text = str(rng.choice([*KEYS, *ATTACKS]))
-    kind = rng.randrange(5)
+    kind = rng.randrange(8)
     if kind == 0:
         document["implementations"][text] = {"attention": "eager", "experts": None}
     elif kind == 1:  # an input, renamed wherever it is named
         record = rng.choice([node for node in nodes if node["op"] == "placeholder"])
-        guards["inputs"][text] = guards["inputs"].pop(record["target"])
+        if record["target"] in guards["arguments"]:
+            guards["arguments"][text] = guards["arguments"].pop(record["target"])
         record["target"] = text
     elif kind == 2:
-        guards["constants"][rng.choice(["use_cache", text])] = copy.deepcopy(rng.choice(ATTACKS))
+        guards["arguments"][rng.choice([*guards["arguments"], text])] = _argument(rng)
     elif kind == 3:
         guards["sizes"].append(rng.choice(_GUARDS))
+    elif kind == 4:  # a number of the block, or what a cache answers, asked for
+        guards.setdefault("attributes", {})[text] = rng.choice(["self_attn.layer_idx", text])
+        guards["sizes"].append(f"1 // {text} > 0")
+    elif kind == 5:
+        steps = [[rng.choice(["attr", "item", "call"]), rng.choice(_ASKED), {"own": text}]]
+        read = {"argument": rng.choice([*guards["arguments"], text]), "steps": steps, "value": 1}
+        guards.setdefault("reads", []).append(read)
+    elif kind == 6:
+        path = rng.choice(document["modules"])[0]
+        rng.choice([block["paths"].append, block["paths"].remove][: 1 + (path in block["paths"])])(
+            path
+        )
+        rng.choice(nodes)["plan"] = rng.choice([0, 1, 15, -1])
     else:
         _overwrite(document, nodes, rng)
+
+
+def _argument(rng: random.Random) -> Any:
+    """What a call may be given, or is said to."""
+    value = copy.deepcopy(rng.choice(ATTACKS))
+    kinds: list[Any] = [
+        {"value": value}, {"object": rng.choice(["DynamicCache", "Cache", value])},
+        {"number": ["int", value]}, {"items": [rng.choice(["tuple", value]), None, [value]]},
+        {"items": ["dict", [value], [{"value": value}]]}, value,
+    ]  # fmt: skip
+    return rng.choice(kinds)
 
 
 def _overwrite(document: Any, nodes: list[Any], rng: random.Random) -> None:

@@ -165,6 +165,10 @@ class Planner:
                 f"it is called in more than {MAX_PLANS} ways, this time with {names}"
             )
         traced = self.traced(block, call, examples, exact=exact)
+        for number, plan in enumerate(alike.plans):
+            if plan.result is None and plan.guards == traced.guards:  # it was loaded
+                plan.result = traced.result
+                return number, plan
         before = places(block)
         if self.selection is None:
             plan = Plan(traced)

@@ -75,8 +75,6 @@ def plan_record(
 
 def read_block(record: BlockRecord, devices: Devices, device: torch.device) -> SavedBlock:
     """The blocks that were described; LoadError, naming node or field, if they are none."""
-    if not record.paths:
-        raise LoadError("are none", "paths")
     plans = []
     for i, plan in enumerate(record.plans):
         with inside(f"plans[{i}]"):

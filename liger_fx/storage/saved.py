@@ -173,6 +173,8 @@ def _check_paths(found: Document) -> None:
     """What is said of modules is said of those that the file lists."""
     ours = {path for path, *_ in found.modules}
     for i, block in enumerate(found.blocks):
+        if not block.paths:
+            raise LoadError("are none", f"blocks[{i}].paths")
         for j, path in enumerate(block.paths):
             if path not in ours:
                 raise LoadError(f"there is no module {path}", f"blocks[{i}].paths[{j}]")

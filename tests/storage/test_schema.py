@@ -1,4 +1,4 @@
-"""Schema version 1, kept as a file: every later version reads it, or says which one does."""
+"""Schema version 2, kept as a file: every later version reads it, or says which one does."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from liger_fx.storage.records import SCHEMA
 from liger_fx.storage.saved import read_saved
 from tests.storage.files import ROOT, edit
 
-VERSION_1 = Path(__file__).parent / "schema_1"
+VERSION_2 = Path(__file__).parent / "schema_2"
 DOCS = ROOT / "docs" / "graph-format.md"
 
 
-def test_version_1_is_read() -> None:
-    found = read_saved(VERSION_1)
-    plan = found.plans[0]
-    assert found.document.model.class_ == "LlamaForCausalLM" and len(found.plans) == 1
-    assert len(plan.graph.nodes) == 56 and plan.followed[:2] == ["", "model"]
-    assert [record.class_ for record in found.document.named_modules] == [
-        "LigerRotaryEmbedding", "LigerSwiGLUMLP", "LigerRMSNorm", "LigerRMSNorm", "LigerRMSNorm",
-    ]  # fmt: skip
-    assert plan.guards.call.tensors["input_ids"].sizes == ("batch", "sequence")
-    assert found.reports[0] is not None and len(found.reports[0].rewritten) == 5
+def test_version_2_is_read() -> None:
+    found = read_saved(VERSION_2)
+    assert found.document.model.class_ == "LlamaForCausalLM"
+    paths = [block.paths for block in found.blocks]
+    assert paths == [[""], ["model"], ["model.layers.0", "model.layers.1"]]
+    assert [block.attributes for block in found.blocks] == [[], [], ["self_attn.layer_idx"]]
+    assert [len(block.plans) for block in found.blocks] == [1, 1, 1] and len(found.plans) == 3
+    assert found.plans[0].guards.call.tensors["input_ids"].sizes == ("batch", "sequence")
+    assert {record.class_ for record in found.document.named_modules} == {
+        "LigerRotaryEmbedding", "LigerSwiGLUMLP", "LigerRMSNorm",
+    }  # fmt: skip
+    assert found.report is not None and len(found.report.rewritten) == 9
 
 
-def test_version_1_loads_or_says_what_changed() -> None:
-    saved = json.loads((VERSION_1 / "graph.json").read_text())
-    given = safetensors.torch.load_file(VERSION_1.parent / "schema_1_call.safetensors")
+def test_version_2_loads_or_says_what_changed() -> None:
+    saved = json.loads((VERSION_2 / "graph.json").read_text())
+    given = safetensors.torch.load_file(VERSION_2.parent / "schema_2_call.safetensors")
     try:
-        opt = liger_fx.load(VERSION_1)
+        opt = liger_fx.load(VERSION_2)
     except LoadError as error:
         version = saved["fingerprint"]["versions"]["transformers"]
         assert "has changed" in str(error) and f"transformers {version}, here" in str(error)
@@ -47,24 +49,37 @@ def test_version_1_loads_or_says_what_changed() -> None:
     assert len(opt.plans) == 1
 
 
-@pytest.mark.parametrize("schema", [2, 99])
-def test_a_later_version_says_so_before_anything_else(schema: int, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(VERSION_1, tmp_path / "graph"))
+@pytest.mark.parametrize(
+    "schema, why",
+    [
+        (1, "is 1, which liger_fx 0.1 reads; this one reads 2"),
+        (3, "is 3, of a later liger_fx; this one reads 2"),
+        (99, "is 99, of a later liger_fx"),
+    ],
+)
+def test_another_version_says_so_before_anything_else(
+    schema: int, why: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(VERSION_2, tmp_path / "graph"))
     edit(folder / "graph.json", lambda d: {"format": d["format"], "schema": schema, "new": []})
-    with pytest.raises(
-        LoadError, match=rf"schema: is {schema}, of a later liger_fx.*versions up to 1"
-    ):
+    with pytest.raises(LoadError, match=f"schema: {why}"):
         liger_fx.load(folder)
 
 
 def test_the_documentation_has_every_field() -> None:
     text = DOCS.read_text(encoding="utf-8")
     names = set(re.findall(r"`([a-z_]+)`", text))
-    saved = json.loads((VERSION_1 / "graph.json").read_text())
-    plan = saved["blocks"][0]["plans"][0]
-    wanted = {*saved, *saved["model"], *saved["fingerprint"], *plan, *plan["guards"]}
-    for records in (plan["nodes"], saved["tensors"], saved["named_modules"]):
+    saved = json.loads((VERSION_2 / "graph.json").read_text())
+    wanted = {*saved, *saved["model"], *saved["fingerprint"]}
+    for block in saved["blocks"]:
+        wanted |= block.keys()
+        for plan in block["plans"]:
+            wanted |= {*plan, *plan["guards"], *(name for node in plan["nodes"] for name in node)}
+    for records in (saved["tensors"], saved["named_modules"]):
         wanted |= {name for record in records for name in record}
     wanted |= {"same_as", "frozen", "also", "device", "opaque", "chosen", "excluded", "rewrite"}
+    wanted |= {"attributes", "reads", "numbers", "steps", "own", "plan", "sites", "operators"}
+    names |= set(re.findall(r'[{"]"?([a-z]+)":', text))
+    wanted |= {"tensor", "value", "number", "object", "items", "loose"}
     assert wanted <= names, sorted(wanted - names)
-    assert f"schema {SCHEMA}" in text.lower() or f"`schema`: {SCHEMA}" in text
+    assert f"schema {SCHEMA}" in text.lower()
