@@ -9,18 +9,22 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check bench clean
+.PHONY: help demo test test-all lint types check bench clean
 
 help: ## list these targets
 	@echo "usage: make TARGET"
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## ?/  \1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## ?/  \1\t/' | expand -t 12
 
 demo: $(VENV)/.installed ## optimise a Llama on the CPU: tree before and after, report, verification
 	@echo "==> examples/llama.py"
 	@$(BIN)/python examples/llama.py
 
-test: $(VENV)/.installed-dev ## run the tests, WORKERS at a time (ARGS="-k rope" is handed to pytest)
+test: $(VENV)/.installed-dev ## run the tests but the slow ones, WORKERS at a time (ARGS="-k rope" is handed to pytest)
 	@echo "==> pytest, $(WORKERS) workers"
+	@$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+test-all: $(VENV)/.installed-dev ## run the slow tests, too
+	@echo "==> pytest, $(WORKERS) workers, slow tests too"
 	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff: faults and formatting (ruff format . puts that right)

@@ -165,9 +165,7 @@ def _below(reasons: dict[tuple[str, str], str], path: str) -> dict[tuple[str, st
     }
 
 
-def trace(
-    model: nn.Module, inputs: Inputs = None, *, blocks: Iterable[str] | None = None
-) -> Block:
+def trace(model: nn.Module, inputs: Inputs = None, *, blocks: Iterable[str] | None = None) -> Block:
     """The model's graphs, nothing rewritten; arguments and errors as for ``optimize``."""
     _check_model(model)
     return _blocks(model, inputs, None, None if blocks is None else tuple(blocks))

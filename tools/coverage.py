@@ -26,8 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import liger_fx  # noqa: E402
 from liger_fx.errors import FallbackWarning, LigerFxError, TraceError, UsageError, one_line  # noqa: E402
-from liger_fx.tiny import tiny_model  # noqa: E402
 from liger_fx.inputs import example_inputs  # noqa: E402
+from liger_fx.tiny import tiny_model  # noqa: E402
 
 RULES = ("rms_norm", "rotary_embedding", "gated_mlp", "plain_mlp")
 CLOSE = 1e-5

@@ -118,7 +118,7 @@ _WRITES: list[tuple[str, str, list[Any]]] = [
 
 def attack_graph(document: Any, rng: random.Random) -> None:
     """Change a whole graph.json in several places at once, so that its parts still agree."""
-    plan = rng.choice(document["plans"])
+    plan = rng.choice(document["blocks"][0]["plans"])
     guards, nodes = plan["guards"], plan["nodes"]
     text = str(rng.choice([*KEYS, *ATTACKS]))
     kind = rng.randrange(5)

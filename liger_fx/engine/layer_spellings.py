@@ -10,7 +10,7 @@ What takes several operators to say (x * sigmoid(x), GELU's tanh form) is a patt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,11 @@ from torch import fx, nn
 
 from liger_fx.engine.spellings import Lowering, argument
 from liger_fx.engine.term import Term
+from liger_fx.engine.view import View
 from liger_fx.tracing.leaf_modules import is_linear
 
-if TYPE_CHECKING:
-    from liger_fx.engine.terms import Terms
 
-
-def _dropout(view: Terms, node: fx.Node) -> Term:
+def _dropout(view: View, node: fx.Node) -> Term:
     """Of probability 0 it is an alias. In eval mode it is not: the module may train later."""
     p = argument(node, 1, "p", default=0.5)
     return view.make("alias" if p == 0 else "dropout", (node.args[0],), node)
@@ -33,24 +31,24 @@ def _dropout(view: Terms, node: fx.Node) -> Term:
 def _activation(op: str) -> Lowering:
     """In place or not: whether something else would notice is for legality.py to say."""
 
-    def lower(view: Terms, node: fx.Node) -> Term:
+    def lower(view: View, node: fx.Node) -> Term:
         return view.make(op, (argument(node, 0, "input"),), node)
 
     return lower
 
 
-def _gelu(view: Terms, node: fx.Node) -> Term | None:
+def _gelu(view: View, node: fx.Node) -> Term | None:
     approximate = argument(node, 1, "approximate", default="none")
     op = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
     return view.make(op, (argument(node, 0, "input"),), node) if op else None
 
 
-def _linear(view: Terms, node: fx.Node) -> Term | None:
+def _linear(view: View, node: fx.Node) -> Term | None:
     """F.linear: the weight is no child module's, which ``module=None`` says."""
     return view.make("linear", (argument(node, 0, "input"),), node, module=None)
 
 
-def _rms_norm(view: Terms, node: fx.Node) -> Term | None:
+def _rms_norm(view: View, node: fx.Node) -> Term | None:
     shape = argument(node, 1, "normalized_shape")
     x, weight = argument(node, 0, "input"), argument(node, 2, "weight")
     if len(shape) != 1:
@@ -72,7 +70,7 @@ LAYERS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in t
 MODULE_OPS = {"linear", "rms_norm", "alias", "dropout", "silu", "relu", "gelu", "gelu_tanh"}
 
 
-def lower_module(view: Terms, node: fx.Node, module: nn.Module) -> Term | None:
+def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
     """A leaf module as the operator it computes; None where it is none of these."""
     x = argument(node, 0, "input", "x", "hidden_states")
     if not isinstance(x, fx.Node) or len(node.args) + len(node.kwargs) != 1:

@@ -10,21 +10,19 @@ an unsqueezed cos is the unsqueezed slice of it. The terms in between then have 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from liger_fx.engine.spellings import argument
 from liger_fx.engine.term import Term, same, target_name
-
-if TYPE_CHECKING:
-    from liger_fx.engine.terms import Terms
+from liger_fx.engine.view import View
 
 Nodes = tuple[fx.Node, ...]
 
 
 def take(
-    view: Terms, x: Term, index: slice, node: fx.Node | None = None, hidden: Nodes = ()
+    view: View, x: Term, index: slice, node: fx.Node | None = None, hidden: Nodes = ()
 ) -> Term | None:
     """``x[..., index]``; None where the width of ``x`` is not known, or nothing is taken."""
     if x.width is None:
@@ -47,14 +45,14 @@ def take(
 
 
 def _slice(
-    view: Terms, x: Term, places: range, node: fx.Node | None = None, hidden: Nodes = ()
+    view: View, x: Term, places: range, node: fx.Node | None = None, hidden: Nodes = ()
 ) -> Term:
     spec = x.spec and x.spec._replace(shape=(*x.spec.shape[:-1], len(places)))
     extent = {"start": places.start, "stop": places[-1] + 1, "step": places.step}
     return view.make("slice", (x,), node, hidden, spec=spec, **extent)
 
 
-def whole(view: Terms, part: Term, which: str) -> Term | None:
+def whole(view: View, part: Term, which: str) -> Term | None:
     """The tensor whose lower, upper, even or odd half the slice is; None where there is none."""
     if part.op == "unsqueeze":
         inner = whole(view, part.operands[0], which)
@@ -77,12 +75,12 @@ def whole(view: Terms, part: Term, which: str) -> Term | None:
     return _known(view, part, _slice(view, base, range(start, stop, step)))
 
 
-def _known(view: Terms, part: Term, term: Term) -> Term:
+def _known(view: View, part: Term, term: Term) -> Term:
     """The same value with its node, where the model has made it on the way to the part."""
     return next((view(node) for node in part.hidden if same(view(node), term)), term)
 
 
-def lower_getitem(view: Terms, node: fx.Node) -> Term | None:
+def lower_getitem(view: View, node: fx.Node) -> Term | None:
     source, index = node.args
     if not isinstance(source, fx.Node):
         return None
@@ -115,7 +113,7 @@ def _is_static(index: slice) -> bool:
     return all(p is None or type(p) is int for p in (index.start, index.stop, index.step))
 
 
-def _item_of_parts(view: Terms, node: fx.Node, source: fx.Node, index: Any) -> Term | None:
+def _item_of_parts(view: View, node: fx.Node, source: fx.Node, index: Any) -> Term | None:
     """One result of chunk, split or unbind."""
     name = target_name(source)
     if name not in ("chunk", "split", "unbind") or type(index) is not int:
@@ -150,7 +148,7 @@ def _bounds(name: str, width: int, size: Any) -> list[int] | None:
 
 
 def _select(
-    view: Terms, node: fx.Node, x: Term, dim: int, index: int, hidden: Nodes = ()
+    view: View, node: fx.Node, x: Term, dim: int, index: int, hidden: Nodes = ()
 ) -> Term | None:
     """One place of a last dimension that was viewed as two."""
     if x.op != "unflatten" or index < 0:
@@ -165,7 +163,7 @@ def _select(
     return take(view, x.operands[0], places, node, (*hidden, *x.nodes))
 
 
-def lower_narrow(view: Terms, node: fx.Node) -> Term | None:
+def lower_narrow(view: View, node: fx.Node) -> Term | None:
     x, dim, start, length = (
         argument(node, i, name) for i, name in enumerate(("input", "dim", "start", "length"))
     )
@@ -175,7 +173,7 @@ def lower_narrow(view: Terms, node: fx.Node) -> Term | None:
     return take(view, view(x), slice(start, start + length), node) if last else None
 
 
-def new_dim(view: Terms, node: fx.Node, x: Term, dim: int) -> Term:
+def new_dim(view: View, node: fx.Node, x: Term, dim: int) -> Term:
     """A dimension of size 1; where it is one that a reduction dropped, the reduction keeps it."""
     if x.op in ("mean", "sum") and dim == -1 and x.attributes == {"dims": (-1,), "keepdim": False}:
         return view.make(x.op, x.operands, node, x.nodes, dims=(-1,), keepdim=True)

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from liger_fx.engine.term import FLOATS, Term, is_transparent
+from liger_fx.engine.view import View
 
-if TYPE_CHECKING:
-    from liger_fx.engine.terms import Terms
-
-Lowering = Callable[["Terms", fx.Node], Term | None]
+Lowering = Callable[[View, fx.Node], Term | None]
 
 # What else PyTorch's functions take an argument under.
 _NUMPY = {"dim": ("axis",), "keepdim": ("keepdims",), "input": ("a", "x", "x1"), "other": ("x2",)}
@@ -48,7 +46,7 @@ def plain(op: str, count: int = 1) -> Lowering:
     """An operator of ``count`` operands that has no options, or none set."""
     names = (("input", "self"), ("other",))
 
-    def lower(view: Terms, node: fx.Node) -> Term | None:
+    def lower(view: View, node: fx.Node) -> Term | None:
         operands = tuple(argument(node, i, *names[i]) for i in range(count))
         if len(node.args) + len(node.kwargs) > count or None in operands:
             return None
@@ -58,7 +56,7 @@ def plain(op: str, count: int = 1) -> Lowering:
 
 
 def _add(op: str) -> Lowering:
-    def lower(view: Terms, node: fx.Node) -> Term | None:
+    def lower(view: View, node: fx.Node) -> Term | None:
         if argument(node, 2, "alpha", default=1) != 1 or "out" in node.kwargs:
             return None
         a, b = argument(node, 0, "input", "self"), argument(node, 1, "other")
@@ -67,7 +65,7 @@ def _add(op: str) -> Lowering:
     return lower
 
 
-def _mul(view: Terms, node: fx.Node) -> Term | None:
+def _mul(view: View, node: fx.Node) -> Term | None:
     a, b = argument(node, 0, "input", "self"), argument(node, 1, "other")
     if a is b and isinstance(a, fx.Node):
         return view.make("square", (a,), node)
@@ -76,7 +74,7 @@ def _mul(view: Terms, node: fx.Node) -> Term | None:
     return view.make("mul", (a, b), node)
 
 
-def _div(view: Terms, node: fx.Node) -> Term | None:
+def _div(view: View, node: fx.Node) -> Term | None:
     a, b = argument(node, 0, "input", "self"), argument(node, 1, "other")
     if argument(node, 2, "rounding_mode") is not None:
         return None
@@ -93,7 +91,7 @@ def _div(view: Terms, node: fx.Node) -> Term | None:
     return view.make("mul", (a, inverse), node)
 
 
-def _mean_of_sum(view: Terms, node: fx.Node, total: Any, count: float) -> Term | None:
+def _mean_of_sum(view: View, node: fx.Node, total: Any, count: float) -> Term | None:
     if not isinstance(total, fx.Node):
         return None
     term = view(total)
@@ -102,14 +100,14 @@ def _mean_of_sum(view: Terms, node: fx.Node, total: Any, count: float) -> Term |
     return view.make("mean", term.operands, node, hidden=term.nodes, **term.attributes)
 
 
-def _reciprocal(view: Terms, node: fx.Node) -> Term:
+def _reciprocal(view: View, node: fx.Node) -> Term:
     root, casts = _below_casts(view, argument(node, 0, "input"))
     if root.op == "sqrt":
         return view.make("rsqrt", root.operands, node, hidden=(*casts, *root.nodes))
     return view.make("reciprocal", (argument(node, 0, "input"),), node)
 
 
-def _pow(view: Terms, node: fx.Node) -> Term | None:
+def _pow(view: View, node: fx.Node) -> Term | None:
     base, exponent = argument(node, 0, "input", "self"), argument(node, 1, "exponent")
     if not is_number(exponent) or not isinstance(base, fx.Node):
         return None
@@ -120,7 +118,7 @@ def _pow(view: Terms, node: fx.Node) -> Term | None:
 
 
 def _reduction(op: str) -> Lowering:
-    def lower(view: Terms, node: fx.Node) -> Term | None:
+    def lower(view: View, node: fx.Node) -> Term | None:
         x, dims = argument(node, 0, "input"), argument(node, 1, "dim")
         if argument(node, 3, "dtype") is not None or not isinstance(x, fx.Node) or dims is None:
             return None
@@ -135,7 +133,7 @@ def _reduction(op: str) -> Lowering:
     return lower
 
 
-def _cast(view: Terms, node: fx.Node) -> Term | None:
+def _cast(view: View, node: fx.Node) -> Term | None:
     x = argument(node, 0, "input", "self")
     before, after = view.spec(x), view.spec(node)
     if before is None or after is None or before.device != after.device:
@@ -144,13 +142,13 @@ def _cast(view: Terms, node: fx.Node) -> Term | None:
     return view.make("cast" if is_rounding else "convert", (x,), node)
 
 
-def _alias(view: Terms, node: fx.Node) -> Term | None:
+def _alias(view: View, node: fx.Node) -> Term | None:
     """The same value again: contiguous, clone, an expand or view to the shape it has."""
     x = argument(node, 0, "input", "self")
     return view.make("alias", (x,), node) if view.spec(x) == view.spec(node) else None
 
 
-def _below_casts(view: Terms, value: Any) -> tuple[Term, tuple[fx.Node, ...]]:
+def _below_casts(view: View, value: Any) -> tuple[Term, tuple[fx.Node, ...]]:
     term, passed = view.operand(value), tuple[fx.Node, ...]()
     while is_transparent(term):
         passed, term = (*passed, *term.nodes), term.operands[0]

@@ -8,20 +8,19 @@ terms.named(graph, {"rsqrt"})    ->  the nodes that compute an rsqrt, however it
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import fx, nn
 
 from liger_fx.engine.layer_spellings import LAYERS, MODULE_OPS, lower_module
 from liger_fx.engine.spellings import ARITHMETIC
-from liger_fx.engine.term import Term, constant
+from liger_fx.engine.term import Term
+from liger_fx.engine.view import View
 from liger_fx.engine.views import VIEWS
-from liger_fx.tracing.trace import TensorSpec
 
 _LOWERINGS = {**ARITHMETIC, **LAYERS, **VIEWS}
 
 
-class Terms:
+class Terms(View):
     """Reads the nodes of one graph whose call_module targets are paths below ``root``.
 
     A view is of the graph as it was when the nodes were read: after a change, make a new one.
@@ -48,29 +47,6 @@ class Terms:
             lowered = _LOWERINGS[node.target][0](self, node)
         return lowered or self.make("opaque", (), node)
 
-    def operand(self, value: Any) -> Term:
-        """The term of an argument: a node, a number, or a term already."""
-        if isinstance(value, fx.Node):
-            return self(value)
-        return value if isinstance(value, Term) else constant(value)
-
-    def make(
-        self,
-        op: str,
-        arguments: tuple[Any, ...],
-        node: fx.Node | None = None,
-        hidden: tuple[fx.Node, ...] = (),
-        spec: TensorSpec | None = None,
-        **attributes: Any,
-    ) -> Term:
-        """A term of this view; its spec is the node's unless one is given."""
-        if node is not None:
-            spec = node.meta.get("spec")
-        return Term(
-            op, arguments, node=node, hidden=hidden, attributes=attributes, spec=spec,
-            resolve=self.operand,
-        )  # fmt: skip
-
     def named(self, nodes: Iterable[fx.Node], ops: Iterable[str]) -> Iterator[fx.Node]:
         """The nodes whose term has one of these operators, in the graph's order."""
         wanted = set(ops)
@@ -83,14 +59,3 @@ class Terms:
                 readable = node.op in ("call_function", "call_method") and node.target in targets
             if readable and self(node).op in wanted:
                 yield node
-
-    @staticmethod
-    def spec(value: Any) -> TensorSpec | None:
-        """What the trace recorded of a node's tensor."""
-        return value.meta.get("spec") if isinstance(value, fx.Node) else None
-
-    @staticmethod
-    def rank(value: Any) -> int | None:
-        """The number of dimensions of a node's tensor."""
-        spec = Terms.spec(value)
-        return None if spec is None else len(spec.shape)

@@ -10,7 +10,7 @@ torch.cat([a, b], 3), torch.concat((a, b), -1)       ->  cat(a, b, dim=-1)
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,12 +18,10 @@ from torch import fx
 from liger_fx.engine.slices import lower_getitem, lower_narrow, new_dim
 from liger_fx.engine.spellings import Lowering, argument
 from liger_fx.engine.term import Term
-
-if TYPE_CHECKING:
-    from liger_fx.engine.terms import Terms
+from liger_fx.engine.view import View
 
 
-def _reshape(view: Terms, node: fx.Node) -> Term | None:
+def _reshape(view: View, node: fx.Node) -> Term | None:
     """A view that splits the last dimension in two, or joins the last two, or does nothing."""
     x_node = argument(node, 0, "input", "self")
     before, after = view.spec(x_node), view.spec(node)
@@ -50,7 +48,7 @@ def _reshape(view: Terms, node: fx.Node) -> Term | None:
 
 
 def _joined(op: str) -> Lowering:
-    def lower(view: Terms, node: fx.Node) -> Term | None:
+    def lower(view: View, node: fx.Node) -> Term | None:
         parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", default=0)
         rank = view.rank(node)
         if rank is None or type(dim) is not int or not isinstance(parts, list | tuple):
@@ -60,7 +58,7 @@ def _joined(op: str) -> Lowering:
     return lower
 
 
-def _transpose(view: Terms, node: fx.Node) -> Term | None:
+def _transpose(view: View, node: fx.Node) -> Term | None:
     rank, dims = view.rank(node), (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
     if rank is None or not all(type(d) is int for d in dims):
         return None
@@ -68,14 +66,14 @@ def _transpose(view: Terms, node: fx.Node) -> Term | None:
     return view.make("transpose", (argument(node, 0, "input"),), node, dims=from_end)
 
 
-def _unsqueeze(view: Terms, node: fx.Node) -> Term | None:
+def _unsqueeze(view: View, node: fx.Node) -> Term | None:
     rank, dim = view.rank(node), argument(node, 1, "dim")
     if rank is None or type(dim) is not int:
         return None
     return new_dim(view, node, view(argument(node, 0, "input")), dim - rank if dim >= 0 else dim)
 
 
-def _repeat_interleave(view: Terms, node: fx.Node) -> Term | None:
+def _repeat_interleave(view: View, node: fx.Node) -> Term | None:
     x_node, repeats = argument(node, 0, "input", "self"), argument(node, 1, "repeats")
     dim, rank = argument(node, 2, "dim"), view.rank(node)
     if type(repeats) is not int or type(dim) is not int or rank is None:

@@ -15,25 +15,27 @@ from torch import nn
 from liger_fx.engine.counts import count_operators
 from liger_fx.engine.rule import discover
 from liger_fx.engine.site import Site
-from liger_fx.model.block import Block
 from liger_fx.model.plan import Plan
 from liger_fx.report.blocks import BlockRow, FallbackRow
 from liger_fx.report.facts import Side, tree_rows
 from liger_fx.report.graph_diff import GraphDiff
+from liger_fx.tracing.inner_blocks import is_block
 
 
-def blocks_of(root: nn.Module) -> dict[str, Block]:
+def blocks_of(root: nn.Module) -> dict[str, Any]:
     """The blocks of a tree by path, the root first; one that hangs in two places, once."""
-    return {path: m for path, m in root.named_modules() if isinstance(m, Block)}
+    return {path: m for path, m in root.named_modules() if is_block(m)}
 
 
-def report_of(root: Block) -> GraphDiff:
+def report_of(root: Any) -> GraphDiff:
     """Every site of every block, and the calls that no graph served."""
     planner = root._block.planner
     blocks = blocks_of(root)
     assert planner.original is not None
     first = root.plans[0] if root.plans else None
-    before = Side(root.block_class.__name__, _operators(root, blocks, after=False), planner.original)
+    before = Side(
+        root.block_class.__name__, _operators(root, blocks, after=False), planner.original
+    )
     return GraphDiff(
         before,
         side_of(root),
@@ -50,14 +52,14 @@ def report_of(root: Block) -> GraphDiff:
     )
 
 
-def side_of(root: Block) -> Side:
+def side_of(root: Any) -> Side:
     """A model as it stands: its operators, counted over all blocks, and its tree."""
     return Side(
         root.block_class.__name__, _operators(root, blocks_of(root), after=True), tree_rows(root)
     )
 
 
-def _operators(root: Block, blocks: dict[str, Block], *, after: bool) -> dict[str, int]:
+def _operators(root: Any, blocks: dict[str, Any], *, after: bool) -> dict[str, int]:
     known: dict[tuple[int, int], Counter[str]] = {}
 
     def count(block: Any, number: int) -> Counter[str]:
@@ -81,7 +83,7 @@ def _operators(root: Block, blocks: dict[str, Block], *, after: bool) -> dict[st
     return dict(sorted(total.items()))
 
 
-def _sites(blocks: dict[str, Block]) -> Iterator[Site]:
+def _sites(blocks: dict[str, Any]) -> Iterator[Site]:
     for path, block in blocks.items():
         told = set[tuple[str, str]]()  # by the graphs of other kinds of calls
         for plan in block.plans:
@@ -96,7 +98,7 @@ def _below(site: Site, path: str) -> Site:
     return replace(site, path=f"{path}.{site.path}".rstrip("."), after=after)
 
 
-def _opaque(blocks: dict[str, Block]) -> Iterator[str]:
+def _opaque(blocks: dict[str, Any]) -> Iterator[str]:
     seen = set[str]()
     for path, block in blocks.items():
         for leaf in (leaf for plan in block.plans for leaf in plan.opaque):
@@ -106,7 +108,7 @@ def _opaque(blocks: dict[str, Block]) -> Iterator[str]:
                 yield text
 
 
-def _rows(blocks: dict[str, Block]) -> Iterator[BlockRow]:
+def _rows(blocks: dict[str, Any]) -> Iterator[BlockRow]:
     groups: dict[int, list[str]] = {}
     for path, block in blocks.items():
         groups.setdefault(id(block._block.alike), []).append(path)
@@ -118,5 +120,3 @@ def _rows(blocks: dict[str, Block]) -> Iterator[BlockRow]:
         )
         code = block.code if block.plans else ""
         yield BlockRow(block.block_class.__name__, tuple(paths), calls, code)
-
-

@@ -16,7 +16,7 @@ from torch import nn
 
 from liger_fx.model.plan import Plan
 from liger_fx.model.refusals import Refusals
-from liger_fx.tracing.call import PLAIN
+from liger_fx.tracing.call import PLAIN, CallSpec
 from liger_fx.tracing.tree_state import hooks_of, is_capturing
 
 _INTERNALS = frozenset(vars(nn.Module()))
@@ -27,7 +27,7 @@ class Alike:
     """The plans of blocks that are made alike, and what was refused.
 
     attributes: paths of the ints in which they differ, read from each block as its graph runs.
-    ints: the others, which they share.
+    ints: the others, which they share. asking: calls whose numbers cannot be left open.
     """
 
     def __init__(self, key: Hashable, attributes: tuple[str, ...]) -> None:
@@ -35,6 +35,7 @@ class Alike:
         self.ints: dict[str, int] = {}
         self.plans: list[Plan] = []
         self.refusals = Refusals()
+        self.asking: list[CallSpec] = []
         self._members: list[weakref.ref[nn.Module]] = []
 
     def shared(self, ints: dict[str, int]) -> dict[str, int]:
@@ -73,7 +74,7 @@ def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:
     seen: dict[int, str] = {}
     for path, module in block.named_modules():
         attributes = vars(module)
-        plain = []
+        plain: list[Hashable] = []
         for name, value in attributes.items():
             if name in _INTERNALS or name in _OWN:
                 continue

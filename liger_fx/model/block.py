@@ -11,7 +11,7 @@ Its class derives from GraphModule and from the module's own class, so ``isinsta
 from __future__ import annotations
 
 import copy
-import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
+from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Fallback, Planner
@@ -76,10 +77,7 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[], bool]:
             states.extend(plan.states_of(owner()))
         if not modes_hold():
             return False
-        for state in states:
-            if not state.holds():
-                return False
-        return True
+        return all(state.holds() for state in states)
 
     return holds
 
@@ -125,13 +123,13 @@ class Block(fx.GraphModule):
     def report(self) -> GraphDiff | None:
         """What was rewritten in all blocks from this one down, why the rest was not, and what no
         graph served; None for a plain trace."""
-        from liger_fx.model.account import report_of
-
         return None if self._block.planner.selection is None else report_of(self)
 
     def _why_none(self) -> str:
         told = [f for f in self._block.planner.fallbacks if f.path == self._block.path]
-        return f"no call of it could be traced: {told[0].reason}" if told else "it was not called yet."
+        return (
+            f"no call of it could be traced: {told[0].reason}" if told else "it was not called yet."
+        )
 
     @property
     def code(self) -> str:
@@ -139,13 +137,13 @@ class Block(fx.GraphModule):
         return str(self.graph.python_code(root_module="self").src)
 
     @property
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> dict[str, Any]:  # type: ignore[override]
         """GraphModule's notes."""
         return self._block.meta
 
     def recompile(self) -> Any:
-        """Compile ``.graph`` anew after it was edited; it serves the calls it was traced for, in all
-        alike blocks."""
+        """Compile ``.graph`` anew after it was edited, for all alike blocks; it serves the calls it
+        was traced for."""
         self.plans[0].recompile()
         for member in self._block.alike.members:
             member._block.states.clear()
@@ -282,7 +280,6 @@ _GRAPH_CLASSES: weakref.WeakValueDictionary[type, type[Block]] = weakref.WeakVal
 
 
 def _derive(block_class: type[nn.Module]) -> type[Block]:
-    @functools.wraps(block_class.forward)
     def forward(self: Block, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self.call_compiled(args, kwargs)
@@ -290,6 +287,11 @@ def _derive(block_class: type[nn.Module]) -> type[Block]:
             return block_class.forward(self, *args, **kwargs)
         return self.call_graph(args, kwargs)
 
+    # No __wrapped__: accelerate's unwrap_model would follow it past the graphs.
+    kind: Any = forward
+    kind.__signature__ = inspect.signature(block_class.forward)
+    kind.__doc__ = block_class.forward.__doc__
+    kind.__qualname__ = f"{block_class.__qualname__}.forward"
     namespace = {
         "forward": forward,
         "block_class": block_class,
@@ -299,4 +301,3 @@ def _derive(block_class: type[nn.Module]) -> type[Block]:
         "__doc__": block_class.__doc__,
     }
     return type(block_class.__name__, (Block, block_class), namespace)
-

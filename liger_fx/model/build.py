@@ -30,3 +30,24 @@ def build(model: nn.Module, paths: Iterable[str], planner: Planner) -> Block:
         block.__dict__["_block"] = BlockState(path, planner, Alike(path, ()))
     planner.group(blocks)
     return root
+
+
+def turn_into_blocks(
+    tree: nn.Module, groups: Iterable[tuple[list[str], Alike]], planner: Planner
+) -> Block:
+    """The tree itself, the modules at the paths of each group turned into blocks that share its
+    plans."""
+    modules = dict(tree.named_modules())
+    made: dict[int, Block] = {}
+    for paths, alike in groups:
+        for path in paths:
+            block = bare_block(type(modules[path]))
+            block.__dict__.update(modules[path].__dict__)
+            block.__dict__["_block"] = BlockState(path, planner, alike)
+            alike.add(block)
+            made[id(modules[path])] = block
+    for module in (*modules.values(), *made.values()):
+        for name, child in module._modules.items():
+            if id(child) in made:
+                module._modules[name] = made[id(child)]
+    return made[id(tree)]

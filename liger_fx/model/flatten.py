@@ -13,13 +13,16 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from liger_fx.errors import UsageError
 from liger_fx.model.block import Block
+from liger_fx.model.build import build
 from liger_fx.model.plan import Plan
+from liger_fx.model.planner import Planner
+from liger_fx.model.tree import copy_tree
 from liger_fx.tracing import leaves
-from liger_fx.tracing.call import LEAVES, Items, Spec, named_arguments
+from liger_fx.tracing.call import LEAVES, CallSpec, Items, Spec, named_arguments
 
 _META = ("spec", "source", "rewrite")
 
@@ -70,7 +73,8 @@ class _Inliner:
     def _copied(
         self, block: Block, node: fx.Node, values: Mapping[fx.Node, Any], prefix: str
     ) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        given: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = given
         if "plan" in node.meta:
             inner: Any = block.get_submodule(str(node.target))
             plan = inner._block.alike.plans[node.meta["plan"]]
@@ -78,7 +82,8 @@ class _Inliner:
             inputs = list(self._leaves(plan.guards.call.arguments, arguments))
             return self.inline(inner, plan, inputs, f"{prefix}{node.target}.")
         if node.target is operator.getitem:
-            return self._item(*args, node)
+            value, key = args
+            return self._item(value, key, node)
         target: Any = node.target
         if node.op in ("get_attr", "call_module"):
             found = operator.attrgetter(target)(block)
@@ -106,8 +111,25 @@ class _Inliner:
             return value.kwargs[key]
         return self._node(node, "call_function", operator.getitem, (value, key), {})
 
-    def _node(self, origin: fx.Node | None, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    def _node(
+        self, origin: fx.Node | None, op: str, target: Any, args: Any, kwargs: Any
+    ) -> fx.Node:
         made = self.graph.create_node(op, target, args, kwargs)
         if origin is not None:
             made.meta = {key: origin.meta[key] for key in _META if key in origin.meta}
         return made
+
+
+def flat_plan(opt: Block, call: CallSpec) -> tuple[Block, Plan]:
+    """The same model as one block, traced anew for a call: with the guards of all that is in it.
+
+    What stays the model's own is shared with ``opt``; TraceError as ``optimize`` has it.
+    """
+    planner = Planner(opt._block.planner.selection)
+    root = build(copy_tree(opt, _plain), [""], planner)
+    return root, planner.plan(root, call)[1]
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    kind: type[nn.Module] = getattr(module, "block_class", type(module))
+    return kind.__new__(kind)

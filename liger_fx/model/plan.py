@@ -66,7 +66,9 @@ class Plan:
         """Take the tree as it is now for the one the graph was made for, but for the dtypes and
         devices in ``kinds``, if given."""
         facts = TreeFacts.of(block, self._followed_modules(block))
-        self.facts = facts if kinds is None else replace(facts, kinds=dict(kinds))
+        if kinds is not None:
+            facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
+        self.facts = facts
 
     def fits(self, block: nn.Module) -> bool:
         """Whether the dtypes, devices and configs of the tree are those the graph was made for."""
@@ -126,8 +128,9 @@ class Plan:
             missing = self._missing_path(block)
             if missing is None:
                 raise
+            path = ".".join(filter(None, (block._block.path, missing)))
             raise UsageError(
-                f"{'.'.join(filter(None, (block._block.path, missing)))} is gone: the module tree was changed after it was traced. Change the "
+                f"{path} is gone: the module tree was changed after it was traced. Change the "
                 "model that this one was made from, and optimise that again."
             ) from error
 

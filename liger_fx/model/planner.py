@@ -1,4 +1,4 @@
-"""How a kind of call of a block becomes a plan: traced, and rewritten where rules are to be applied.
+"""How a kind of call of a block becomes a plan: traced, and rewritten by the rules that apply.
 
     planner.plan(block, call, examples)   ->   Plan: the graph, rewritten; its guards; its sites
 
@@ -20,11 +20,20 @@ from liger_fx.engine.rewriter import rewrite
 from liger_fx.engine.rule import Selection, discover
 from liger_fx.errors import LigerFxError
 from liger_fx.model.alike import Alike, Transplant, describe, differing, places
+from liger_fx.model.codec import encode_graph
 from liger_fx.model.plan import Plan
 from liger_fx.report.facts import TreeRow
 from liger_fx.report.verified import Verified
-from liger_fx.tracing.call import CallSpec, UnsupportedCall, with_sizes_of
-from liger_fx.tracing.inner_blocks import NeedsPlan, NoPlan
+from liger_fx.tracing.call import (
+    CallSpec,
+    UnsupportedCall,
+    flat_inputs,
+    free_numbers,
+    with_numbers_free,
+    with_sizes_of,
+)
+from liger_fx.tracing.inner_blocks import NeedsPlan, NoPlan, examples_of
+from liger_fx.tracing.numbers import AsksNumber, another, plain
 from liger_fx.tracing.retry import trace_block
 from liger_fx.tracing.trace import Result, Trace
 from liger_fx.tracing.tracer import Plans
@@ -189,10 +198,20 @@ class Planner:
         ints = {path: int_at(block, path) for path in block._block.alike.attributes}
         plans = Plans(of=self._result_of, attributes=ints, exact=exact)
         forward = block.block_class.forward
-        while isinstance(
-            found := _trace(block, call, forward, plans=plans, examples=examples), NeedsPlan
-        ):
-            self._plan_inside(found)
+        numbers = free_numbers(call)
+
+        def trace(given: Mapping[str, Any] | None) -> Trace:
+            while isinstance(
+                found := _trace(block, call, forward, plans=plans, examples=given), NeedsPlan
+            ):
+                self._plan_inside(found)
+            return found
+
+        found = trace(examples)
+        if numbers and examples:
+            others = {name: another(plain(examples[name])) for name in numbers}
+            if encode_graph(trace({**examples, **others}).graph) != encode_graph(found.graph):
+                raise AsksNumber
         return found
 
     def _plan_inside(self, needed: NeedsPlan) -> None:
@@ -214,8 +233,13 @@ class Planner:
                 return number, plan.result
         return None
 
-    def plan_for(self, block: Any, call: CallSpec, arguments: Mapping[str, Any], examples: Any) -> Plan:
+    def plan_for(
+        self, block: Any, call: CallSpec, arguments: Mapping[str, Any], examples: Any
+    ) -> Plan:
         """A plan that serves this very call, traced at example sizes, or else at the call's own."""
+        plan = self._with_numbers_free(block, call, arguments)
+        if plan is not None:
+            return plan
         tries = ((call, False), (with_sizes_of(call, arguments), True))
         first: Exception | None = None
         for candidate, exact in tries:
@@ -229,6 +253,31 @@ class Planner:
         if first is not None:
             raise first
         raise UnsupportedCall("the model's code asks of these sizes what no graph can promise")
+
+    def _with_numbers_free(
+        self, block: Any, call: CallSpec, arguments: Mapping[str, Any]
+    ) -> Plan | None:
+        """A plan for any numbers, in the place of one for such a call but for its numbers."""
+        alike: Alike = block._block.alike
+        for number, old in enumerate(alike.plans):
+            freed = with_numbers_free(call, old.guards.call)
+            if freed is None or freed == old.guards.call or freed in alike.asking:
+                continue
+            if not _serves(old, block, old.guards.call):
+                continue
+            values = flat_inputs(freed.arguments, arguments)
+            try:
+                place, plan = self.plan(block, freed, examples_of(freed, values))
+            except (AsksNumber, LigerFxError, UnsupportedCall):
+                alike.asking.append(freed)
+                return None
+            if place != number:
+                del alike.plans[place]
+                alike.plans[number] = plan
+                for member in alike.members:
+                    member._block.states.clear()
+            return plan if plan.take(block, arguments) is not None else None
+        return None
 
     def note(self, fallback: Fallback) -> bool:
         """Keep a fallback for the report; whether it is a new one."""
@@ -269,4 +318,3 @@ def int_at(block: nn.Module, path: str) -> int:
     owner, _, name = path.rpartition(".")
     value: int = vars(block.get_submodule(owner))[name]
     return value
-

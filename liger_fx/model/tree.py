@@ -33,6 +33,8 @@ def copy_tree(model: nn.Module, bare: Bare = bare_module) -> Any:
     for module, twin in copies.items():
         attributes = twin.__dict__
         for name, value in module.__dict__.items():
+            if name == "_block":  # what a block is besides its module is not copied
+                continue
             if name == "config" or name.endswith("_config"):
                 # One copy for all that share a config, modules and other configs: what is set on
                 # it, all of them see.

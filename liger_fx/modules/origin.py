@@ -52,6 +52,11 @@ def origins(named: nn.Module) -> tuple[Origin, ...]:
     return found
 
 
+def is_named(module: nn.Module) -> bool:
+    """Whether it is one of the named modules, in another's place or mounted beside."""
+    return type(module).__module__.startswith("liger_fx.modules.")
+
+
 def plain_attributes(held: dict[str, Any]) -> dict[str, Any]:
     """Of a module's ``__dict__``, what is no tensor, no module and nothing of PyTorch's own."""
     return {

@@ -8,7 +8,6 @@ GraphDiff.from_json(text)          the report that json() wrote
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from liger_fx.errors import UsageError
 from liger_fx.report import json_face
@@ -48,11 +47,6 @@ class GraphDiff(Facts):
         """The report that ``json()`` wrote; UsageError, naming ``name`` and the field, if it is
         none."""
         return json_face.from_json(text, name, cls)
-
-    @classmethod
-    def from_data(cls, whole: Any, name: str = "the report") -> GraphDiff:
-        """The report of parsed JSON, with the same errors."""
-        return json_face.from_data(whole, name, cls)
 
     def face(self, name: str) -> str:
         """The report as "text", "markdown", "json" or "html"."""

@@ -11,15 +11,17 @@ that is not as the schema says is named in one error.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from liger_fx.codec import Form, Forms, decode, encode, expect, inside
 from liger_fx.engine.drawing import Drawing
-from liger_fx.errors import UsageError, one_line
+from liger_fx.errors import LoadError, UsageError, one_line
 from liger_fx.report.amounts import totals
 from liger_fx.report.block_sections import graph_count
 from liger_fx.report.facts import Facts
-from liger_fx.report.plain import Malformed, decode, encode
 
 FORMAT = "liger_fx.report"
 SCHEMA = 2
@@ -30,10 +32,10 @@ Found = TypeVar("Found", bound=Facts)
 
 def to_json(diff: Facts) -> str:
     """The report as JSON text: equal reports give equal texts, byte for byte."""
-    drawings = {drawing: i for i, drawing in enumerate(dict.fromkeys(_drawings(diff)))}
+    drawings = tuple(dict.fromkeys(_drawings(diff)))
     head = {"format": FORMAT, "schema": SCHEMA, "summary": summary(diff)}
-    fields = encode(diff, {Drawing: drawings})
-    whole = {**head, **fields, "drawings": encode(tuple(drawings))}
+    fields = encode(diff, _forms(drawings))
+    whole = {**head, **fields, "drawings": encode(drawings)}
     return json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -46,23 +48,34 @@ def from_json(text: str | bytes, name: str, kind: type[Found]) -> Found:
     try:
         whole = json.loads(text, parse_constant=_no_number)
         json.dumps(whole, ensure_ascii=False).encode()  # ValueError for half a character
-    except Malformed as error:
+        return from_data(whole, kind)
+    except LoadError as error:
         raise UsageError(
             f"{name} is no report that this version reads: {one_line(error)}."
         ) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is no JSON: {one_line(error)}.") from None
-    return from_data(whole, name, kind)
 
 
-def from_data(whole: Any, name: str, kind: type[Found]) -> Found:
-    """The report of parsed JSON, with the same errors as ``from_json``."""
-    try:
-        return _read(whole, kind)
-    except (Malformed, RecursionError) as error:
-        raise UsageError(
-            f"{name} is no report that this version reads: {one_line(error)}."
-        ) from None
+def from_data(whole: Any, kind: type[Found]) -> Found:
+    """The report of parsed JSON; LoadError, naming the field, if it is none."""
+    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+        raise LoadError(f"it has no field format: {FORMAT!r}")
+    schema = whole.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise LoadError(f"schema is {schema!r}, which is no version")
+    if schema in READ_BY:
+        raise LoadError(f"its schema is version {schema}, which {READ_BY[schema]} reads")
+    if schema > SCHEMA:
+        raise LoadError(f"its schema is version {schema}, and versions up to {SCHEMA} are known")
+    with inside("drawings"):
+        drawings = decode(tuple[Drawing, ...], whole.get("drawings"), {str: _TEXT})
+    _check_drawings(drawings)
+    fields = {
+        k: v for k, v in whole.items() if k not in ("format", "schema", "summary", "drawings")
+    }
+    found: Found = decode(kind, fields, _forms(drawings))
+    return found
 
 
 def summary(diff: Facts) -> dict[str, Any]:
@@ -87,36 +100,40 @@ def _drawings(diff: Facts) -> list[Drawing]:
     return [site.drawing for site in diff.sites if site.drawing is not None]
 
 
-def _read(whole: Any, kind: type[Found]) -> Found:
-    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
-        raise Malformed(f"it has no field format: {FORMAT!r}")
-    schema = whole.get("schema")
-    if type(schema) is not int or schema < 1:
-        raise Malformed(f"schema is {schema!r}, which is no version")
-    if schema in READ_BY:
-        raise Malformed(f"its schema is version {schema}, which {READ_BY[schema]} reads")
-    if schema > SCHEMA:
-        raise Malformed(f"its schema is version {schema}, and versions up to {SCHEMA} are known")
-    drawings = decode(tuple[Drawing, ...], whole.get("drawings"), "drawings")
-    _check_drawings(drawings)
-    fields = {
-        k: v for k, v in whole.items() if k not in ("format", "schema", "summary", "drawings")
-    }
-    found: Found = decode(kind, fields, "", {Drawing: drawings})
-    return found
+def _forms(drawings: Sequence[Drawing]) -> Forms:
+    """Sites hold the places of their drawings in a list of these."""
+    places = {drawing: i for i, drawing in enumerate(drawings)}
+
+    def drawing_at(place: Any) -> Drawing:
+        if not 0 <= expect(place, int) < len(drawings):
+            raise LoadError(f"is {place}, of {len(drawings)}")
+        return drawings[place]
+
+    return {Drawing: Form(places.__getitem__, drawing_at), str: _TEXT}
+
+
+def _printable(text: Any) -> str:
+    expect(text, str)
+    if not (text.isprintable() or re.sub(r"[\n\t]", "", text).isprintable()):
+        raise LoadError("has characters that are not printable")
+    return str(text)
+
+
+# Characters that a terminal shows, none that it would obey.
+_TEXT = Form(str, _printable)
 
 
 def _check_drawings(drawings: tuple[Drawing, ...]) -> None:
     """Something stood at each site, and a box reads boxes that come before it."""
     for i, drawing in enumerate(drawings):
         if not drawing.before:
-            raise Malformed(f"drawings[{i}].before is empty")
+            raise LoadError("is empty", f"drawings[{i}].before")
         for side, boxes in (("before", drawing.before), ("after", drawing.after)):
             for j, box in enumerate(boxes):
                 wrong = [place for place in box.reads if not 0 <= place < j]
                 if wrong:
-                    raise Malformed(f"drawings[{i}].{side}[{j}] reads {wrong[0]}")
+                    raise LoadError(f"reads {wrong[0]}", f"drawings[{i}].{side}[{j}]")
 
 
 def _no_number(text: str) -> None:
-    raise Malformed(f"{text} is no number")
+    raise LoadError(f"{text} is no number")

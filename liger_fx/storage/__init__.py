@@ -1,1 +1,1 @@
-"""Optimised models on the disk: saved, loaded, written as Python source, exported."""
+"""Optimised models on the disk: saved and loaded."""

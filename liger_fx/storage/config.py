@@ -11,16 +11,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from liger_fx.codec import expect, inside, shown
 from liger_fx.errors import LoadError, one_line
-from liger_fx.storage.checks import OBJECT, OPTIONAL_STRING, expect, fields
 from liger_fx.storage.facts import config_facts as facts
-from liger_fx.storage.json_file import shown
+from liger_fx.storage.records import Implementations
 from liger_fx.storage.values import read_dtype
 
 _KEY = re.compile(r"(?!__)[A-Za-z_][\w.-]{0,199}|\d{1,9}", re.ASCII)
@@ -37,12 +37,11 @@ _REFUSED = {
 # Sizes of a model are below. Counts, which something is made for each of, are far below.
 _LARGEST, _LARGEST_COUNT = 2**24, 2**16
 _COUNT = re.compile(r"(?!.*size)(num_|n_(?!positions|ctx)|.*(layer|label|head|expert|block))")
-_IMPLEMENTATION = {"attention": OPTIONAL_STRING, "experts": OPTIONAL_STRING}
 
 
 def check_config(raw: Any) -> dict[str, Any]:
     """``raw``, the object of a config.json that asks for nothing but a model of plain values."""
-    expect(raw, OBJECT)
+    expect(raw, dict)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise LoadError(f"{shown(kind)} is no model type of this transformers", "model_type")
@@ -72,7 +71,8 @@ def _check_entry(key: str, item: Any, place: str) -> None:
     if isinstance(item, str) and _ELSEWHERE.match(item):
         raise LoadError(f"asks for something from elsewhere: {shown(item)}", key)
     if key in ("dtype", "torch_dtype") and isinstance(item, str):
-        read_dtype(item.removeprefix("torch."), key)  # transformers looks it up in torch
+        with inside(key):
+            read_dtype(item.removeprefix("torch."))  # transformers looks it up in torch
     largest = _LARGEST_COUNT if _COUNT.match(key) else _LARGEST
     if type(item) is int and abs(item) > largest and not _is_base(key):
         raise LoadError(f"{shown(item)} is larger than any size of a model", key)
@@ -108,7 +108,7 @@ def generation_text(config: GenerationConfig) -> bytes:
     return str(config.to_json_string()).encode()
 
 
-def implementations(config: PreTrainedConfig) -> dict[str, dict[str, str | None]]:
+def implementations(config: PreTrainedConfig) -> dict[str, Implementations]:
     """Attention and experts implementation of a config and its parts: no config.json has them."""
     found = {"": _implementation_of(config)}
     for name in type(config).sub_configs:
@@ -118,23 +118,14 @@ def implementations(config: PreTrainedConfig) -> dict[str, dict[str, str | None]
     return found
 
 
-def _implementation_of(config: PreTrainedConfig) -> dict[str, str | None]:
-    return {
-        "attention": getattr(config, "_attn_implementation", None),
-        "experts": getattr(config, "_experts_implementation", None),
-    }
+def _implementation_of(config: PreTrainedConfig) -> Implementations:
+    return Implementations(
+        attention=getattr(config, "_attn_implementation", None),
+        experts=getattr(config, "_experts_implementation", None),
+    )
 
 
-def check_implementations(record: Mapping[str, Any]) -> None:
-    """LoadError unless it is what ``implementations`` gives, of names that are no hub's."""
-    for part, names in record.items():
-        fields(names, _IMPLEMENTATION)
-        for name in names.values():
-            if name is not None and not re.fullmatch(r"[a-z0-9_]{1,60}", name, re.ASCII):
-                raise LoadError(f"{shown(name)} is no implementation", shown(part))
-
-
-def check_parts(record: Mapping[str, Any], model_type: str) -> None:
+def check_parts(record: Iterable[str], model_type: str) -> None:
     """LoadError unless each part is one that configs of this type have."""
     known = CONFIG_MAPPING[model_type].sub_configs
     for part in record:
@@ -142,7 +133,7 @@ def check_parts(record: Mapping[str, Any], model_type: str) -> None:
             raise LoadError(f"{shown(part)} is no part of a {model_type} config")
 
 
-def read_config(raw: Mapping[str, Any], chosen: Mapping[str, Any]) -> PreTrainedConfig:
+def read_config(raw: Mapping[str, Any], chosen: Mapping[str, Implementations]) -> PreTrainedConfig:
     """The config of a checked ``raw``, with the implementations that were ``chosen``."""
     cls: Any = CONFIG_MAPPING[raw["model_type"]]
     try:
@@ -155,13 +146,13 @@ def read_config(raw: Mapping[str, Any], chosen: Mapping[str, Any]) -> PreTrained
     return config
 
 
-def choose(config: PreTrainedConfig, chosen: Mapping[str, Any]) -> None:
+def choose(config: PreTrainedConfig, chosen: Mapping[str, Implementations]) -> None:
     """Set the implementations that ``implementations`` wrote down."""
     for part, names in chosen.items():  # the whole first: it sets those of its parts, too
         inner: Any = _part(config, part) if part else config
-        inner._attn_implementation = names["attention"]
+        inner._attn_implementation = names.attention
         if hasattr(inner, "_experts_implementation"):
-            inner._experts_implementation = names["experts"]
+            inner._experts_implementation = names.experts
 
 
 def _part(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
@@ -189,7 +180,7 @@ def read_generation(raw: Mapping[str, Any]) -> GenerationConfig:
 
 
 def compare(wanted: PreTrainedConfig, model: PreTrainedConfig) -> None:
-    """LoadError, naming the field, unless both say the same, attention implementations aside."""
+    """LoadError, naming the field, unless both say the same; attention may differ."""
     ours, theirs = facts(wanted), facts(model)
     different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     if different:

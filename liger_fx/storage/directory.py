@@ -1,51 +1,96 @@
 """A directory that is written as a whole or not at all.
 
-with replacing(path) as new:          .graph.3f9c.new/  beside path
-    write_file(new / "graph.json")
-                                      path is the new directory, the old one is gone;
-                                      after an error, path is what it was
+with replacing(path, SAVED_GRAPH) as new:     .graph.3f9c21aa.new/  beside path, locked
+    write_file(new / "graph.json", ...)
+                                              path is the new directory, the old one is gone;
+                                              after an error, path is what it was
+
+Replaced is what an earlier save wrote, and nothing else. What a crashed save left is removed by a
+later one to the same place: an hour old, and locked by no process.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from liger_fx.errors import SaveError
-from liger_fx.storage.names import GRAPH
-from liger_fx.storage.own_files import OWN_FILES, check_replaceable
-from liger_fx.storage.unfinished import held, remove_abandoned
+from liger_fx.errors import SaveError, printable
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_ABANDONED = 3600  # seconds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a save writes. ``mark``: the file that is always there. ``files``: patterns of names,
+    each with the question whether such an entry is our own."""
+
+    mark: str
+    files: Mapping[str, Callable[[Path], bool]]
+
+    def foreign(self, folder: Path) -> str | None:
+        """The name of an entry that no save has written; None if there is none."""
+        entries = sorted(folder.iterdir())
+        for entry in entries:
+            checks = [ours for name, ours in self.files.items() if re.fullmatch(name, entry.name)]
+            if not checks or not checks[0](entry):
+                return entry.name
+        is_marked = not entries or folder / self.mark in entries
+        return None if is_marked else entries[0].name
+
+    def has_name(self, name: str) -> bool:
+        """Whether a save may write a file of that name."""
+        return any(re.fullmatch(pattern, name) for pattern in self.files)
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a regular file, and no link to one."""
+    return path.is_file() and not path.is_symlink()
+
+
+def first_bytes(file: Path) -> bytes:
+    """The beginning of a file that ``is_file``."""
+    with file.open("rb") as opened:
+        return opened.read(4096)
 
 
 @contextmanager
-def replacing(path: Path, mark: str = GRAPH) -> Iterator[Path]:
+def replacing(path: Path, kind: Kind) -> Iterator[Path]:
     """A new directory to write into, which takes the place of ``path`` when all went well.
 
-    SaveError where something else than an earlier save (known by its file ``mark``) is at ``path``,
-    and for a write that fails: the disk is full, say. The old files are whole then.
+    SaveError where something else than an earlier save of this kind is at ``path``, and for a write
+    that fails: the disk is full, say. The old files are whole then.
     """
     path = Path(os.path.realpath(path))
-    check_replaceable(path, mark)
+    _check_replaceable(path, kind)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path, OWN_FILES[mark])
+        _remove_abandoned(path, kind)
         new = path.parent / f".{path.name}.{secrets.token_hex(4)}.new"
         mode = _make_like(new, path)
     except OSError as error:
         raise SaveError(f"{path} cannot be made: {error.strerror}.") from error
     try:
-        with held(new):
+        with _held(new):
             yield new
-            _sync(new)
+            sync(new)
         if mode is not None:
             new.chmod(mode)
         _put_in_place(new, path)
@@ -56,6 +101,29 @@ def replacing(path: Path, mark: str = GRAPH) -> Iterator[Path]:
     finally:
         # the unfinished one after an error, else what stood at path before
         shutil.rmtree(new, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file, and wait until it is on the disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_replaceable(path: Path, kind: Kind) -> None:
+    """SaveError unless there is nothing at ``path``, or a directory that holds only our own."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise SaveError(f"{path} is a file; a graph is saved as a directory.")
+    try:
+        foreign = kind.foreign(path)
+    except OSError as error:
+        raise SaveError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if foreign is not None:
+        what = printable(foreign, 80)
+        raise SaveError(f"{path} holds something else ({what}): give a new directory.")
 
 
 def _make_like(new: Path, path: Path) -> int | None:
@@ -77,19 +145,51 @@ def _make_like(new: Path, path: Path) -> int | None:
     return mode
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a new file, and wait until it is on the disk."""
-    with path.open("xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Others can tell that the directory is being written to, also when this process dies."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
-def _sync(directory: Path) -> None:
+def _is_held(folder: Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _remove_abandoned(path: Path, kind: Kind) -> None:
+    """Remove what crashed saves to ``path`` left: of our files, old enough, held by nobody."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.new")
+    for left in path.parent.iterdir() if fcntl is not None else ():
+        if not name.fullmatch(left.name) or left.is_symlink() or not left.is_dir():
+            continue
+        with suppress(OSError):
+            files = list(left.iterdir())
+            written = max(file.lstat().st_mtime for file in (left, *files))
+            is_ours = all(kind.has_name(file.name) for file in files)
+            if is_ours and written < time.time() - _ABANDONED and not _is_held(left):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a directory, or a file, is on the disk."""
     if sys.platform == "win32":
         return  # directories cannot be opened there
-    handle = os.open(directory, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -108,7 +208,7 @@ def _put_in_place(new: Path, path: Path) -> None:
             os.rename(old, path)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -20,11 +20,11 @@ import sympy
 from torch import fx
 from torch.utils._sympy.printers import PythonPrinter
 
+from liger_fx.codec import shown
 from liger_fx.errors import LoadError
-from liger_fx.storage.json_file import shown
 
 _MAX_LENGTH = 500
-_MAX_DEPTH = 60
+_MAX_DEPTH, _MAX_BRACKETS = 60, 120
 _CHARACTERS = re.compile(r"[\w .,()<>=!+*/%-]*", re.ASCII)
 _OPERATORS = (
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.Not,
@@ -58,6 +58,8 @@ def _names_in(text: str) -> frozenset[str]:
         raise LoadError(f"{shown(text)} is too long for an expression of sizes")
     if not _CHARACTERS.fullmatch(text):  # it stands on a line of its own, in brackets
         raise LoadError(f"{shown(text)} is no expression")
+    if text.count("(") > _MAX_BRACKETS:  # Python takes 200 inside each other
+        raise LoadError(f"{shown(text)} has too many brackets")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "1if"

@@ -3,7 +3,7 @@
 0.25                                      ->   "0.25"
 Cfg(scale=3.0)                            ->   "net.Cfg(scale=3.0)"
 partial(leaky_relu, negative_slope=0.1)   ->   "partial(torch...leaky_relu, negative_slope=0.1)"
-lambda x: x * mult                        ->   "net:Net.__init__.<locals>.<lambda>@14(mult=5.0)"
+lambda x: x * mult                        ->   "net:Net.__init__.<locals>.<lambda>(mult=5.0)"
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Describer:
     modules: of the tree, by identity: they are described on their own.
     """
 
-    def __init__(self, modules: Container[int] = ()) -> None:
+    def __init__(self, modules: Container[int]) -> None:
         self.modules = modules
         self._configs: dict[int, tuple[Any, str]] = {}
 
@@ -64,13 +64,6 @@ class Describer:
             return found
         return f"sha256:{hashlib.sha256(found.encode(errors='replace')).hexdigest()[:16]}"
 
-    def text_or_type(self, value: Any) -> str:
-        """The same, or the name of its type."""
-        try:
-            return self.text(value)
-        except Indescribable as kind:
-            return f"a {kind}"
-
     def _text(self, value: Any, above: tuple[int, ...]) -> str:
         if isinstance(value, enum.Enum):
             return f"{type(value).__qualname__}.{value.name}"
@@ -80,10 +73,12 @@ class Describer:
             return f"{_name(type(value))} {value}"
         if isinstance(value, PreTrainedConfig):
             return self._config(value)
+        if isinstance(value, torch.Tensor):
+            return _tensor(value)
+        if isinstance(value, nn.Module) and id(value) in self.modules:
+            return f"the {_name(type(value))} of the model"
         if isinstance(value, ModuleType):
             return value.__name__
-        if isinstance(value, type):
-            return _name(value)
         if isinstance(value, BuiltinFunctionType) or type(value) is torch._ops.OpOverload:
             return torch.typename(value)
         if id(value) in above:
@@ -100,15 +95,10 @@ class Describer:
             return f"[{', '.join(self._text(item, above) for item in value)}]"
         if isinstance(value, set | frozenset):
             return f"{{{', '.join(sorted(self._text(item, above) for item in value))}}}"
-        if isinstance(value, torch.Tensor):
-            return _tensor(value)
-        if isinstance(value, nn.Module) and id(value) in self.modules:
-            return f"the {_name(type(value))} of the model"
         if isinstance(value, functools.partial):
-            given = [*value.args, *value.keywords.values()]
-            names = ["" for _ in value.args] + [f"{name}=" for name in value.keywords]
-            texts = [n + self._text(v, above) for n, v in zip(names, given, strict=True)]
-            return f"partial({', '.join([self._text(value.func, above), *texts])})"
+            args = [(str(i), arg) for i, arg in enumerate(value.args)]
+            given = self._fields([*args, *value.keywords.items()], above)
+            return f"partial({self._text(value.func, above)}, {given})"
         if isinstance(value, MethodType):
             owner = self._text(value.__self__, above)
             return f"{self._text(value.__func__, above)} of {owner}"
@@ -126,13 +116,11 @@ class Describer:
     def _function(self, function: FunctionType, above: tuple[int, ...]) -> str:
         inner = layers_of(function)[-1]
         home, name = home_of(inner), inner.__code__.co_qualname
-        if not is_model_code(home):  # their lines move, and their defaults are their text's
+        if not is_model_code(home):
             return f"{home}:{name}"
         cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
         held = [(n, cell.cell_contents) for n, cell in cells if n != "__class__"]
-        held += [(f"default {i}", v) for i, v in enumerate(inner.__defaults__ or ())]
-        held += list((inner.__kwdefaults__ or {}).items())
-        return f"{home}:{name}@{inner.__code__.co_firstlineno}({self._fields(held, above)})"
+        return f"{home}:{name}({self._fields(held, above)})"
 
     def _object(self, value: Any, above: tuple[int, ...]) -> str:
         """By its fields, where all that it holds are fields of Python."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from liger_fx.codec import shown
 from liger_fx.errors import LoadError
 
 GRAPH_BYTES = 256 * 2**20
@@ -92,12 +93,6 @@ def _nests(value: Any) -> list[Any]:
     return [item for item in items if type(item) in (dict, list)]
 
 
-def shown(value: Any) -> str:
-    """A value from a file as an error shows it: quoted, in ASCII, and not too long."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def dump(value: Any) -> bytes:
     """The value as indented JSON text; what fits a line stands on one."""
     return (_text(value, 0) + "\n").encode()
@@ -116,7 +111,7 @@ def _text(value: Any, indent: int) -> str:
 
 
 def _is_nest(value: Any) -> bool:
-    """Whether it is worth a line for each item: it holds objects or lists that hold some."""
+    """Whether each item gets a line: it holds objects or lists that are not empty."""
     items = value.values() if isinstance(value, Mapping) else value
     if not isinstance(value, Mapping | list):
         return False

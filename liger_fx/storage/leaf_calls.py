@@ -8,40 +8,35 @@ Names that are looked up must be plain strings in the file, never what another n
 
 from __future__ import annotations
 
+import functools
 import inspect
-import re
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args
 
+import torch
 from torch import fx
 from transformers import masking_utils
 from transformers.utils.generic import ModelOutput
 
+from liger_fx.codec import Form, decode, inside, shown
 from liger_fx.errors import LoadError
-from liger_fx.storage.json_file import shown
+from liger_fx.storage.records import ImplementationName, matching
 from liger_fx.storage.targets import (
-    ARITY,
+    CACHE_PARTS,
     ENTER_AUTOCAST,
     EXIT_AUTOCAST,
     OPERATORS,
     PROPERTIES,
     SET_GRAD_ENABLED,
 )
-from liger_fx.storage.values import DTYPES
 from liger_fx.tracing import leaves
 from liger_fx.tracing.leaves import CACHE_METHODS
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
-
-_REFERENCE = re.compile(
-    r"(transformers\.modeling_outputs|transformers\.models\.\w+\.modeling_\w+):([A-Za-z]\w*)",
-    re.ASCII,
-)
-_IMPLEMENTATION = re.compile(r"[a-z0-9_]{1,60}", re.ASCII)
-_DEVICE_TYPE = re.compile(r"[a-z]{1,10}", re.ASCII)
 
 
 class Reference(NamedTuple):
@@ -52,102 +47,120 @@ class Reference(NamedTuple):
     is_class: bool
 
 
+def _of_type(kind: type, what: str) -> Form:
+    """Arguments are read already: they only have to be of the type."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise LoadError(f"is {shown(value)}, not {what}")
+        return value
+
+    return Form(str, read)
+
+
+def _in(names: Iterable[str], what: str) -> Callable[[str], str]:
+    known = frozenset(names)
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise LoadError(f"{shown(name)} is no {what}")
+        return name
+
+    return check
+
+
+def _mask_builder(name: str) -> str:
+    fits = name.startswith("create_") and name.endswith("_mask")
+    if not (fits and inspect.isfunction(getattr(masking_utils, name, None))):
+        raise LoadError(f"{shown(name)} is no mask builder of this transformers")
+    return name
+
+
+def _module(node: fx.Node) -> fx.Node:
+    if node.op != "get_attr":
+        raise LoadError(f"{node.name} is no module")
+    return node
+
+
+def _cache(node: fx.Node) -> fx.Node:
+    if node.op != "placeholder" and node.target not in _MAKING_CACHES:
+        raise LoadError(f"{node.name} is no cache")
+    return node
+
+
+_MAKING_CACHES = (leaves.new_cache, leaves.encoder_decoder_cache, getattr, operator.getitem)
+
+
+def _region(node: fx.Node) -> fx.Node:
+    if node.target is not ENTER_AUTOCAST:
+        raise LoadError(f"{node.name} is no autocast region")
+    return node
+
+
+_FORMS = {fx.Node: _of_type(fx.Node, "a node"), torch.dtype: _of_type(torch.dtype, "a dtype")}
+_ReferenceText = Annotated[
+    str,
+    matching(
+        r"(transformers\.modeling_outputs|transformers\.models\.\w+\.modeling_\w+):([A-Za-z]\w*)",
+        "name in a modelling file of transformers",
+    ),
+]
+# What each function is called with, by position, and whether it takes more by name or position.
+_ARGUMENTS: dict[Any, tuple[Any, bool, bool]] = {
+    getattr: (
+        tuple[fx.Node, Annotated[str, _in(PROPERTIES | CACHE_PARTS, "attribute to read")]],
+        False,
+        False,
+    ),
+    leaves.attention: (tuple[Annotated[fx.Node, _module]], True, True),
+    leaves.build_mask: (tuple[Annotated[str, _mask_builder], fx.Node], True, False),
+    leaves.new_cache: (tuple[fx.Node | None], False, False),
+    leaves.encoder_decoder_cache: (
+        tuple[Annotated[fx.Node, _cache], Annotated[fx.Node, _cache]],
+        False,
+        False,
+    ),
+    leaves.cache_call: (
+        tuple[Annotated[fx.Node, _cache], Annotated[str, _in(CACHE_METHODS, "method of a cache")]],
+        True,
+        True,
+    ),
+    leaves.model_output: (tuple[_ReferenceText], True, False),
+    SET_GRAD_ENABLED: (tuple[bool], False, False),
+    ENTER_AUTOCAST: (
+        tuple[Annotated[str, matching("[a-z]{1,10}", "device")], torch.dtype | None, bool, bool],
+        False,
+        False,
+    ),
+    EXIT_AUTOCAST: (tuple[Annotated[fx.Node, _region]], False, False),
+}
+
+
 def check(name: str, target: Any, args: Args, kwargs: Kwargs) -> Reference | None:
     """LoadError unless these arguments suit the function; a name that is to be resolved, if any."""
-    if target in OPERATORS and (kwargs or len(args) != ARITY.get(target, 2)):
-        raise LoadError(f"takes {ARITY.get(target, 2)} values, not {len(args)}", "args")
-    checker = _CHECKERS.get(target)
-    if checker is None:
+    if target in OPERATORS and (kwargs or len(args) != _arity(target)):
+        raise LoadError(f"takes {_arity(target)} values, not {len(args)}", "args")
+    if target not in _ARGUMENTS:
         return None
-    reference = checker(args, kwargs)
-    return Reference(name, reference, target is leaves.model_output) if reference else None
+    kind, more_by_name, more_by_position = _ARGUMENTS[target]
+    if kwargs and not more_by_name:
+        raise LoadError("is called with none", "kwargs")
+    with inside("args"):
+        decode(kind, list(args[: len(get_args(kind))] if more_by_position else args), _FORMS)
+    if target is leaves.model_output:
+        return Reference(name, args[0], True)
+    if target is not leaves.attention:
+        return None
+    with inside("kwargs.implementation"):
+        decode(ImplementationName | None, kwargs.get("implementation"))
+    with inside("kwargs.default"):
+        default = decode(_ReferenceText | None, kwargs.get("default"))
+    return Reference(name, default, False) if default is not None else None
 
 
-def _check_getattr(args: Args, kwargs: Kwargs) -> None:
-    _shape(args, kwargs, (fx.Node, str))
-    if args[1] not in PROPERTIES:
-        raise LoadError(f"reads the attribute {shown(args[1])}, which is not allowed")
-
-
-def _check_attention(args: Args, kwargs: Kwargs) -> str | None:
-    if not args or not isinstance(args[0], fx.Node) or args[0].op != "get_attr":
-        raise LoadError("attention has no module as its first argument")
-    implementation, default = kwargs.get("implementation"), kwargs.get("default")
-    if implementation is not None and not _matches(_IMPLEMENTATION, implementation):
-        raise LoadError(f"{shown(implementation)} is no attention implementation")
-    return None if default is None else _reference(default)
-
-
-def _check_build_mask(args: Args, kwargs: Kwargs) -> None:
-    _shape(args, {}, (str, fx.Node))
-    builder = getattr(masking_utils, args[0], None) if args[0].startswith("create_") else None
-    if not (args[0].endswith("_mask") and inspect.isfunction(builder)):
-        raise LoadError(f"{shown(args[0])} is no mask builder of this transformers")
-
-
-def _check_new_cache(args: Args, kwargs: Kwargs) -> None:
-    _shape(args, kwargs, (fx.Node if args and args[0] is not None else type(None),))
-
-
-def _check_cache_call(args: Args, kwargs: Kwargs) -> None:
-    _shape(args[:2], {}, (fx.Node, str))
-    if args[1] not in CACHE_METHODS:
-        raise LoadError(f"{shown(args[1])} is no method of a cache that a graph may call")
-    if args[0].op != "placeholder" and args[0].target is not leaves.new_cache:
-        raise LoadError(f"{args[0].name} is no cache")
-
-
-def _check_model_output(args: Args, kwargs: Kwargs) -> str:
-    _shape(args, {}, (str,))
-    return _reference(args[0])
-
-
-def _check_grad_mode(args: Args, kwargs: Kwargs) -> None:
-    _shape(args, kwargs, (bool,))
-
-
-def _check_enter_autocast(args: Args, kwargs: Kwargs) -> None:
-    if kwargs or len(args) != 4 or not _matches(_DEVICE_TYPE, args[0]):
-        raise LoadError("has other arguments than (device type, dtype, enabled, cache)")
-    if args[1] is not None and args[1] not in DTYPES.values():
-        raise LoadError(f"{shown(args[1])} is no dtype")
-    _shape(args[2:], {}, (bool, bool))
-
-
-def _check_exit_autocast(args: Args, kwargs: Kwargs) -> None:
-    _shape(args, kwargs, (fx.Node,))
-    if args[0].target is not ENTER_AUTOCAST:
-        raise LoadError(f"{args[0].name} is no autocast region")
-
-
-def _shape(args: Args, kwargs: Kwargs, kinds: tuple[type, ...]) -> None:
-    if kwargs or len(args) != len(kinds) or not all(map(isinstance, args, kinds)):
-        given = ", ".join([*(type(a).__name__ for a in args), *kwargs])
-        wanted = ", ".join(kind.__name__ for kind in kinds)
-        raise LoadError(f"is called with ({given}), not with ({wanted})")
-
-
-def _matches(pattern: re.Pattern[str], value: Any) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
-
-
-def _reference(text: Any) -> str:
-    if not _matches(_REFERENCE, text):
-        raise LoadError(f"{shown(text)} is nothing in a modelling file of transformers")
-    return str(text)
-
-
-_CHECKERS: dict[Any, Callable[[Args, Kwargs], str | None]] = {
-    getattr: _check_getattr,
-    leaves.attention: _check_attention,
-    leaves.build_mask: _check_build_mask,
-    leaves.new_cache: _check_new_cache,
-    leaves.cache_call: _check_cache_call,
-    leaves.model_output: _check_model_output,
-    SET_GRAD_ENABLED: _check_grad_mode,
-    ENTER_AUTOCAST: _check_enter_autocast,
-    EXIT_AUTOCAST: _check_exit_autocast,
-}
+@functools.cache
+def _arity(operator: Any) -> int:
+    return len(inspect.signature(operator).parameters)
 
 
 def resolve(references: Iterable[Reference], modules: set[str]) -> None:

@@ -12,25 +12,27 @@ import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from liger_fx.codec import inside
 from liger_fx.engine.garbage import garbage_kept
 from liger_fx.errors import LoadError, RetraceWarning
-from liger_fx.graph_model import GraphModel, graph_class
-from liger_fx.plan import Plan
-from liger_fx.planning import Planner
+from liger_fx.model.account import blocks_of
+from liger_fx.model.alike import Alike
+from liger_fx.model.block import Block
+from liger_fx.model.build import turn_into_blocks
+from liger_fx.model.planner import Fallback, Planner
+from liger_fx.report.facts import tree_rows
 from liger_fx.storage import arguments, skeleton
-from liger_fx.storage.checks import inside
-from liger_fx.storage.document import Document
+from liger_fx.storage.files import unreplaced
+from liger_fx.storage.records import Document
 from liger_fx.storage.saved import Saved, read_saved
-from liger_fx.storage.sources import locate, located
-from liger_fx.storage.stored import Stored, unreplaced
-from liger_fx.storage.tree import PARAMETER, Slot
-from liger_fx.storage.weights import Tensor, total_bytes
-from liger_fx.tracing.tree_state import Kind, telling_parameters
+from liger_fx.storage.sources import locate
+from liger_fx.storage.stored import Stored
+from liger_fx.storage.weights import PARAMETER, Slot, Tensor, total_bytes
+from liger_fx.tracing.tree_state import Kind
 
 StrPath = str | PathLike[str]
 
@@ -42,7 +44,7 @@ def load(
     checkpoint: StrPath | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> GraphModel:
+) -> Block:
     """The optimised model that ``liger_fx.save`` wrote to the directory ``path``.
 
     It is in the mode (train or eval) in which it was saved, and meets kinds of call that it has no
@@ -72,14 +74,14 @@ def load(
             else:
                 _check_loadable(saved)
                 tree = skeleton.from_config(saved)
-            places = skeleton.check(tree, saved.document)
+            places = skeleton.check(tree, saved)
         _fill(saved, places, _weights(saved, checkpoint, model), dtype)
         return _finished(saved, tree)
 
 
 def _check_loadable(saved: Saved) -> None:
-    arguments.usable(saved.document.device)
-    if saved.document.saved_device.type == "meta":
+    arguments.usable(saved.device)
+    if saved.document.device.type == "meta":
         raise LoadError(
             "was made of a model without weights, so it lacks the tensors that the model's "
             "code makes: give the model itself, load(path, model=...)",
@@ -94,7 +96,7 @@ def _weights(saved: Saved, checkpoint: StrPath | None, model: nn.Module | None) 
     if checkpoint is not None:
         with inside(str(checkpoint)):
             stored = Stored.in_checkpoint(Path(checkpoint))
-            wanted = [t for t in saved.document.tensors if t.in_checkpoint]
+            wanted = [t for t in saved.tensors if t.in_checkpoint]
             stored.check(wanted, exact=False)
             return stored
     if saved.checkpoint is None:
@@ -109,13 +111,12 @@ def _fill(
     saved: Saved, places: Mapping[str, Slot], weights: Stored | None, dtype: torch.dtype | None
 ) -> None:
     """Put every tensor in its places; those of a given model are there already."""
-    found = saved.document
-    dtypes = _dtypes(found, dtype)
-    made = [t for t in found.tensors if places[t.path].tensor.is_meta or weights is not None]
+    dtypes = _dtypes(saved.tensors, dtype)
+    made = [t for t in saved.tensors if places[t.path].tensor.is_meta or weights is not None]
     for stored, of_checkpoint in ((weights, True), (saved.constants, False)):
         wanted = [t for t in made if t.in_checkpoint is of_checkpoint]
         for tensor, value in _read(stored, wanted) if stored is not None else ():
-            value = value.to(found.device, dtypes.get(tensor.path, tensor.dtype))
+            value = value.to(saved.device, dtypes.get(tensor.path, tensor.dtype))
             _place(tensor, value, places)
 
 
@@ -142,9 +143,9 @@ def _has_gradient(value: torch.Tensor) -> bool:
     return value.is_floating_point() or value.is_complex()
 
 
-def _dtypes(found: Document, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def _dtypes(tensors: list[Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """The tensors of a checkpoint that are to have another dtype: those of the most usual one."""
-    floating = [t for t in found.tensors if t.in_checkpoint and t.dtype.is_floating_point]
+    floating = [t for t in tensors if t.in_checkpoint and t.dtype.is_floating_point]
     if dtype is None or not floating:
         return {}
     kinds = {t.dtype for t in floating}
@@ -152,30 +153,43 @@ def _dtypes(found: Document, dtype: torch.dtype | None) -> dict[str, torch.dtype
     return {t.path: dtype for t in floating if t.dtype == usual}
 
 
-def _finished(saved: Saved, tree: nn.Module) -> GraphModel:
+def _finished(saved: Saved, tree: nn.Module) -> Block:
     found = saved.document
     _set_modes(tree, found)
-    kinds = _kinds(found, tree)
-    plans = []
-    for part, report in zip(found.plans, saved.reports, strict=True):
-        for node in part.graph.nodes:
-            if node.meta["source"] is not None:
-                node.meta["source"] = locate(node.meta["source"])
-        plan = Plan.restored(
-            part.graph, part.guards, part.opaque, part.followed, report and located(report)
-        )
-        plan.assume(tree, kinds)
-        plans.append(plan)
-    if not any(plan.fits(tree) for plan in plans):
+    planner = Planner(found.selection)
+    report = saved.report
+    planner.original = report.before.tree if report else tree_rows(tree)
+    planner.verified = report.verified if report else None
+    planner.fallbacks = [
+        Fallback(f.path, f.class_name, f.call, f.reason)
+        for f in (report.fallbacks if report else ())
+    ]
+    kinds = _kinds(saved, tree)
+    groups = []
+    for block in saved.blocks:
+        alike = Alike(None, tuple(block.attributes))
+        for part in block.plans:
+            for node in part.graph.nodes:
+                if node.meta["source"] is not None:
+                    node.meta["source"] = locate(node.meta["source"])
+            plan = part.plan()
+            plan.assume(tree.get_submodule(block.paths[0]), _below(kinds, block.paths[0]))
+            alike.plans.append(plan)
+        groups.append((block.paths, alike))
+    root = turn_into_blocks(tree, groups, planner)
+    if not any(plan.fits(b) for b in blocks_of(root).values() for plan in b.plans):
         warnings.warn(
-            f"{found.class_name}: the saved graphs are for other dtypes or devices than the "
+            f"{found.model.class_}: the saved graphs are for other dtypes or devices than the "
             "weights have now; each kind of call is traced anew when it is first made.",
             RetraceWarning,
             stacklevel=3,
         )
-    kind: Any = type(tree)
-    make: Any = graph_class(kind)
-    return make(tree.__dict__, plans, Planner(found.selection))
+    return root
+
+
+def _below(kinds: dict[str, Kind], path: str) -> dict[str, Kind]:
+    prefix = f"{path}." if path else ""
+    return {p.removeprefix(prefix): kind for p, kind in kinds.items() if p.startswith(prefix)}
 
 
 def _set_modes(tree: nn.Module, found: Document) -> None:
@@ -185,7 +199,10 @@ def _set_modes(tree: nn.Module, found: Document) -> None:
             module.training = not found.training
 
 
-def _kinds(found: Document, tree: nn.Module) -> dict[str, Kind]:
+def _kinds(saved: Saved, tree: nn.Module) -> dict[str, Kind]:
     """The dtypes and devices that the graphs take for granted."""
-    dtypes = {path: tensor.dtype for tensor in found.tensors for path in tensor.places}
-    return {path: (dtypes[path], found.device) for path in telling_parameters(tree)}
+    dtypes = {path: tensor.dtype for tensor in saved.tensors for path in tensor.places}
+    return {
+        path: (dtypes[path], saved.device)
+        for path, _ in tree.named_parameters(remove_duplicate=False)
+    }

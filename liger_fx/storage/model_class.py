@@ -27,8 +27,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from liger_fx.codec import shown
 from liger_fx.errors import LoadError, one_line
-from liger_fx.storage.json_file import shown
 
 
 def is_known(cls: type, config: Any) -> bool:

@@ -16,44 +16,36 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx.engine.edits import Rewrite
+from liger_fx.codec import decode, encode, inside, shown
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.storage import expressions, leaf_calls
-from liger_fx.storage.checks import (
-    LIST,
-    NUMBER,
-    OBJECT,
-    STRING,
-    expect,
-    fields,
-    identifier,
-    module_path,
-    strings,
-)
+from liger_fx.storage import expressions, leaf_calls, values
+from liger_fx.storage.checks import identifier, module_path
 from liger_fx.storage.expressions import SizeNames
-from liger_fx.storage.json_file import shown
 from liger_fx.storage.leaf_calls import Reference
-from liger_fx.storage.sources import read_source, write_source
+from liger_fx.storage.records import NodeRecord
+from liger_fx.storage.sources import write_source
 from liger_fx.storage.targets import ENTER_AUTOCAST, FUNCTIONS, METHODS, name_of
-from liger_fx.storage.values import Devices, decode, dtype_name, encode, read_dtype
+from liger_fx.storage.values import FORMS, Devices, ValueReader, dtype_name, read_dtype
 from liger_fx.tracing.trace import TensorSpec
-
-_REQUIRED = {"name": STRING, "op": STRING, "target": STRING}
-_OPTIONAL = {
-    "args": LIST, "kwargs": OBJECT, "spec": LIST, "device": STRING, "module": STRING,
-    "source": LIST, "rewrite": OBJECT,
-}  # fmt: skip
-_REWRITE = {"rule": STRING, "replaced": LIST, "site": NUMBER}
 
 
 def encode_nodes(
-    graph: fx.Graph, sizes: SizeNames, device: torch.device | None
+    graph: fx.Graph,
+    sizes: SizeNames,
+    device: torch.device | None,
+    numbers: Mapping[str, Mapping[int, int]],
 ) -> list[dict[str, Any]]:
-    """Every node in order; ``device`` is the one that is not written down for each tensor."""
-    return [_encode_node(node, sizes, device) for node in graph.nodes]
+    """Every node in order; ``device`` is the one that is not written down for each tensor,
+    ``numbers`` are those of the plans of blocks that it calls."""
+    return [encode(_record(node, sizes, device, numbers), FORMS) for node in graph.nodes]
 
 
-def _encode_node(node: fx.Node, sizes: SizeNames, device: torch.device | None) -> dict[str, Any]:
+def _record(
+    node: fx.Node,
+    sizes: SizeNames,
+    device: torch.device | None,
+    numbers: Mapping[str, Mapping[int, int]],
+) -> NodeRecord:
     target: Any = node.target
     name = target if isinstance(target, str) else name_of(target)
     if name is None or (node.op == "call_method" and name not in METHODS):
@@ -61,47 +53,43 @@ def _encode_node(node: fx.Node, sizes: SizeNames, device: torch.device | None) -
             f"A saved graph may not call {torch.typename(target) if name is None else name} "
             f"(node {node.name}); liger_fx/storage/targets.py lists what it may."
         )
-    record: dict[str, Any] = {"name": node.name, "op": node.op, "target": name}
-    if node.args:
-        record["args"] = [encode(arg) for arg in node.args]
-    if node.kwargs:
-        record["kwargs"] = {key: encode(value) for key, value in node.kwargs.items()}
     spec: TensorSpec | None = node.meta.get("spec")
-    if spec is not None:
-        record["spec"] = [dtype_name(spec.dtype), *map(sizes.write, spec.shape)]
-        if spec.device != device:
-            record["device"] = str(spec.device)
-    if node.meta.get("module"):
-        record["module"] = node.meta["module"]
-    if node.meta.get("source"):
-        record["source"] = write_source(node.meta["source"])
-    rewrite: Rewrite | None = node.meta.get("rewrite")
-    if rewrite is not None:
-        record["rewrite"] = {
-            "rule": rewrite.rule, "replaced": list(rewrite.replaced), "site": rewrite.site,
-        }  # fmt: skip
-    return record
+    source = node.meta.get("source")
+    return NodeRecord(
+        name=node.name,
+        op=node.op,  # type: ignore[arg-type]
+        target=name,
+        args=[values.encode(arg) for arg in node.args],
+        kwargs={key: values.encode(value) for key, value in node.kwargs.items()},
+        spec=[dtype_name(spec.dtype), *map(sizes.write, spec.shape)] if spec else [],
+        device=spec.device if spec and spec.device != device else None,
+        module=node.meta.get("module", ""),
+        source=write_source(source) if source else None,
+        rewrite=node.meta.get("rewrite"),
+        plan=numbers[name][node.meta["plan"]] if "plan" in node.meta else None,
+    )
 
 
 class GraphReader:
     """Reads the nodes of one graph; ``references`` are the names it looks up when it runs."""
 
-    def __init__(self, devices: Devices, device: torch.device | None) -> None:
+    def __init__(self, devices: Devices, device: torch.device) -> None:
         self.devices, self.device = devices, device
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
+        self.values = ValueReader(self.nodes, devices)
         self.references: list[Reference] = []
 
     def read(self, records: list[Any]) -> fx.Graph:
         """The graph of these records; LoadError, naming the node, for the first that is wrong."""
-        for i, record in enumerate(records):
+        for i, raw in enumerate(records):
             try:
-                self._add(record)
+                self._add(decode(NodeRecord, raw, FORMS))
             except LoadError as error:
-                name = record.get("name") if type(record) is dict else None
+                name = raw.get("name") if type(raw) is dict else None
                 place = f"nodes[{i}]" if type(name) is not str else f"nodes[{i}] ({shown(name)})"
                 raise error.inside(place) from None
-        ops = [record["op"] for record in records]
+        ops = [node.op for node in self.graph.nodes]
         if ops.count("output") != 1 or ops[-1] != "output":
             raise LoadError("the last node, and no other, must be the output", "nodes")
         inputs = ops.count("placeholder")
@@ -109,20 +97,16 @@ class GraphReader:
             raise LoadError("the placeholders must come first", "nodes")
         return self.graph
 
-    def _add(self, record: Any) -> None:
-        fields(record, _REQUIRED, _OPTIONAL)
-        name, op = identifier(record["name"], "name"), record["op"]
+    def _add(self, record: NodeRecord) -> None:
+        name, op = record.name, record.op
         if name in self.nodes or name == "self":
             raise LoadError(f"{name} is taken by another node", "name")
-        target = self._target(op, record["target"])
-        args = tuple(self._values(record.get("args", []), "args"))
-        kwargs = self._keywords(record.get("kwargs", {}))
-        if op in ("placeholder", "get_attr") and (args or kwargs):
-            raise LoadError(f"a {op} takes none", "args")
-        if op == "call_method" and not (args and isinstance(args[0], fx.Node)):
-            raise LoadError("a method is called on no node", "args")
-        if op == "output" and (len(args) != 1 or kwargs):
-            raise LoadError("the output has one value", "args")
+        with inside("target"):
+            target = self._target(op, record.target)
+        with inside("args"):
+            args = tuple(self.values.read_list(record.args))
+            _check_args(op, args, record.kwargs)
+        kwargs = self._keywords(record.kwargs)
         if op == "call_function":
             reference = leaf_calls.check(name, target, args, kwargs)
             if reference is not None:
@@ -132,39 +116,33 @@ class GraphReader:
         if node.name != name:
             raise LoadError(f"{name} is no name for a node", "name")
         self.nodes[name] = node
-        self._read_meta(node, record)
+        node.meta |= {"module": record.module, "source": record.source}
+        if record.rewrite is not None:
+            node.meta["rewrite"] = record.rewrite
+        if record.plan is not None:
+            node.meta["plan"] = record.plan
+        if record.spec:
+            node.meta["spec"] = self._spec(record)
 
     def _target(self, op: str, target: str) -> Any:
+        known = {"call_function": FUNCTIONS, "call_method": METHODS}.get(op)
+        if known is not None and target not in known:
+            raise LoadError(f"{shown(target)} may not be called by a saved graph")
         if op == "call_function":
-            if target not in FUNCTIONS:
-                raise LoadError(f"{shown(target)} may not be called by a saved graph", "target")
             return FUNCTIONS[target]
-        if op == "call_method" and target not in METHODS:
-            raise LoadError(f"{shown(target)} may not be called by a saved graph", "target")
         if op in ("call_module", "get_attr"):
-            return module_path(target, "target")
-        if op not in ("call_method", "placeholder", "output"):
-            raise LoadError(f"{shown(op)} is no operation", "op")
+            return module_path(target)
         if op == "placeholder" and target == "self":  # an argument beside the model itself
-            raise LoadError("'self' is no name", "target")
-        return identifier(target, "target")
+            raise LoadError("'self' is no name")
+        return identifier(target)
 
-    def _values(self, values: list[Any], place: str) -> list[Any]:
-        found = []
-        for i, value in enumerate(values):
-            try:
-                found.append(decode(value, self.nodes, self.devices))
-            except LoadError as error:
-                raise error.inside(f"{place}[{i}]") from None
-        return found
-
-    def _keywords(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _keywords(self, given: Mapping[str, Any]) -> dict[str, Any]:
         found = {}
-        for key, value in values.items():
+        for key, value in given.items():
             try:
-                found[identifier(key, "")] = decode(value, self.nodes, self.devices)
+                found[key] = self.values.read(value)
             except LoadError as error:
-                raise error.inside(f"kwargs.{shown(key)}") from None
+                raise error.inside(f"kwargs.{key}") from None
         return found
 
     def _moved_autocast(self, target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -175,32 +153,19 @@ class GraphReader:
             raise LoadError(f"its autocast region is for {args[0]}, so it cannot move", "args[0]")
         return (device_type, *args[1:])
 
-    def _read_meta(self, node: fx.Node, record: dict[str, Any]) -> None:
-        meta = node.meta
-        meta["module"] = module_path(record.get("module", ""), "module", root=True)
-        meta["source"] = read_source(record["source"]) if "source" in record else None
-        if "spec" in record:
-            meta["spec"] = self._spec(record)
-        if "rewrite" in record:
-            rewrite = record["rewrite"]
-            try:
-                fields(rewrite, _REWRITE)
-                replaced = tuple(strings(rewrite["replaced"], "replaced"))
-            except LoadError as error:
-                raise error.inside("rewrite") from None
-            meta["rewrite"] = Rewrite(rewrite["rule"], replaced, rewrite["site"])
+    def _spec(self, record: NodeRecord) -> TensorSpec:
+        dtype, *shape = record.spec
+        device = self.device
+        if record.device is not None:
+            device = self.devices.place_of(record.device)
+        with inside("spec"):
+            return TensorSpec(tuple(map(expressions.read, shape)), read_dtype(dtype), device)
 
-    def _spec(self, record: dict[str, Any]) -> TensorSpec:
-        spec, device = record["spec"], self.device
-        if not spec:
-            raise LoadError("has no dtype", "spec")
-        try:
-            dtype = read_dtype(expect(spec[0], STRING))
-            shape = tuple(map(expressions.read, spec[1:]))
-        except LoadError as error:
-            raise error.inside("spec") from None
-        if "device" in record:
-            device = self.devices.read(record["device"], "device")
-        if device is None:
-            raise LoadError("is missing", "device")
-        return TensorSpec(shape, dtype, device)
+
+def _check_args(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if op in ("placeholder", "get_attr") and (args or kwargs):
+        raise LoadError(f"a {op} takes none")
+    if op == "call_method" and not (args and isinstance(args[0], fx.Node)):
+        raise LoadError("a method is called on no node")
+    if op == "output" and (len(args) != 1 or kwargs):
+        raise LoadError("the output has one value")

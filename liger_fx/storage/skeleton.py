@@ -9,40 +9,42 @@ Every module, tensor and name that the graph relies on is held against what was 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
+from liger_fx.codec import encode, inside, shown
 from liger_fx.engine.rule import Selection
 from liger_fx.errors import LoadError
-from liger_fx.module_tree import copy_tree
-from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules, tree
-from liger_fx.storage.checks import inside
-from liger_fx.storage.document import Document
-from liger_fx.storage.json_file import shown
-from liger_fx.storage.names import CONFIG, GENERATION_CONFIG, GRAPH
-from liger_fx.storage.plans import check_arguments
+from liger_fx.model.tree import copy_tree
+from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules
+from liger_fx.storage.calls import check_arguments, own_numbers
+from liger_fx.storage.files import CONFIG, GENERATION_CONFIG, GRAPH
+from liger_fx.storage.original import Original, class_of, compare_modules
+from liger_fx.storage.plans import SavedBlock
+from liger_fx.storage.records import TensorKind
 from liger_fx.storage.saved import Saved
-from liger_fx.storage.tree import CONSTANT, IN_CHECKPOINT, Slot
-from liger_fx.storage.weights import Tensor
+from liger_fx.storage.weights import CONSTANT, IN_CHECKPOINT, Slot, Tensor, slots
 from liger_fx.storage.writes import check_writes
+
+T = TypeVar("T")
 
 
 def from_config(saved: Saved) -> nn.Module:
     """The tree on the meta device, named modules in place; LoadError where it cannot be made."""
     found = saved.document
-    if saved.config is None or found.model_type is None:
+    kind, name = found.model.model_type, found.model.class_
+    if saved.config is None or kind is None:
         raise LoadError(
-            f"{found.class_name} cannot be made from a config: give the model itself, "
-            "load(path, model=...)",
+            f"{name} cannot be made from a config: give the model itself, load(path, model=...)",
             "model",
         )
     with inside(f"{GRAPH}.model"):
-        cls = model_class.find_class(found.model_type, found.class_name)
-    largest = max((math.prod(t.shape) for t in found.tensors), default=0)
+        cls = model_class.find_class(kind, name)
+    largest = max((math.prod(t.shape) for t in saved.tensors), default=0)
     with inside(CONFIG):
         made = config.read_config(saved.config, found.implementations)
         model = model_class.build(cls, made, 4 * len(found.modules) + 1000, largest)
@@ -58,16 +60,16 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
     """A tree around the weights of ``model``, which stays as it is, with named modules in place."""
     found = saved.document
     name = type(model).__name__
-    if name != found.class_name:
-        raise LoadError(f"the graph is one of a {found.class_name}, not of a {name}", "model")
+    if name != found.model.class_:
+        raise LoadError(f"the graph is one of a {found.model.class_}, not of a {name}", "model")
     settings: Any = getattr(model, "config", None)
     if saved.config is not None:
         with inside(CONFIG):
             config.compare(config.read_config(saved.config, found.implementations), settings)
-    if found.implementations and any(plan.guards.attention_fixed for plan in found.plans):
+    if found.implementations and any(plan.guards.attention_fixed for plan in saved.plans):
         now = config.implementations(settings)
         if now != found.implementations:
-            raise LoadError(f"are {now} in the model", f"{GRAPH}.implementations")
+            raise LoadError(f"are {encode(now)} in the model", f"{GRAPH}.implementations")
     bound = copy_tree(model)
     _install(bound, saved)
     return bound
@@ -76,9 +78,9 @@ def from_model(saved: Saved, model: nn.Module) -> nn.Module:
 def _install(root: nn.Module, saved: Saved) -> None:
     found = saved.document
     with inside(GRAPH):
-        original = tree.Original(root)
-        _compare_modules(found.modules, original.describe())
-        now = fingerprint.fingerprint(original, [plan.graph for plan in found.plans])
+        original = Original(root)
+        compare_modules(found.modules, original)
+        now = fingerprint.fingerprint(original.code, [plan.graph for plan in saved.plans])
         fingerprint.compare(found.fingerprint, now)
         if found.selection is not None:
             _check_selection(found.selection, saved, root)
@@ -87,21 +89,80 @@ def _install(root: nn.Module, saved: Saved) -> None:
                 named_modules.install(root, record)
 
 
-def check(root: nn.Module, found: Document) -> dict[str, Slot]:
+def check(root: nn.Module, saved: Saved) -> dict[str, Slot]:
     """The tree's places of tensors by path; LoadError unless it is the tree that was saved."""
     with inside(GRAPH):
-        places = _compare_tensors(root, found.tensors)
+        places = _compare_tensors(root, saved.tensors)
         modules = dict(root.named_modules(remove_duplicate=False))
-        homes = {tree.class_of(module).__module__ for module in modules.values()}
-        for i, plan in enumerate(found.plans):
-            with inside(f"plans[{i}]"):
-                check_arguments(plan.guards, tree.class_of(root).forward)
-            with inside(f"plans[{i}].nodes"):
-                _check_targets(plan.graph, modules.keys(), places.keys())
-                named_modules.check_calls(plan.graph, modules)
-                leaf_calls.resolve(plan.references, homes)
-                check_writes(plan.graph, places.keys(), modules)
+        homes = {class_of(module).__module__ for module in modules.values()}
+        for i, block in enumerate(saved.blocks):
+            with inside(f"blocks[{i}]"):
+                _check_block(block, modules, places, homes)
     return places
+
+
+def _check_block(
+    block: SavedBlock, modules: dict[str, nn.Module], places: dict[str, Slot], homes: set[str]
+) -> None:
+    """Every path of the graphs leads to something in each of the alike blocks."""
+    made: list[Any] = []
+    for path in block.paths:
+        _check_can_be_block(path, modules)
+        inner, tensors = _below(modules, path), _below(places, path)
+        made.append(_make_of(inner, tensors))
+        if made[-1] != made[0]:
+            raise LoadError(f"{shown(path)} is not like {shown(block.paths[0])}", "paths")
+        ints = set(_ints(inner))
+        unknown = sorted({*block.attributes} - ints)
+        if unknown:
+            raise LoadError(f"{path or 'the model'} has no number {unknown[0]}", "attributes")
+        for j, plan in enumerate(block.plans):
+            with inside(f"plans[{j}]"):
+                check_arguments(plan.guards, class_of(modules[path]).forward)
+                unknown = sorted(own_numbers(plan.guards) - ints)
+                if unknown:
+                    raise LoadError(f"{path or 'the model'} has no number {unknown[0]}", "guards")
+            with inside(f"plans[{j}].nodes"):
+                _check_targets(plan.graph, {*inner, *tensors, *ints}, inner.keys())
+                if path == block.paths[0]:
+                    named_modules.check_calls(plan.graph, inner)
+                    leaf_calls.resolve(plan.references, homes)
+                    check_writes(plan.graph, tensors.keys(), inner)
+
+
+def _check_can_be_block(path: str, modules: dict[str, nn.Module]) -> None:
+    module = modules.get(path)
+    if module is None or named_modules.is_named(module):
+        raise LoadError(f"the model has no module {shown(path)} of its own", "paths")
+    first = next(p for p, other in modules.items() if other is module)
+    if first != path:
+        raise LoadError(f"{shown(path)} is the same module as {shown(first)}", "paths")
+
+
+def _make_of(modules: Mapping[str, nn.Module], tensors: Mapping[str, Slot]) -> Any:
+    """What alike blocks share: modules by class, tensors by kind, shape and dtype."""
+    kinds = {path: class_of(module) for path, module in modules.items()}
+    return kinds, {p: (s.kind, s.tensor.shape, s.tensor.dtype) for p, s in tensors.items()}
+
+
+def _ints(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The paths of the ints that modules hold, those that can be read by attribute."""
+    for path, module in modules.items():
+        for name, value in vars(module).items():
+            if type(value) is int and name.isidentifier():
+                yield f"{path}.{name}".lstrip(".")
+
+
+def _below(items: Mapping[str, T], path: str) -> dict[str, T]:
+    """Those at and below a path, by the paths from there."""
+    if not path:
+        return dict(items)
+    found = {
+        p.removeprefix(f"{path}."): item for p, item in items.items() if p.startswith(f"{path}.")
+    }
+    if path in items:
+        found[""] = items[path]
+    return found
 
 
 @dataclass(frozen=True)
@@ -110,52 +171,16 @@ class _Named:
 
 
 def _check_selection(selection: Selection, saved: Saved, root: nn.Module) -> None:
-    # the rules that the reports name: to import our own would take longer than to load
-    names = {name for report in saved.reports if report for name in report.rules}
+    # the rules that the report names: to import our own would take longer than to load
+    names = saved.report.rules if saved.report else ()
     rules: Any = [_Named(name) for name in sorted(names)]
     for entry in (*(selection.chosen or ()), *selection.excluded):
         if Selection(None, (entry,)).unknown(rules, root):
             raise LoadError(f"{shown(entry)} is no rule and no module", "selection")
 
 
-def _compare_modules(saved: list[list[Any]], now: list[list[Any]]) -> None:
-    ours = {path: (name, texts) for path, name, texts in now}
-    for i, (path, name, texts) in enumerate(saved):
-        with inside(f"modules[{i}]"):
-            if path not in ours:
-                raise LoadError(f"the model has no module {shown(path)}, a {_last(name)}")
-            _compare_module(path, name, texts, *ours.pop(path))
-    if ours:
-        raise LoadError(f"the graph knows no module {shown(next(iter(ours)))}", "modules")
-
-
-def _compare_module(
-    path: str, name: str, texts: dict[str, str], name_now: str, texts_now: dict[str, str]
-) -> None:
-    if name_now != name:
-        raise LoadError(
-            f"the module {shown(path)} is not the {_plain(name)} that was saved but a "
-            f"{_plain(name_now)}"
-        )
-    for key in sorted(texts.keys() | texts_now.keys()):
-        if texts.get(key) != texts_now.get(key):
-            here, there = (_plain(t[key]) if key in t else "absent" for t in (texts_now, texts))
-            raise LoadError(
-                f"the module {shown(path)} is not the {_last(name)} that was saved: its attribute "
-                f"{_plain(key)} is {here} in the model, {there} here"
-            )
-
-
-def _plain(name: str) -> str:
-    return shown(name)[1:-1]
-
-
-def _last(name: str) -> str:
-    return _plain(name.rpartition(".")[2])
-
-
 def _compare_tensors(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Slot]:
-    places = {slot.path: slot for slot in tree.slots(root)}
+    places = {slot.path: slot for slot in slots(root)}
     known: set[str] = set()
     for tensor in tensors:
         for path, kind in tensor.places.items():
@@ -176,7 +201,7 @@ def _compare_tensors(root: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Sl
     return places
 
 
-def _add_place(root: nn.Module, path: str, kind: str, tensor: Tensor) -> Slot:
+def _add_place(root: nn.Module, path: str, kind: TensorKind, tensor: Tensor) -> Slot:
     """A place that the trace made (a constant), or that the model's code makes when it runs."""
     owner_path, _, name = path.rpartition(".")
     owner = dict(root.named_modules()).get(owner_path)
@@ -190,9 +215,9 @@ def _add_place(root: nn.Module, path: str, kind: str, tensor: Tensor) -> Slot:
     return Slot(path, kind, owner.__dict__, name)
 
 
-def _check_targets(graph: fx.Graph, modules: Any, tensors: Any) -> None:
+def _check_targets(graph: fx.Graph, known: Collection[str], modules: Collection[str]) -> None:
     for node in graph.nodes:
         if node.op == "call_module" and node.target not in modules:
             raise LoadError(f"the model has no module {node.target}", node.name)
-        if node.op == "get_attr" and node.target not in modules and node.target not in tensors:
+        if node.op == "get_attr" and node.target not in known:
             raise LoadError(f"the model has no module or tensor {node.target}", node.name)

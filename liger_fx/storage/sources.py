@@ -7,24 +7,19 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from liger_fx.errors import LoadError
-from liger_fx.report import GraphDiff
+from liger_fx.engine.site import Site
 from liger_fx.tracing.trace import Source
 
-_NAME = re.compile(r"[\w.<>/-]{1,300}")
 _names: dict[str, str] = {}
 
 
-def write_source(source: Source) -> list[Any]:
+def write_source(source: Source) -> Source:
     """The name of the module that was read from the file, the file's own where there is none."""
     file, line = source
-    return [module_of(file), line]
+    return module_of(file), line
 
 
 def module_of(file: str) -> str:
@@ -38,34 +33,17 @@ def module_of(file: str) -> str:
     return _names[file]
 
 
-def read_source(value: list[Any]) -> Source:
-    """Module and line, as written; ``locate`` finds the file."""
-    fits = len(value) == 2 and type(value[0]) is str and type(value[1]) is int
-    if not fits or not _NAME.fullmatch(value[0]) or not 0 <= value[1] < 10**7:
-        raise LoadError("is no module and line", "source")
-    return value[0], value[1]
-
-
 def locate(source: Source) -> Source:
     """File and line, where the module of that name is imported; else the same."""
     file = getattr(sys.modules.get(source[0]), "__file__", None)
     return (file if isinstance(file, str) else source[0]), source[1]
 
 
-def portable(report: GraphDiff) -> GraphDiff:
-    """The report with its sites' sources as ``write_source`` writes them."""
-
-    def named(source: Source) -> Source:
-        return module_of(source[0]), source[1]
-
-    return _with_sources(report, named)
+def portable(site: Site) -> Site:
+    """The site with its source as ``write_source`` writes it."""
+    return replace(site, source=site.source and write_source(site.source))
 
 
-def located(report: GraphDiff) -> GraphDiff:
-    """A ``portable`` report with the files of this machine."""
-    return _with_sources(report, locate)
-
-
-def _with_sources(report: GraphDiff, change: Callable[[Source], Source]) -> GraphDiff:
-    sites = (replace(site, source=site.source and change(site.source)) for site in report.sites)
-    return replace(report, sites=tuple(sites))
+def located(site: Site) -> Site:
+    """A ``portable`` site with the file of this machine."""
+    return replace(site, source=site.source and locate(site.source))

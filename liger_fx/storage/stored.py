@@ -6,21 +6,18 @@ model.safetensors, or model.safetensors.index.json and the shards it names   -> 
 from __future__ import annotations
 
 import os
-import re
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import torch
 
+from liger_fx.codec import decode, expect, inside, shown
 from liger_fx.errors import LoadError
-from liger_fx.storage.checks import OBJECT, expect, inside
-from liger_fx.storage.json_file import parse, shown
-from liger_fx.storage.names import GRAPH, INDEX, WEIGHTS
-from liger_fx.storage.opening import read_file
+from liger_fx.storage.files import GRAPH, INDEX, WEIGHTS, read_file
+from liger_fx.storage.json_file import parse
+from liger_fx.storage.records import matching
 from liger_fx.storage.tensors import Entry, read_header, read_tensor
 from liger_fx.storage.weights import Tensor
 
@@ -31,7 +28,7 @@ _OTHER_NAMES = (
     "load(path, model=model)"
 )
 State = tuple[int, int, int, int]
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}\.safetensors", re.ASCII)
+_Shard = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}\.safetensors", "file name")]
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,9 @@ class Stored:
         if not index.exists():
             return cls.in_files([folder / WEIGHTS])
         with inside(INDEX):
-            record = expect(parse(read_file(index)), OBJECT)
-            places = expect(record.get("weight_map"), OBJECT, "weight_map")
-            for name, file in places.items():
-                if type(file) is not str or not _SHARD.fullmatch(file):
-                    raise LoadError(f"{shown(file)} is no file name", f"weight_map.{shown(name)}")
+            record = expect(parse(read_file(index)), dict)
+            with inside("weight_map"):
+                places: dict[str, str] = decode(dict[str, _Shard], record.get("weight_map"))
         stored = cls.in_files(folder / file for file in sorted(set(places.values())))
         for name, file in places.items():
             if name not in stored.entries or stored.entries[name][0].name != file:
@@ -112,34 +107,6 @@ class Stored:
             name = min(left)
             place = f"{left[name][0].name}.{shown(name)}"
             raise LoadError("the graph has no such tensor, but the weights do", place)
-
-
-@contextmanager
-def unreplaced(path: Path) -> Iterator[None]:
-    """LoadError if another directory takes the place of ``path`` during the block: what was read
-    would be half of one and half of the other."""
-    if sys.platform == "win32" or not path.is_dir():
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY)  # while it is open, no other gets its number
-    replaced = LoadError("was replaced while it was read: load it again", str(path))
-    try:
-        yield
-        if not _is_at(handle, path):
-            raise replaced
-    except LoadError:
-        if not _is_at(handle, path):
-            raise replaced from None
-        raise
-    finally:
-        os.close(handle)
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except OSError:
-        return False
 
 
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

@@ -26,7 +26,7 @@ deg2rad digamma erf erfc erfinv exp exp2 expm1 fix floor frac lgamma log log10 l
 logical_not logit nan_to_num neg negative positive rad2deg reciprocal relu round rsqrt sigmoid
 sign signbit sin sinc sinh sqrt square tan tanh trunc
 """
-# Of two or three tensors, elementwise; most have an in-place method.
+# Of two or three tensors, elementwise; most have an in-place method, too.
 _BINARY = """
 add addcdiv addcmul atan2 bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor
 div divide eq floor_divide fmod ge greater greater_equal gt hypot le lerp less less_equal
@@ -85,11 +85,9 @@ abs add and_ contains eq floordiv ge getitem gt iadd iand ifloordiv ilshift imat
 inv invert ior ipow irshift is_ is_not isub itruediv ixor le lshift lt matmul mod mul ne neg not_
 or_ pos pow rshift setitem sub truediv truth xor
 """
-# How many values an operator takes, where it is not two.
-_ONE = ("abs", "inv", "invert", "neg", "not_", "pos", "truth")
-ARITY: dict[Any, int] = {**{getattr(operator, name): 1 for name in _ONE}, operator.setitem: 3}
 _LEAVES = (
-    leaves.attention, leaves.build_mask, leaves.new_cache, leaves.cache_call, leaves.model_output,
+    leaves.attention, leaves.build_mask, leaves.new_cache, leaves.encoder_decoder_cache,
+    leaves.cache_call, leaves.model_output,
 )  # fmt: skip
 
 # Methods besides those that are functions too.
@@ -108,18 +106,10 @@ METHODS = frozenset(
 )
 # Properties of tensors that a graph reads by builtins.getattr.
 PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
-# Of the above, what gives back a tensor that it was given, or a view of it.
-_GIVES_BACK = """
-positive einsum chunk broadcast_to concat detach diag diagonal dsplit flatten hsplit moveaxis
-movedim narrow permute ravel reshape select split squeeze swapaxes swapdims t tensor_split
-transpose unbind unflatten unsqueeze view_as_complex view_as_real vsplit adjoint
-"""
-_NEW = """
-arange bernoulli cat clone conv1d conv2d conv3d empty empty_like eye full full_like layer_norm
-ones ones_like rand rand_like randint randint_like randn randn_like randperm rms_norm stack tensor
-where zeros zeros_like expand_copy embedding group_norm linear one_hot scaled_dot_product_attention
-silu gelu softplus log_softmax new_empty new_full new_ones new_tensor new_zeros repeat index_put
-"""
+# And what it reads of caches.
+CACHE_PARTS = frozenset(
+    {"is_updated", "self_attention_cache", "cross_attention_cache", "layers", "keys", "values"}
+)
 SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
 ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
@@ -154,27 +144,6 @@ def _table() -> dict[str, Any]:
 FUNCTIONS = _table()
 
 
-def _calls(names: set[str]) -> set[tuple[str, Any]]:
-    """(op, target) of the nodes that call a function of such a name, or a method."""
-    found: set[tuple[str, Any]] = {("call_method", name) for name in names & METHODS}
-    return found | {
-        ("call_function", f) for n, f in FUNCTIONS.items() if n.rpartition(".")[2] in names
-    }
-
-
-# Calls that write into their first argument.
-_UNDERSCORED = {n.rpartition(".")[2] for n in (*METHODS, *FUNCTIONS) if n.endswith("_")}
-_AUGMENTED = {
-    "setitem", "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow",
-    "irshift", "isub", "itruediv", "ixor",
-}  # fmt: skip
-IN_PLACE = _calls((_UNDERSCORED | _AUGMENTED) - {"and_", "or_", "not_", "is_"})
-# Calls whose result is memory of its own. (Of two lists, + gives a list of the same tensors.)
-MAKES_NEW = (
-    _calls(set((_BOTH + _NEW).split()) - set(_GIVES_BACK.split()))
-    | _calls(set(_OPERATORS.split()) - {"getitem", "pos"})
-    | {("call_function", leaves.attention)}
-) - (IN_PLACE | {("call_function", f) for f in (operator.add, operator.mul, operator.or_)})
 OPERATORS = frozenset(getattr(operator, name) for name in _OPERATORS.split())
 _NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
 

@@ -1,30 +1,33 @@
-"""The safetensors format: a length, a JSON header, the bytes of the tensors.
+"""Files of safetensors: a length, a JSON header, the bytes of the tensors.
 
-    chunks({"weight": tensor})   ->   b"\\x50...", b'{"weight": {"dtype": "F32", ...}}', data
+    write_safetensors(path, {"weight": tensor})   as the safetensors package writes them
     read_header(path)            ->   {"weight": Entry(float32, (64, 56), 88, 14424)}
     read_tensor(file, entry)     ->   the tensor, read straight into its own memory
 
-Reading through a mapped file would count every page towards the memory of the process, twice the
-weights in all, and a truncated file would end the process: here the header is held against the
-file's size before any tensor is made.
+The package reads through a mapped file: every page would count towards the memory of the process,
+twice the weights in all, and a file that is truncated meanwhile would end the process. So they are
+read here, and the header is held against the file's size before any tensor is made.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from liger_fx.codec import decode, inside, shown
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.storage.checks import LIST, STRING, fields, inside
-from liger_fx.storage.json_file import parse, shown
-from liger_fx.storage.opening import opened
+from liger_fx.storage.directory import sync
+from liger_fx.storage.files import opened
+from liger_fx.storage.json_file import parse
+from liger_fx.storage.records import below
 
 _MAX_HEADER = 100_000_000
 _DTYPES = {
@@ -34,8 +37,16 @@ _DTYPES = {
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ENTRY = {"dtype": STRING, "shape": LIST, "data_offsets": LIST}
+_Number = Annotated[int, below(2**60, "such number")]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the header says of one tensor."""
+
+    dtype: str
+    shape: list[_Number]
+    data_offsets: tuple[_Number, _Number]
 
 
 @dataclass(frozen=True)
@@ -48,22 +59,28 @@ class Entry:
     end: int
 
 
-def chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a file of these tensors, one tensor of any device at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A new file of these tensors of any device, on the disk when this returns."""
+    ready: dict[str, torch.Tensor] = {}
+    memory: set[int] = set()
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in _DTYPES.values():
             raise SaveError(f"safetensors has no {tensor.dtype}, which {name} is.")
-        start, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
-        }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield _bytes_of(tensor.detach().cpu().contiguous())
+        ready[name] = _apart(tensor.detach().cpu().contiguous(), memory)
+    try:
+        save_file(ready, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    sync(path)
+
+
+def _apart(tensor: torch.Tensor, memory: set[int]) -> torch.Tensor:
+    """The tensor, copied where it is a part of memory that another one before it has."""
+    place = tensor.untyped_storage().data_ptr()
+    if place in memory:
+        return tensor.clone()
+    memory.add(place)
+    return tensor
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -95,20 +112,16 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _read_entry(record: Any, data: int) -> Entry:
-    fields(record, _ENTRY)
-    dtype = _DTYPES.get(record["dtype"])
+    found: _Record = decode(_Record, record)
+    dtype, (start, end) = _DTYPES.get(found.dtype), found.data_offsets
     if dtype is None:
-        raise LoadError(f"{shown(record['dtype'])} is no dtype of safetensors", "dtype")
-    numbers = [*record["shape"], *record["data_offsets"]]
-    if len(record["data_offsets"]) != 2 or len(record["shape"]) > 16:
-        raise LoadError("has no shape of at most 16 sizes and two offsets")
-    if any(type(n) is not int or not 0 <= n < 2**60 for n in numbers):
-        raise LoadError("has a size or an offset that is no such number")
-    start, end = record["data_offsets"]
-    wanted = math.prod(record["shape"]) * dtype.itemsize
+        raise LoadError(f"{shown(found.dtype)} is no dtype of safetensors", "dtype")
+    if len(found.shape) > 16:
+        raise LoadError("is no list of at most 16 sizes", "shape")
+    wanted = math.prod(found.shape) * dtype.itemsize
     if end - start != wanted:
         raise LoadError(f"has {end - start:,} bytes where its shape needs {wanted:,}")
-    return Entry(dtype, tuple(record["shape"]), data + start, data + end)
+    return Entry(dtype, tuple(found.shape), data + start, data + end)
 
 
 def _check_extents(entries: Mapping[str, Entry], data: int, size: int) -> None:

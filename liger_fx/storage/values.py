@@ -12,54 +12,61 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from liger_fx.codec import Form, expect, shown
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.storage.checks import LIST, OBJECT, STRING, expect, identifier
-from liger_fx.storage.json_file import shown
+from liger_fx.storage.checks import identifier
 
 _MAX_DEPTH = 16
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d{1,3})?", re.ASCII)
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
-        torch.int8, torch.int16, torch.int32, torch.int64,
-        torch.float16, torch.bfloat16, torch.float32, torch.float64,
-        torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128,
-    )
-}  # fmt: skip
-_LAYOUTS = {"strided": torch.strided}
-_MEMORY_FORMATS = {
-    str(kind).removeprefix("torch."): kind
-    for kind in (
-        torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d,
-    )
-}  # fmt: skip
+_DTYPES = (
+    torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+    torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128,
+)  # fmt: skip
+_MEMORY_FORMATS = (
+    torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d,
+)  # fmt: skip
+
+
+def _by_name(*values: Any) -> dict[str, Any]:
+    return {str(value).removeprefix("torch."): value for value in values}
+
+
+_NAMED: dict[str, dict[str, Any]] = {
+    "float": _FLOATS,
+    "dtype": _by_name(*_DTYPES),
+    "layout": _by_name(torch.strided),
+    "memory_format": _by_name(*_MEMORY_FORMATS),
+}
 
 
 class Devices:
-    """Reads devices; ``moved`` maps a device of the file to the one that takes its place."""
+    """The devices of a graph; ``moved`` maps one of the file to the one that takes its place."""
 
     def __init__(self, moved: Mapping[torch.device, torch.device] | None = None) -> None:
         self.moved = moved or {}
+
+    @classmethod
+    def from_to(cls, saved: torch.device, device: torch.device) -> Devices:
+        """Those of a graph that was made on one device and is to run on another."""
+        same = saved == device
+        return cls(None if same else {saved: device, torch.device(saved.type): device})
 
     @property
     def from_meta(self) -> bool:
         """Whether the graph was made without a device, for whichever it comes to."""
         return any(old.type == "meta" for old in self.moved)
 
-    def read(self, name: Any, place: str = "") -> torch.device:
-        """The device that the file names, or the one in its place."""
-        expect(name, STRING, place)
-        if not _DEVICE.fullmatch(name):
-            raise LoadError(f"{shown(name)} is no device", place)
-        device = torch.device(name)
+    def place_of(self, device: torch.device) -> torch.device:
+        """The device itself, or the one in its place."""
         return self.moved.get(device, device)
 
     def type_for(self, device_type: str) -> str:
@@ -71,24 +78,38 @@ class Devices:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32``, say; SaveError for a dtype that no file has."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
+    if dtype not in _DTYPES:
         raise SaveError(f"A saved graph cannot hold the dtype {dtype}.")
-    return name
+    return str(dtype).removeprefix("torch.")
 
 
-def read_dtype(name: Any, place: str = "") -> torch.dtype:
+def read_dtype(name: Any) -> torch.dtype:
     """The dtype of that name."""
-    return _named(DTYPES, name, "dtype", place)
+    found: torch.dtype = _named("dtype", name)
+    return found
+
+
+def read_device(name: Any) -> torch.device:
+    """The device of that name, as the file has it."""
+    if not _DEVICE.fullmatch(expect(name, str)):
+        raise LoadError(f"{shown(name)} is no device")
+    return torch.device(name)
+
+
+FORMS = {torch.dtype: Form(dtype_name, read_dtype), torch.device: Form(str, read_device)}
+
+
+def _named(kind: str, name: Any) -> Any:
+    if type(name) is not str or name not in _NAMED[kind]:
+        raise LoadError(f"{shown(name)} is no {kind.replace('_', ' ')}")
+    return _NAMED[kind][name]
 
 
 def encode(value: Any) -> Any:
     """An argument tree as JSON values; SaveError for what has no form there."""
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
         return value
-    if kind is float:
-        return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, list):
@@ -99,106 +120,83 @@ def encode(value: Any) -> Any:
         return {"dict": {key: encode(item) for key, item in value.items()}}
     if kind is slice:
         return {"slice": [encode(part) for part in (value.start, value.stop, value.step)]}
-    return _encode_torch(value)
-
-
-def _encode_torch(value: Any) -> Any:
     if value is ...:
         return {"ellipsis": True}
-    if isinstance(value, torch.dtype):
-        return {"dtype": dtype_name(value)}
-    if isinstance(value, torch.device):
+    if kind is torch.device:
         return {"device": str(value)}
-    for kind, known in (("layout", _LAYOUTS), ("memory_format", _MEMORY_FORMATS)):
+    for known, by_name in _NAMED.items():
         name = str(value).removeprefix("torch.")
-        if known.get(name) is value:
-            return {kind: name}
-    raise SaveError(f"A saved graph cannot hold a {type(value).__name__} ({value!r:.60}).")
+        if type(by_name.get(name)) is kind:
+            return {known: name}
+    raise SaveError(f"A saved graph cannot hold a {kind.__name__} ({value!r:.60}).")
 
 
-def decode(value: Any, nodes: Mapping[str, fx.Node], devices: Devices, depth: int = 0) -> Any:
-    """The argument tree that ``encode`` wrote; ``nodes`` are those before it, by name."""
-    kind = type(value)
-    if value is None or kind in (bool, float, str):
-        return value
-    if kind is int:
-        if not -(2**63) <= value < 2**64:
-            raise LoadError(f"{shown(value)} is too large an integer")
-        return value
-    if depth > _MAX_DEPTH:
-        raise LoadError("is nested too deeply")
-    if kind is list:
-        return _items(value, nodes, devices, depth)
-    if len(value) != 1:
-        raise LoadError(f"has {len(value)} fields where a value has one")
-    ((name, content),) = value.items()
-    if name == "node":
-        return _node(content, nodes)
-    reader = _READERS.get(name)
-    if reader is None:
-        raise LoadError(f"{shown(name)} is no kind of value")
-    try:
-        return reader(content, nodes, devices, depth + 1)
-    except LoadError as error:
-        raise error.inside(name) from None
+class ValueReader:
+    """Reads what ``encode`` wrote; ``nodes`` are those before it, by name."""
 
+    def __init__(self, nodes: Mapping[str, fx.Node], devices: Devices) -> None:
+        self.nodes, self.devices = nodes, devices
 
-def _node(name: Any, nodes: Mapping[str, fx.Node]) -> fx.Node:
-    node = nodes.get(name) if type(name) is str else None
-    if node is None:
-        raise LoadError(f"{shown(name)} is no earlier node")
-    return node
-
-
-def _items(value: Any, nodes: Mapping[str, fx.Node], devices: Devices, depth: int) -> list[Any]:
-    found = []
-    for i, item in enumerate(expect(value, LIST)):
+    def read(self, value: Any, depth: int = 0) -> Any:
+        """The argument tree; LoadError, naming the place in it, for what is none."""
+        kind = type(value)
+        if value is None or kind in (bool, float, str):
+            return value
+        if kind is int:
+            if not -(2**63) <= value < 2**64:
+                raise LoadError(f"{shown(value)} is too large an integer")
+            return value
+        if depth > _MAX_DEPTH:
+            raise LoadError("is nested too deeply")
+        if kind is list:
+            return self.read_list(value, depth)
+        if len(value) != 1:
+            raise LoadError(f"has {len(value)} fields where a value has one")
+        ((name, content),) = value.items()
+        if name == "node":
+            return self._node(content)
         try:
-            found.append(decode(item, nodes, devices, depth + 1))
+            return self._tagged(name, content, depth + 1)
         except LoadError as error:
-            raise error.inside(f"[{i}]") from None
-    return found
+            raise error.inside(name if name.isidentifier() else "") from None
 
+    def read_list(self, values: Any, depth: int = 0) -> list[Any]:
+        """Several of them."""
+        found = []
+        for i, item in enumerate(expect(values, list)):
+            try:
+                found.append(self.read(item, depth + 1))
+            except LoadError as error:
+                raise error.inside(f"[{i}]") from None
+        return found
 
-def _tuple(value: Any, nodes: Any, devices: Devices, depth: int) -> tuple[Any, ...]:
-    return tuple(_items(value, nodes, devices, depth))
+    def _node(self, name: Any) -> fx.Node:
+        node = self.nodes.get(name) if type(name) is str else None
+        if node is None:
+            raise LoadError(f"{shown(name)} is no earlier node")
+        return node
 
+    def _tagged(self, name: str, content: Any, depth: int) -> Any:
+        if name in _NAMED:
+            return _named(name, content)
+        if name == "device":
+            return self.devices.place_of(read_device(content))
+        if name == "tuple":
+            return tuple(self.read_list(content, depth))
+        if name == "dict":
+            entries = expect(content, dict).items()
+            return {identifier(key): self.read(item, depth) for key, item in entries}
+        if name == "slice":
+            return self._slice(content, depth)
+        if name == "ellipsis" and content is True:
+            return ...
+        raise LoadError(f"{shown(name)} is no kind of value")
 
-def _dict(value: Any, nodes: Any, devices: Devices, depth: int) -> dict[str, Any]:
-    entries = expect(value, OBJECT).items()
-    return {identifier(k, ""): decode(item, nodes, devices, depth) for k, item in entries}
-
-
-def _slice(value: Any, nodes: Any, devices: Devices, depth: int) -> slice:
-    parts = _items(value, nodes, devices, depth)
-    if len(parts) != 3:
-        raise LoadError(f"has {len(parts)} parts, not 3")
-    for part in parts:
-        if not (part is None or type(part) is int or isinstance(part, fx.Node)):
-            raise LoadError(f"{shown(part)} is no bound")
-    return slice(*parts)
-
-
-def _ellipsis(value: Any, nodes: Any, devices: Devices, depth: int) -> Any:
-    if value is not True:
-        raise LoadError("is not true")
-    return ...
-
-
-def _named(known: Mapping[str, Any], name: Any, kind: str, place: str = "") -> Any:
-    if type(name) is not str or name not in known:
-        raise LoadError(f"{shown(name)} is no {kind}", place)
-    return known[name]
-
-
-_READERS: dict[str, Callable[[Any, Any, Devices, int], Any]] = {
-    "tuple": _tuple,
-    "dict": _dict,
-    "slice": _slice,
-    "ellipsis": _ellipsis,
-    "float": lambda value, *_: _named(_FLOATS, value, "number"),
-    "dtype": lambda value, *_: read_dtype(value),
-    "device": lambda value, nodes, devices, depth: devices.read(value),
-    "layout": lambda value, *_: _named(_LAYOUTS, value, "layout"),
-    "memory_format": lambda value, *_: _named(_MEMORY_FORMATS, value, "memory format"),
-}
+    def _slice(self, content: Any, depth: int) -> slice:
+        parts = self.read_list(content, depth)
+        if len(parts) != 3:
+            raise LoadError(f"has {len(parts)} parts, not 3")
+        for part in parts:
+            if not (part is None or type(part) is int or isinstance(part, fx.Node)):
+                raise LoadError(f"{shown(part)} is no bound")
+        return slice(*parts)

@@ -10,39 +10,65 @@ that transformers gives them; the rest (rotary frequencies, constants) is in buf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import nn
 
+from liger_fx.codec import inside
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.storage.checks import FLAG, LIST, STRING, fields, inside, module_path
-from liger_fx.storage.json_file import dump, shown
-from liger_fx.storage.names import WEIGHTS
-from liger_fx.storage.tree import (
-    ATTRIBUTE,
-    BUFFER,
-    CONSTANT,
-    IN_CHECKPOINT,
-    PARAMETER,
-    Slot,
-    slots,
-)
-from liger_fx.storage.values import dtype_name, read_dtype
+from liger_fx.storage.records import TensorKind, TensorRecord
 
 SHARD_BYTES = 5 * 10**9
-_RECORD = {"path": STRING, "kind": STRING}
-_OWN = {"dtype": STRING, "shape": LIST, "frozen": FLAG}
-_TIED = {"same_as": STRING}
+PARAMETER: Final = "parameter"
+BUFFER: Final = "buffer"
+CONSTANT: Final = "constant"
+ATTRIBUTE: Final = "attribute"
+# In a checkpoint are parameters and persistent buffers, the rest belongs to the model's code.
+IN_CHECKPOINT = (PARAMETER, BUFFER)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place of the tree where a tensor is: ``group[name]``, where ``path`` leads."""
+
+    path: str
+    kind: TensorKind
+    group: dict[str, Any]
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor that is there now."""
+        found: torch.Tensor = self.group[self.name]
+        return found
+
+
+def slots(root: nn.Module) -> Iterator[Slot]:
+    """Every place of a tensor, tied ones each: parameters, buffers, tensors that are attributes."""
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        passing = module._non_persistent_buffers_set
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                yield Slot(prefix + name, PARAMETER, module._parameters, name)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                kind: TensorKind = CONSTANT if name in passing else BUFFER
+                yield Slot(prefix + name, kind, module._buffers, name)
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield Slot(prefix + name, ATTRIBUTE, vars(module), name)
 
 
 @dataclass(frozen=True)
 class Tensor:
     """One tensor of a saved tree, and all paths at which it is, with their kinds."""
 
-    places: dict[str, str]
+    places: dict[str, TensorKind]
     dtype: torch.dtype
     shape: tuple[int, ...]
     frozen: bool
@@ -79,74 +105,36 @@ def _describe(same: list[Slot]) -> Tensor:
     return Tensor(places, tensor.dtype, tuple(tensor.shape), frozen)
 
 
-def encode(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
-    """The records of graph.json."""
-    records = []
+def records(tensors: Iterable[Tensor]) -> Iterator[TensorRecord]:
+    """What graph.json says of them: a tied tensor is described at its first place."""
     for tensor in tensors:
-        own: dict[str, Any] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
-        if tensor.frozen:
-            own["frozen"] = True
-        for path, kind in tensor.places.items():
-            records.append({"path": path, "kind": kind, **own})
-            own = {"same_as": tensor.path}
-    return records
+        (first, kind), *others = tensor.places.items()
+        yield TensorRecord(first, kind, tensor.dtype, list(tensor.shape), tensor.frozen)
+        for path, kind in others:
+            yield TensorRecord(path, kind, same_as=first)
 
 
-def decode(records: list[Any]) -> list[Tensor]:
-    """What ``encode`` wrote; LoadError, naming the field, if it is none."""
+def from_records(records: list[TensorRecord]) -> list[Tensor]:
+    """The tensors that these describe; LoadError, naming the field, if one is none."""
     found: dict[str, Tensor] = {}
-    seen: set[str] = set()
     for i, record in enumerate(records):
         with inside(f"tensors[{i}]"):
-            fields(record, _RECORD, {**_OWN, **_TIED})
-            path, kind = module_path(record["path"], "path"), record["kind"]
-            if path in seen:
-                raise LoadError(f"{path} is described twice", "path")
-            if kind not in (PARAMETER, BUFFER, CONSTANT, ATTRIBUTE):
-                raise LoadError(f"{shown(kind)} is no kind of tensor", "kind")
-            seen.add(path)
-            if "same_as" in record:
-                if len(record) != 3 or record["same_as"] not in found:
+            if record.same_as is not None:
+                if record.shape is not None or record.same_as not in found:
                     raise LoadError("names no tensor before it", "same_as")
-                found[record["same_as"]].places[path] = kind
-            else:
-                found[path] = _read_own(record, path, kind)
+                found[record.same_as].places[record.path] = record.kind
+                continue
+            if record.dtype is None or record.shape is None:
+                raise LoadError("is missing", "dtype" if record.dtype is None else "shape")
+            places: dict[str, TensorKind] = {record.path: record.kind}
+            found[record.path] = Tensor(places, record.dtype, tuple(record.shape), record.frozen)
     return list(found.values())
 
 
-def _read_own(record: Any, path: str, kind: str) -> Tensor:
-    for name in ("dtype", "shape"):
-        if name not in record:
-            raise LoadError("is missing", name)
-    shape = record["shape"]
-    if len(shape) > 16 or any(type(size) is not int or not 0 <= size < 2**48 for size in shape):
-        raise LoadError("is no list of at most 16 sizes", "shape")
-    frozen = record.get("frozen", False)
-    return Tensor({path: kind}, read_dtype(record["dtype"], "dtype"), tuple(shape), frozen)
-
-
-def shards(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The files to write, by name: none for no tensors, one, or several of at most SHARD_BYTES."""
-    groups: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.itemsize
-        if groups[-1] and size + bytes_ > SHARD_BYTES:
-            groups.append({})
-            size = 0
-        groups[-1][name] = tensor
-        size += bytes_
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]} if tensors else {}
-    count = len(groups)
-    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
-
-
-def index_of(files: Mapping[str, Mapping[str, torch.Tensor]]) -> bytes:
-    """model.safetensors.index.json: which shard has which tensor."""
-    size = sum(t.numel() * t.itemsize for group in files.values() for t in group.values())
-    places = {name: file for file, group in files.items() for name in group}
-    return dump({"metadata": {"total_size": size}, "weight_map": places})
+def shards(tensors: Mapping[str, torch.Tensor]) -> StateDictSplit:
+    """Which tensors go into which file, as transformers would have it: one of at most SHARD_BYTES,
+    or several and an index."""
+    return split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

@@ -4,24 +4,26 @@ weight = get_attr lm_head.weight; data = weight.data; data.fill_(0.5)     ->  Lo
 scores = softmax(x); scores.div_(total)                                   ->  fine
 
 Models write in place into what they have just computed. Whether a value may be (a view of) a tensor
-of the model is told from the calls that made it; those that always give memory of their own are
-listed, all others are taken to give back what they were given.
+of the model follows from the calls that made it: PyTorch's schema of an operator says whether its
+result is memory of its own. What has no schema is taken to give back what it was given.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+import operator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 import liger_fx.modules
 from liger_fx.errors import LoadError
-from liger_fx.storage.targets import IN_PLACE, MAKES_NEW
+from liger_fx.storage.targets import OPERATORS, name_of
+from liger_fx.tracing import leaves
+from liger_fx.tracing.effects import is_in_place_name
 
 # Modules whose result is new memory. Others may return what they were given, or what they hold.
 _NEW_MODULES: tuple[type[nn.Module], ...] = (
@@ -29,15 +31,21 @@ _NEW_MODULES: tuple[type[nn.Module], ...] = (
     nn.Conv3d, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softmax, nn.Softplus,
     *(getattr(liger_fx.modules, name) for name in liger_fx.modules.__all__),
 )  # fmt: skip
-# Arguments that a function writes into unless it is told not to, and by which argument.
-_STATISTICS: dict[Any, tuple[tuple[str, ...], str]] = {
-    F.batch_norm: (("running_mean", "running_var"), "training"),
-    F.instance_norm: (("running_mean", "running_var"), "use_input_stats"),
-    F.embedding: (("weight",), "max_norm"),
-    F.embedding_bag: (("weight",), "max_norm"),
+# Made of other operators, so that the schema promises nothing, but always of their own memory.
+_NEW_COMPOSITES = """
+matmul linear softmax log_softmax layer_norm group_norm rms_norm conv1d conv2d conv3d where max min
+square std var clip negative subtract multiply divide true_divide cross outer inner tile one_hot
+repeat_interleave index_put scaled_dot_product_attention silu softplus tensor new_tensor
+"""
+# Operators that may give back what they were given. (Of two lists, + and * make lists of the same.)
+_GIVING_BACK = (operator.getitem, operator.pos, operator.add, operator.mul, operator.or_)
+# Options by which a function writes, and into which arguments; else into its first.
+_OPTIONS = {
+    "inplace": (),
+    "max_norm": ("weight",),
+    "training": ("running_mean", "running_var"),
+    "use_input_stats": ("running_mean", "running_var"),
 }
-# The same of functions that Python cannot ask for their signature: by position.
-_POSITIONS: dict[Any, slice] = {torch.batch_norm: slice(3, 5), torch.instance_norm: slice(3, 5)}
 
 
 def check_writes(
@@ -52,7 +60,7 @@ def check_writes(
         if node.op == "get_attr":
             if node.target in tensors:
                 holding[node] = str(node.target)
-        elif not _makes_new(node, modules):
+        elif not _is_new(node, modules):
             held = [holding[read] for read in node.all_input_nodes if read in holding]
             if not held and node.op == "call_module" and _has_tensors(modules[str(node.target)]):
                 held = [str(node.target)]
@@ -60,14 +68,62 @@ def check_writes(
                 holding[node] = held[0]
 
 
-def _makes_new(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def _is_new(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], _NEW_MODULES)
-    return (node.op, node.target) in MAKES_NEW and "out" not in node.kwargs
+    return makes_new(node.op, node.target) and "out" not in node.kwargs
 
 
 def _has_tensors(module: nn.Module) -> bool:
     return any(True for _ in (*module.parameters(), *module.buffers()))
+
+
+@functools.cache
+def makes_new(op: str, target: Any) -> bool:
+    """Whether the result of a function or method is always memory of its own."""
+    if op not in ("call_function", "call_method") or is_in_place(op, target):
+        return False
+    if target in OPERATORS:
+        return target not in _GIVING_BACK
+    name = _operator_name(target)
+    if name in _NEW_COMPOSITES.split() or target is leaves.attention:
+        return True
+    found = list(_schemas(name))
+    return bool(found) and all(map(_returns_new, found))
+
+
+@functools.cache
+def is_in_place(op: str, target: Any) -> bool:
+    """Whether a function or method writes into its first argument."""
+    if target in OPERATORS:
+        name = str(target.__name__)
+        plain = name.removeprefix("i")
+        augmented = plain != name and any(hasattr(operator, n) for n in (plain, f"{plain}_"))
+        return augmented or target is operator.setitem
+    return op in ("call_function", "call_method") and is_in_place_name(_operator_name(target))
+
+
+def _operator_name(target: Any) -> str:
+    """The name of PyTorch's operator that a function or method of the table is, if it is one."""
+    home, _, name = (target if isinstance(target, str) else name_of(target) or "").rpartition(".")
+    prefix = {"torch.linalg": "linalg_", "torch.fft": "fft_"}
+    return prefix.get(home, "") + name
+
+
+def _schemas(name: str) -> Iterator[torch.FunctionSchema]:
+    """Those of the operator's overloads that make their results themselves."""
+    for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}"):
+        kinds = {str(r.type) for r in schema.returns}
+        if kinds & {"Tensor", "List[Tensor]"} and not any(a.is_out for a in schema.arguments):
+            yield schema
+
+
+def _returns_new(schema: torch.FunctionSchema) -> bool:
+    if any(value.alias_info is not None for value in schema.returns):
+        return False
+    name = f"{schema.name}.{schema.overload_name}".rstrip(".")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return torch._C._dispatch_has_kernel(name) and not has_kernel(name, "CompositeImplicitAutograd")
 
 
 def _written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterable[fx.Node]:
@@ -75,7 +131,7 @@ def _written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterable[fx.Nod
     values: list[Any] = [node.kwargs.get("out")]
     if node.op == "call_module" and getattr(modules[str(node.target)], "inplace", False):
         values += [node.args, node.kwargs]
-    elif (node.op, node.target) in IN_PLACE:
+    elif is_in_place(node.op, node.target):
         values += [node.args[:1], node.kwargs]
     elif node.op == "call_function":
         values += _written_by_option(node)
@@ -84,27 +140,33 @@ def _written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterable[fx.Nod
     return found
 
 
-def _written_by_option(node: fx.Node) -> list[Any]:
-    if node.target in _POSITIONS:
-        return [node.args[_POSITIONS[node.target]], node.kwargs]
-    names, option = _STATISTICS.get(node.target, ((), "inplace"))
+def _written_by_option(node: fx.Node) -> Iterator[Any]:
     signature = _signature(node.target)
-    if signature is None or option not in signature.parameters:
-        return []
     try:
         bound = signature.bind(*node.args, **node.kwargs)
     except TypeError:  # it will fail before it writes
-        return []
+        return
     bound.apply_defaults()
-    given = bound.arguments[option]
-    if given is None or given is False:
-        return []
-    return [bound.arguments[name] for name in names] or [node.args[:1], node.kwargs]
+    given = bound.arguments
+    for option, names in _OPTIONS.items():
+        if given.get(option) not in (None, False):
+            yield from (given.get(name) for name in names or list(given)[:1])
 
 
 @functools.cache
-def _signature(function: Any) -> inspect.Signature | None:
+def _signature(function: Any) -> inspect.Signature:
+    """Of a function that has one of the options; of others, one that takes no arguments.
+
+    A builtin has no signature for Python, its operator has.
+    """
     try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin
-        return None
+        found = inspect.signature(function)
+    except (TypeError, ValueError):
+        schemas = list(_schemas(_operator_name(function)))
+        found = _signature_of(schemas[0]) if schemas else inspect.Signature()
+    return found if _OPTIONS.keys() & found.parameters.keys() else inspect.Signature()
+
+
+def _signature_of(schema: torch.FunctionSchema) -> inspect.Signature:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(a.name, kind) for a in schema.arguments])

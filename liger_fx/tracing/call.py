@@ -6,8 +6,8 @@
    position_embeddings (float32[batch, sequence, 16], float32[batch, sequence, 16]),
    use_cache=False
 
-Arguments are trees: tuples, lists and dictionaries (ModelOutput among them) of tensors, plain values
-and opaque Python objects such as caches.
+Arguments are trees: tuples, lists and dictionaries (ModelOutput among them) of tensors, plain
+values and opaque Python objects such as caches.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from liger_fx.tracing.numbers import TracedNumber
 
 # Arguments that a graph is made for, one by one.
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -154,6 +156,32 @@ def inner_name(name: str, key: Any, taken: set[str]) -> str:
     return found
 
 
+def free_numbers(call: CallSpec) -> list[str]:
+    """The inputs that are numbers of any value."""
+    return [n for n, spec in call.leaves() if isinstance(spec, Number) and spec.size is None]
+
+
+def with_numbers_free(call: CallSpec, other: CallSpec) -> CallSpec | None:
+    """The call that these two are, if they differ in plain numbers given by name alone, with those
+    left open; None if they differ in anything else."""
+    if call.arguments.keys() != other.arguments.keys():
+        return None
+    found: dict[str, Spec] = {}
+    for name, spec in call.arguments.items():
+        theirs = other.arguments[name]
+        if spec == theirs:
+            found[name] = spec
+            continue
+        kinds = [type(s.value) for s in (spec, theirs) if isinstance(s, Constant)]
+        if len(kinds) == 2 and kinds[0] is kinds[1] and kinds[0] in (int, float):
+            found[name] = Number(kinds[0])
+        elif isinstance(theirs, Number) and theirs.size is None and kinds == [theirs.kind]:
+            found[name] = theirs
+        else:
+            return None
+    return replace(call, arguments=found)
+
+
 class UnsupportedCall(Exception):
     """An argument that a graph cannot take; its text says which."""
 
@@ -184,6 +212,8 @@ class Namer:
 def _describe(name: str, value: Any, sizes_of: Namer, taken: set[str]) -> Spec:
     if isinstance(value, torch.Tensor):
         return InputSpec(sizes_of.sizes(name, value), value.dtype, value.device)
+    if isinstance(value, TracedNumber):
+        return Number(type(value).__mro__[1])
     if isinstance(value, PLAIN):
         return Constant(value)
     if isinstance(value, dict):

@@ -100,14 +100,18 @@ class Guards:
         places = {name: _attribute_text(path) for name, path in self.attributes.items()}
         scope = {"math": math, "block": block}
         sizes = {size for spec in self.call.tensors.values() for size in spec.sizes}
+        sizes |= {spec.size for _, spec in self.call.leaves() if isinstance(spec, Number)}
         asked = (set(_NAME.findall(guard)) for guard in self.sizes)
         others = sizes | self.numbers.keys()
         own = [not names & others and names & places.keys() for names in asked]
-        return all(
-            eval(_with_places(guard, places), scope)
-            for guard, is_own in zip(self.sizes, own, strict=True)
-            if is_own
-        )
+        try:
+            return all(
+                eval(_with_places(guard, places), scope)
+                for guard, is_own in zip(self.sizes, own, strict=True)
+                if is_own
+            )
+        except ArithmeticError:  # a division by a number that is zero says nothing of the block
+            return False
 
 
 def autocast_state(devices: tuple[str, ...]) -> dict[str, torch.dtype | None]:
@@ -252,7 +256,7 @@ def _attribute_text(path: str) -> str:
     return "block" + "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in parts)
 
 
-_NAME = re.compile(r"[^\W\d]\w*")
+_NAME = re.compile(r"(?<![\w.])[^\W\d]\w*")  # not the e5 of 1e5
 
 
 def _with_places(text: str, places: Mapping[str, str]) -> str:

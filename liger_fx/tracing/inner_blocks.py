@@ -22,8 +22,19 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers.utils import output_capturing
 
-from liger_fx.tracing.call import CallSpec, Constant, Items, Namer, Number, Opaque, Spec, is_mask
+from liger_fx.tracing.call import (
+    CallSpec,
+    Constant,
+    Items,
+    Namer,
+    Number,
+    Opaque,
+    Spec,
+    free_numbers,
+    is_mask,
+)
 from liger_fx.tracing.fakes import FakeWorld, as_expr
+from liger_fx.tracing.numbers import TracedNumber, plain
 from liger_fx.tracing.recorder import CannotRecord
 from liger_fx.tracing.stand_ins import origin_of
 from liger_fx.tracing.trace import Result, ResultSize, ResultTensor
@@ -97,15 +108,19 @@ class InnerNames(Namer):
 
 
 def example_of(value: Any) -> Any:
-    """The real object behind a stand-in; the object itself for any other."""
+    """The real object behind a stand-in, the number behind an open one; else the object itself."""
+    if isinstance(value, TracedNumber):
+        return plain(value)
     origin = origin_of(value)
     return value if origin is None else origin.example
 
 
 def examples_of(call: CallSpec, values: list[Any]) -> dict[str, Any]:
-    """The opaque inputs by name."""
+    """The opaque inputs, and the numbers of any value, by name."""
+    wanted = {name for name, spec in call.leaves() if isinstance(spec, Opaque)}
+    wanted.update(free_numbers(call))
     named = zip(call.leaves(), values, strict=True)
-    return {name: example_of(v) for (name, spec), v in named if isinstance(spec, Opaque)}
+    return {name: example_of(value) for (name, _), value in named if name in wanted}
 
 
 def changed_by_call(values: list[Any]) -> None:
@@ -130,7 +145,7 @@ class ResultArgument:
     name: str
 
 
-# -- results -------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def describe_result(value: Any, world: FakeWorld) -> Result:
@@ -200,7 +215,7 @@ class Results:
 
     def _symbol(self, symbol: sympy.Symbol) -> Any:
         name = self.result.names.get(symbol)
-        if name in self.symbols:
+        if name is not None and name in self.symbols:
             return self.symbols[name]
         if symbol not in self._fresh:
             self._fresh[symbol] = self.world.fresh_size(7)
@@ -220,7 +235,7 @@ def rebuilt(kind: type, keys: tuple[Any, ...] | None, items: list[Any]) -> Any:
         return kind(fields)
 
 
-# -- what transformers collects by hooks -------------------------------------------------------------
+# -- what transformers collects by hooks -----------------------------------------------------------
 
 
 def collected() -> Mapping[str, Any]:
@@ -243,4 +258,3 @@ def collects_inside(block: nn.Module, keys: Mapping[str, Any]) -> bool:
 def _key(hook: Any) -> Any:
     cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
     return cells["key"].cell_contents if "key" in cells else None
-

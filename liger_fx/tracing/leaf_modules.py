@@ -59,9 +59,7 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-def infer_leaf(
-    recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concrete: bool
-) -> Any:
+def infer_leaf(recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concrete: bool) -> Any:
     """Fakes for what the leaf returns; ``concrete`` runs it on random data because its code cannot
     run on fakes."""
     if is_experts(module):

@@ -20,7 +20,6 @@ from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import AttentionInterface
 
-
 # What a graph may do with a cache through ``cache_call``.
 CACHE_METHODS = (
     "update", "update_conv_state", "update_recurrent_state", "get_conv_state",

@@ -1,8 +1,8 @@
 """What the sizes of a call's tensors are called, so that one graph serves many sizes.
 
-    model(input_ids=<2 x 7>, labels=<2 x 7>)       ->  [batch, sequence], [batch, sequence]
-    layer(<2 x 7 x 64>, attention_mask=<2 x 1 x 7 x 9>)
-                                                   ->  [batch, sequence, 64], [batch, 1, q, k]
+model(input_ids=<2 x 7>, labels=<2 x 7>)       ->  [batch, sequence], [batch, sequence]
+layer(<2 x 7 x 64>, attention_mask=<2 x 1 x 7 x 9>)
+                                               ->  [batch, sequence, 64], [batch, 1, q, k]
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ class _Names(Namer):
         sizes = enumerate(zip(tensor.shape, known, strict=True))
         return tuple(self._size(name, dim, int(size), k, tensor) for dim, (size, k) in sizes)
 
-    def _size(
-        self, name: str, dim: int, size: int, known: str, tensor: torch.Tensor
-    ) -> int | str:
+    def _size(self, name: str, dim: int, size: int, known: str, tensor: torch.Tensor) -> int | str:
         if known and self.values.setdefault(known, size) == size:
             # With a cache the mask covers what the cache holds, too.
             if not (self.has_cache and name.endswith("attention_mask") and dim == 1):
@@ -111,6 +109,9 @@ class _Names(Namer):
             return 1
         if tensor is self.hidden or (name in _TRANSFORMERS_SIZES and dim == 2):
             return size  # the width
+        is_width = dim == tensor.ndim - 1 and tensor.is_floating_point() and tensor.ndim in (2, 3)
+        if self.hidden is not None and is_width:  # of rotary tables: the rules want to know it
+            return size
         named = f"{name}_{dim}"
         self.hints[named] = size
         if (is_mask(tensor) and dim > 1) or self.has_cache:

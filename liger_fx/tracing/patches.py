@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,19 +22,38 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
-from liger_fx.tracing.recorder import CannotRecord
-
-if TYPE_CHECKING:
-    from liger_fx.tracing.tracer import HFTracer
+from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.transformers_leaves import TransformersLeaves
 
 _lock = threading.RLock()
 _thread = threading.local()
 _MISSING = object()
 
 
-def recording_tracer() -> HFTracer | None:
+class Tracing(Protocol):
+    """What the patches ask of the tracer that installed them."""
+
+    root: nn.Module
+    recorder: Recorder
+    leaves: TransformersLeaves
+    writes: Any
+
+    def trace_module_call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What ``module(*args, **kwargs)`` does during the trace."""
+
+    def is_hidden(self, module: nn.Module, name: str) -> bool:
+        """Whether the code that reads this attribute must not see it."""
+
+    def enter_autocast(self, region: torch.autocast) -> None:
+        """Record the start of an autocast region."""
+
+    def leave_autocast(self, region: torch.autocast) -> None:
+        """Record its end."""
+
+
+def recording_tracer() -> Tracing | None:
     """The tracer of this thread, if it is recording at the moment."""
-    tracer: HFTracer | None = getattr(_thread, "tracer", None)
+    tracer: Tracing | None = getattr(_thread, "tracer", None)
     return tracer if tracer is not None and tracer.recorder.recording else None
 
 
@@ -44,7 +63,7 @@ def is_tracing() -> bool:
 
 
 @contextmanager
-def patched(tracer: HFTracer) -> Iterator[None]:
+def patched(tracer: Tracing) -> Iterator[None]:
     """Install the patches for one trace; a second thread that wants to trace waits here."""
     with _lock:
         saved: list[tuple[Any, str, Any]] = []
@@ -98,7 +117,7 @@ def _patch_modules(replace: Any) -> None:
             return tracer.trace_module_call(module, args, kwargs)
         if is_tracing():
             # Nothing is recorded, but no hook may see what a trace works with.
-            return type(module).forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+            return type(module).forward(module, *args, **kwargs)
         return original(module, *args, **kwargs)
 
     replace(nn.Module, "__call__", call)

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.memo import Memo, run_without_grad
+from liger_fx.tracing.numbers import TracedNumber
 from liger_fx.tracing.sizes import SizeNodes
 from liger_fx.tracing.torch_calls import (
     as_node_target,
@@ -91,7 +92,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside is not recorded, and what it asks of sizes is not the model's question."""
+        """What runs inside is not recorded; what it asks of sizes is no question of the model's."""
         was, self.recording = self.recording, False
         with self.kernel_guards_dropped():
             try:
@@ -228,6 +229,8 @@ class Recorder(TorchFunctionMode):
             return node
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return self.sizes.lower(value)
+        if isinstance(value, TracedNumber):
+            return node_of(value)
         if isinstance(value, (tuple, list)):
             items = [self.argument(item) for item in value]
             return items if isinstance(value, list) else tuple(items)

@@ -34,7 +34,9 @@ def size_guards(world: FakeWorld, own_guards: Iterable[Any]) -> list[str]:
     guards = set()
     for guard in own_guards:
         if not is_known(guard.expr):
-            raise CannotRecord("a branch depends on a size that only the graph, as it runs, can tell")
+            raise CannotRecord(
+                "a branch depends on a size that only the graph, as it runs, can tell"
+            )
         guards.add(text(guard.expr))
     for name, size in world.symbols.items():
         now = size.node.expr

@@ -43,6 +43,9 @@ class Host(Protocol):
     def attribute_of(self, size: torch.SymInt) -> str | None:
         """The path of the block's own int behind this symbolic size, if it is one."""
 
+    def own_value(self, path: str) -> int:
+        """What the block's own int at this path is."""
+
     def ask(self, number: torch.SymInt, read: Read) -> None:
         """Note how a number can be read before the graph runs, should the code compare it."""
 
@@ -61,21 +64,26 @@ class Origin:
         outer: Origin | None = None,
     ) -> None:
         self.host, self.example, self.node = host, example, node
-        self.argument, self.steps, self.outer = argument, steps, outer
-        self._changed = False
+        self.argument, self.steps = argument, steps
+        # The parts of the outermost object that were changed, by the way to them.
+        self._changes: list[tuple[str, ...]] = [] if outer is None else outer._changes
         self._simulated: Any = None
 
     @property
     def changed(self) -> bool:
-        """Whether something before may have changed the object that the example stands for."""
-        return self._changed if self.outer is None else self.outer.changed
+        """Whether something before may have changed the object that the example stands for: it, a
+        part of it, or what it is a part of."""
+        way = self._way
+        return any(w[: len(way)] == way[: len(w)] for w in self._changes)
 
     def change(self) -> None:
         """Note that something may have changed it."""
-        if self.outer is None:
-            self._changed = True
-        else:
-            self.outer.change()
+        self._changes.append(self._way)
+
+    @property
+    def _way(self) -> tuple[str, ...]:
+        """The way to it from the outermost object; items are not told apart."""
+        return tuple(str(key) if kind == "attr" else "[]" for kind, key in self.steps)
 
     def inner(self, kind: str, key: Any, example: Any) -> Any:
         """The stand-in for an attribute or item."""
@@ -99,6 +107,14 @@ class Origin:
         if isinstance(key, PLAIN):
             return key
         raise CannotRecord(f"a {self._class_name} asked with a {type(key).__name__}")
+
+    def concrete(self, value: Any) -> Any:
+        """The number to ask the example with: an int of the block's own is what it is, another
+        size the trace's example of it."""
+        if not isinstance(value, torch.SymInt):
+            return value
+        path = self.host.attribute_of(value)
+        return int(value.node.hint) if path is None else self.host.own_value(path)
 
     def answer(self, kind: str, value: Any, *key: Any) -> Any:
         """A plain answer, which the call must confirm."""
@@ -151,7 +167,8 @@ class Origin:
         given = [*args, *kwargs.values()]
         if any(not isinstance(value, (*PLAIN, torch.SymInt)) for value in given):
             raise CannotRecord(f"{name} of a {self._class_name} with more than plain arguments")
-        real_args, real_kwargs = map(_concrete, args), {k: _concrete(v) for k, v in kwargs.items()}
+        real_args = map(self.concrete, args)
+        real_kwargs = {key: self.concrete(value) for key, value in kwargs.items()}
         with self.host.recorder.paused():
             value = getattr(self.example, name)(*real_args, **real_kwargs)
         if isinstance(value, bool) or value is None or isinstance(value, str):
@@ -190,7 +207,7 @@ class Origin:
             key, value = recorder.with_fakes(key), recorder.with_fakes(value)
             node = self._node_of_call("update", (key, value, layer, *args), kwargs)
             new = recorder.world.hint(key.shape[-2])
-            length = recorder.world.fresh_size(self.length(new, _concrete(layer)))
+            length = recorder.world.fresh_size(self.length(new, self.concrete(layer)))
             shapes = ((*t.shape[:-2], length, t.shape[-1]) for t in (key, value))
             results = tuple(
                 torch.empty(shape, dtype=t.dtype, device=t.device)
@@ -210,8 +227,8 @@ class Origin:
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             node = self._node_of_call(name, args, kwargs)
-            concrete = [_concrete(value) for value in args]
-            keywords = {key: _concrete(value) for key, value in kwargs.items()}
+            concrete = [self.concrete(value) for value in args]
+            keywords = {key: self.concrete(value) for key, value in kwargs.items()}
             result = getattr(self.simulated(), name)(*concrete, **keywords)
             self.change()
             return recorder.bind(pytree.tree_map(recorder.world.renewed, result), node)
@@ -222,10 +239,6 @@ class Origin:
             return int(self.example.get_mask_sizes(new, layer)[0])
         except (TypeError, AttributeError, IndexError, ValueError):
             return int(self.example.get_seq_length(layer)) + new
-
-
-def _concrete(value: Any) -> Any:
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
 
 
 def origin_of(value: Any) -> Origin | None:
@@ -240,14 +253,16 @@ def stand_in(origin: Origin) -> Any:
     """An object of the example's class that answers as ``origin`` does."""
     if isinstance(origin.example, (list, dict)):
         return _Container(origin)
-    made = object.__new__(_class_for(type(origin.example)))
+    kind: Any = type(origin.example)
+    made: Any = object.__new__(_class_for(kind))
     become(made, origin)
     return made
 
 
 def become(value: Any, origin: Origin) -> None:
     """Make an object of the example's class its stand-in."""
-    object.__setattr__(value, "__class__", _class_for(type(origin.example)))
+    kind: Any = type(origin.example)
+    object.__setattr__(value, "__class__", _class_for(kind))
     value.__dict__.clear()
     object.__setattr__(value, "_liger_fx_origin", origin)
     set_node(value, origin.node)
@@ -292,7 +307,7 @@ class _Container:
 
     def __getitem__(self, key: Any) -> Any:
         origin = self._liger_fx_origin
-        value = origin.example[_concrete(key)]
+        value = origin.example[origin.concrete(key)]
         if isinstance(value, PLAIN):
             return origin.answer("item", value, key)
         return origin.inner("item", key, value)
@@ -300,7 +315,7 @@ class _Container:
     def get(self, key: Any, default: Any = None) -> Any:
         """As a dict has it."""
         origin = self._liger_fx_origin
-        value = origin.example.get(_concrete(key), default)
+        value = origin.example.get(origin.concrete(key), default)
         if isinstance(value, PLAIN):
             return origin.answer("call", value, "get", key, default)
         raise CannotRecord(f"a {type(value).__name__} out of a mapping of an argument")
@@ -325,4 +340,6 @@ class _Container:
 
     def __contains__(self, key: Any) -> bool:
         origin = self._liger_fx_origin
-        return bool(origin.answer("call", _concrete(key) in origin.example, "__contains__", key))
+        return bool(
+            origin.answer("call", origin.concrete(key) in origin.example, "__contains__", key)
+        )

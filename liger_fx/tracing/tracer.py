@@ -60,6 +60,7 @@ from liger_fx.tracing.inner_blocks import (
     rebuilt,
 )
 from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf, is_parametrized_code
+from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.patches import patched
 from liger_fx.tracing.recorder import CannotRecord, Recorder, Recording
 from liger_fx.tracing.root_state import (
@@ -110,8 +111,8 @@ class Plans:
 
     of: the plan that serves such a call of a block, as (its number, its result); None if there is
     none yet. attributes: the ints of the traced block's modules that alike blocks do not share, by
-    path, which stay symbolic; fixed_attributes: those whose value the code asks. inside: trace through the blocks instead of calling them. exact: at
-    the very sizes of the call.
+    path, which stay symbolic; fixed_attributes: those whose value the code asks. inside: trace
+    through the blocks instead of calling them. exact: at the very sizes of the call.
     """
 
     of: Callable[[nn.Module, CallSpec], tuple[int, Result] | None] = lambda block, call: None
@@ -240,6 +241,10 @@ class HFTracer(fx.Tracer, Recording):
             node.meta["spec"] = self.world.metadata(fake).spec
             set_node(fake, node)
             return fake
+        if isinstance(spec, Number) and spec.size is None:
+            number = traced_number(examples[name])
+            set_node(number, node)
+            return number
         if isinstance(spec, Number):
             assert spec.size is not None
             return self.world.size(spec.size, call.hints.get(spec.size))
@@ -294,6 +299,10 @@ class HFTracer(fx.Tracer, Recording):
             if self.world.symbols[symbol].node.expr == size.node.expr:
                 return path
         return None
+
+    def own_value(self, path: str) -> int:
+        """What the block's own int at this path is."""
+        return self.plans.attributes[path]
 
     def _run(self, forward: Any, arguments: dict[str, Any]) -> tuple[Result, Any]:
         recorder = self.recorder
@@ -370,6 +379,7 @@ class HFTracer(fx.Tracer, Recording):
         finally:
             self.stack.pop()
         call.output = self._noted(result)
+        _let_collect(module, args, result)
         return result
 
     def _call_block(self, block: Any, path: str, args: Any, kwargs: Any) -> Any:
@@ -400,9 +410,7 @@ class HFTracer(fx.Tracer, Recording):
             made = Results(self.world, result, names.symbols, inputs).make()
             changed_by_call(values)
             made = self._with_objects(recorder.bind(made, node), node)
-        for hook in block._forward_hooks.values():
-            if is_capturing(hook):
-                hook(block, args, made)
+        _let_collect(block, args, made)
         return made
 
     def _with_objects(self, value: Any, node: fx.Node) -> Any:
@@ -423,7 +431,10 @@ class HFTracer(fx.Tracer, Recording):
         return rebuilt(type(value), tuple(keys) if isinstance(value, dict) else None, items)
 
     def _call_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-        recorder = self.recorder
+        recorder, keys = self.recorder, collected()
+        if keys and collects_inside(module, keys):
+            text = f"{', '.join(keys)} of modules inside it are collected"
+            raise Untraceable([*self._stack(), (path, module)], None, text)
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             reason = self._opaque_reason(module)
@@ -454,7 +465,9 @@ class HFTracer(fx.Tracer, Recording):
                     id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)
                 }
             )
-            return recorder.bind(result, node, ids)
+            made = recorder.bind(result, node, ids)
+        _let_collect(module, args, made)
+        return made
 
     def _opaque_reason(self, module: nn.Module) -> tuple[str, Source | None] | None:
         if is_experts(module):
@@ -592,6 +605,13 @@ def _around(module: nn.Module) -> str:
         return "a hook stands on all modules"
     checkpointed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     return "it is checkpointed" if checkpointed and module.training else ""
+
+
+def _let_collect(module: nn.Module, args: Any, result: Any) -> None:
+    """Let transformers' own hooks on a module take what they collect, as after any call."""
+    for hook in module._forward_hooks.values():
+        if is_capturing(hook):
+            hook(module, args, result)
 
 
 def _symbol(path: str) -> str:

@@ -156,9 +156,7 @@ class TransformersLeaves:
             example = object.__new__(type(cache))
             init(example, *(origin.example for origin in origins if origin))
             arguments = tuple(map(recorder.argument, caches))
-            node = recorder.create_node(
-                "call_function", leaves.encoder_decoder_cache, arguments
-            )
+            node = recorder.create_node("call_function", leaves.encoder_decoder_cache, arguments)
             become(cache, Origin(self.host, example, node, None))
 
 

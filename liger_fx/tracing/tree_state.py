@@ -60,7 +60,7 @@ class TreeFacts:
             for place, config in configs_of(modules).items()
         }
         checkpointed = {
-            path: module.gradient_checkpointing
+            path: bool(module.gradient_checkpointing)
             for path, module in modules.items()
             if hasattr(module, "gradient_checkpointing")
             and not isinstance(module, GradientCheckpointingLayer)
@@ -93,7 +93,9 @@ class TreeState:
         # PyTorch numbers all hooks of the process: while the number stands, no new one does.
         self.hooks_seen = -1
         self.checkpointed = [
-            (modules[path].__dict__, on) for path, on in facts.checkpointed.items() if path in modules
+            (modules[path].__dict__, on)
+            for path, on in facts.checkpointed.items()
+            if path in modules
         ]
         # A module that is exchanged for another has code that was not traced.
         parents = [(_group_of(root, path, "_modules"), m) for path, m in modules.items() if path]
@@ -166,9 +168,7 @@ def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _group_of(
-    root: nn.Module, path: str, group: str = "_parameters"
-) -> tuple[dict[str, Any], str]:
+def _group_of(root: nn.Module, path: str, group: str = "_parameters") -> tuple[dict[str, Any], str]:
     """The dictionary that holds the parameter (or module) at ``path``, empty if there is no such
     module."""
     owner, _, name = path.rpartition(".")

@@ -92,7 +92,8 @@ def _bases(opt: Block, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
         made = example_inputs(opt, *SHAPES[0])
     except UsageError:
         return
-    yield {**further_inputs(opt, made["input_ids"]), **made}
+    ids = made.get("input_ids")
+    yield made if ids is None else {**further_inputs(opt, ids), **made}
 
 
 def _serves(opt: Block, plan: Plan, call: Call) -> bool:

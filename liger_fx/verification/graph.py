@@ -20,7 +20,7 @@ from liger_fx.model.block import Block
 from liger_fx.model.build import build
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Planner
-from liger_fx.tracing.call import CallSpec, UnsupportedCall, flat_inputs, named_arguments
+from liger_fx.tracing.call import UnsupportedCall, flat_inputs, named_arguments
 from liger_fx.tracing.inner_blocks import examples_of
 from liger_fx.verification.calls import Call, called_as
 from liger_fx.verification.sites import SiteCheck, SiteChecks
@@ -48,6 +48,7 @@ def check_graph(model: nn.Module, opt: nn.Module, calls: Sequence[Call]) -> Grap
     blocks = blocks_of(opt)
     plain = build(model, blocks, Planner(None))
     checks, failed, seen = SiteChecks(model, opt), set[int](), set[int]()
+    checker = _Checker(model, opt, plain, checks)
     for call in calls:
         with called_as(call, plain, opt):
             served = _served(opt, _arrivals(plain, blocks, call))
@@ -58,22 +59,23 @@ def check_graph(model: nn.Module, opt: nn.Module, calls: Sequence[Call]) -> Grap
                 )
             for path, plan, arguments in served:
                 seen.add(id(plan))
-                if id(plan) in failed or not _has_sites(plan):
+                if id(plan) in failed or not (_has_sites(plan) or plan is not _first(opt, path)):
                     continue
                 try:
-                    _check(checks, plain.get_submodule(path), path, plan, opt, arguments)
+                    checker.check(path, plan, arguments)
                 except (LookupError, LigerFxError, UnsupportedCall) as mismatch:
                     failed.add(id(plan))
-                    if plan is opt.get_submodule(path).plans[0]:  # type: ignore[index, union-attr]
+                    if plan is _first(opt, path):
                         where = path or "the model"
                         found.faults.append(
                             f"no site of {where} was checked: the graph is not the model's, "
                             f"{mismatch}"
                         )
     found.sites = checks.judged()
+    checked = {check.path for check in found.sites}
     for path, block in blocks.items():
         for plan in block.plans:
-            if _has_sites(plan) and id(plan) not in seen:
+            if id(plan) not in seen and not _named_modules(plan, path) <= checked:
                 seen.add(id(plan))
                 names = ", ".join(plan.guards.call.arguments)
                 where = f"{path or 'the model'}'s graph for {names}"
@@ -81,8 +83,23 @@ def check_graph(model: nn.Module, opt: nn.Module, calls: Sequence[Call]) -> Grap
     return found
 
 
+def _first(opt: Block, path: str) -> Plan:
+    block: Any = opt.get_submodule(path)
+    plan: Plan = block.plans[0]
+    return plan
+
+
 def _has_sites(plan: Plan) -> bool:
-    return any("rewrite" in node.meta for node in plan.graph.nodes)
+    return bool(_named_modules(plan, ""))
+
+
+def _named_modules(plan: Plan, path: str) -> set[str]:
+    """The paths of the named modules that the graph calls."""
+    modules = (n for n in plan.graph.find_nodes(op="call_module") if "plan" not in n.meta)
+    targets = {str(n.target) for n in modules if "rewrite" in n.meta} | {
+        site.after.removeprefix("call_module ") for site in plan.sites if site.after
+    }
+    return {f"{path}.{target}".lstrip(".") for target in targets}
 
 
 def _arrivals(plain: Block, paths: Any, call: Call) -> list[tuple[str, Arguments]]:
@@ -110,7 +127,7 @@ def _arrivals(plain: Block, paths: Any, call: Call) -> list[tuple[str, Arguments
 
 def _kept(arguments: Arguments) -> Arguments:
     """The arguments as they are now: a cache will be written to."""
-    return pytree.tree_map(_as_now, arguments)  # type: ignore[no-any-return]
+    return pytree.tree_map(_as_now, arguments)
 
 
 def _as_now(value: Any) -> Any:
@@ -118,9 +135,7 @@ def _as_now(value: Any) -> Any:
         return value.detach().clone().requires_grad_(value.requires_grad)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    tensors = {
-        id(t): t.detach().clone() for t in _tensors_of(value) if isinstance(t, torch.Tensor)
-    }
+    tensors = {id(t): t.detach().clone() for t in _tensors_of(value) if isinstance(t, torch.Tensor)}
     return copy.deepcopy(value, dict(tensors))
 
 
@@ -137,9 +152,7 @@ def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from _tensors_of(vars(value))
 
 
-def _served(
-    opt: Block, arrivals: list[tuple[str, Arguments]]
-) -> list[tuple[str, Plan, Arguments]]:
+def _served(opt: Block, arrivals: list[tuple[str, Arguments]]) -> list[tuple[str, Plan, Arguments]]:
     found = []
     for path, arguments in arrivals:
         block: Any = opt.get_submodule(path)
@@ -149,24 +162,34 @@ def _served(
     return found
 
 
-def _check(
-    checks: SiteChecks, plain: Any, path: str, plan: Plan, opt: Block, arguments: Arguments
-) -> None:
-    """The sites of one plan on one call's arguments."""
-    call = plan.guards.call
-    inputs = tuple(flat_inputs(call.arguments, arguments))
-    graph = _graph_before(plain, plan, call, list(inputs), opt.get_submodule(path))
-    prefix = f"{path}." if path else ""
-    checks.run(plain, graph, plan.graph, prefix, [inputs])
+class _Checker:
+    """Checks the sites of plans on the arguments of calls."""
 
+    def __init__(self, model: nn.Module, opt: Block, plain: Block, checks: SiteChecks) -> None:
+        self.model, self.opt, self.plain, self.checks = model, opt, plain, checks
+        self._anew: dict[int, fx.Graph] = {}
 
-def _graph_before(
-    plain: Any, plan: Plan, call: CallSpec, inputs: list[Any], block: Any
-) -> fx.Graph:
-    """The graph before it was rewritten: of the plain block, for the first plan; a later one was
-    made of a tree with named modules in it."""
-    examples = {name: _as_now(value) for name, value in examples_of(call, inputs).items()}
-    if plan is block.plans[0]:
+    def check(self, path: str, plan: Plan, arguments: Arguments) -> None:
+        """The sites of one plan on one call's arguments."""
+        call = plan.guards.call
+        inputs = tuple(flat_inputs(call.arguments, arguments))
+        examples = examples_of(call, list(inputs))
+        examples = {name: _as_now(value) for name, value in examples.items()}
+        plain: Any = self.plain.get_submodule(path)
         _, before = plain._block.planner.plan(plain, call, examples)
-        return before.graph
-    return block._block.planner.traced(block, call, examples).graph
+        block: Any = self.opt.get_submodule(path)
+        after = plan.graph
+        if plan is not block.plans[0]:
+            after = self._rewritten_anew(path, plan, examples)
+        prefix = f"{path}." if path else ""
+        self.checks.run(plain, before.graph, after, prefix, [inputs])
+
+    def _rewritten_anew(self, path: str, plan: Plan, examples: dict[str, Any]) -> fx.Graph:
+        """A later plan was made of a tree with named modules in it: what it would be without."""
+        if id(plan) not in self._anew:
+            selection = self.opt._block.planner.selection
+            root = build(self.model, blocks_of(self.opt), Planner(selection))
+            block: Any = root.get_submodule(path).train(plan.guards.training)
+            _, made = root._block.planner.plan(block, plan.guards.call, examples)
+            self._anew[id(plan)] = made.graph
+        return self._anew[id(plan)]

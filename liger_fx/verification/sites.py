@@ -100,9 +100,9 @@ class SiteChecks:
         for path, parameter in place.parameters(traced).items():
             counterpart = self._counterpart(prefix + path, parameter)
             if id(counterpart) not in names:
-                return f"the model's {path} is no parameter of the module"
+                return f"the model's {prefix}{path} is no parameter of the module"
             if counterpart is not parameter and not torch.equal(counterpart, parameter):
-                return f"its {path} has other values than the model's"
+                return f"its {prefix}{path} has other values than the model's"
             own[path] = names[id(counterpart)]
         try:
             runs = _four_runs(place, own, traced, exactly, module, values)

@@ -6,17 +6,14 @@ Verification(together=(Comparison(...), ...), sites=(SiteCheck(...), ...), ...) 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from liger_fx.report.verified import Measured, Verified, VerifiedSite
-
-if TYPE_CHECKING:
-    from liger_fx.verification.accuracy import Comparison
-    from liger_fx.verification.sites import SiteCheck
-    from liger_fx.verification.verdict import Verification
+from liger_fx.verification.accuracy import Comparison
+from liger_fx.verification.findings import Findings
+from liger_fx.verification.sites import SiteCheck
 
 
-def summarise(found: Verification) -> Verified:
+def summarise(found: Findings) -> Verified:
     """The verdict, the whole model's errors, the worst single gradient, and each site."""
     single = max((c for c in found.single if not c.zero), key=lambda c: c.ratio, default=None)
     return Verified(

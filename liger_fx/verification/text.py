@@ -8,14 +8,14 @@ from tabulate import tabulate
 
 from liger_fx.report.folding import alike, fold, fold_paths, shape
 from liger_fx.verification.accuracy import Comparison
+from liger_fx.verification.findings import Findings
 from liger_fx.verification.sites import SiteCheck
-from liger_fx.verification.verdict import Verification
 
 _WORST = 3  # parameters shown; all of them are in Verification.single
 _FAULTS = 8
 
 
-def render(found: Verification) -> str:
+def render(found: Findings) -> str:
     """Every section."""
     verdict = "at least as accurate as the original" if found.ok else "NOT as promised"
     head = f"{found.class_name} in {found.dtype} on {found.device}: {verdict}"
@@ -32,7 +32,7 @@ def render(found: Verification) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def _whole(found: Verification) -> str:
+def _whole(found: Findings) -> str:
     worst = sorted((c for c in found.single if not c.zero), key=lambda c: -c.ratio)[:_WORST]
     rows = [_row(c.name, c) for c in found.together]
     rows += [_row(f"gradient of {c.name}", c) for c in worst]
@@ -46,7 +46,7 @@ def _row(name: str, c: Comparison) -> tuple[str, ...]:
     return (name, *errors, f"{c.ratio:.2f}", f"{c.bound}", "ok" if c.ok else "FAILS")
 
 
-def _sites(found: Verification) -> str:
+def _sites(found: Findings) -> str:
     rows = []
     for group in fold(found.sites, key=_kind):
         worst = max(group, key=lambda site: _ratio(site.outputs) + _ratio(site.gradients))

@@ -6,7 +6,6 @@ model, opt   ->   Verification: ok, the faults in words, a table of errors and t
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,63 +15,24 @@ from liger_fx.errors import UsageError
 from liger_fx.model.block import Block
 from liger_fx.report.folding import fold
 from liger_fx.report.verified import Verified
-from liger_fx.verification.accuracy import ROUNDING, Comparison
+from liger_fx.verification.accuracy import ROUNDING
 from liger_fx.verification.calls import Call, calls_of, calls_of_plans, in_dtype
+from liger_fx.verification.findings import Findings
 from liger_fx.verification.graph import check_graph
-from liger_fx.verification.sites import SiteCheck
+from liger_fx.verification.summary import summarise
+from liger_fx.verification.text import render
 from liger_fx.verification.whole import dtype_of, measure
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What was found; `ok` is the verdict and `str()` the tables.
-
-    together: the outputs, and all gradients, each as one; single: each parameter's gradient.
-    sites: the named modules one by one; empty when `opt` does not come from liger_fx.
-    notes: what is wrong apart from accuracy, as sentences. remarks: what was not looked at.
-    """
-
-    class_name: str
-    dtype: str
-    device: str
-    inputs: str
-    together: tuple[Comparison, ...]
-    single: tuple[Comparison, ...]
-    sites: tuple[SiteCheck, ...]
-    notes: tuple[str, ...]
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def faults(self) -> tuple[str, ...]:
-        """Everything that breaks the promise, the faulty sites first; empty when it holds."""
-        faulty = (site for site in self.sites if site.fault)
-        return (
-            *(f"{s.path} ({s.class_name}, rule {s.rule}): {s.fault}" for s in faulty),
-            *self.notes,
-            *(_broken(c) for c in self.together if not c.ok),
-            *(_broken(c) for c in self.single if not c.ok),
-        )
-
-    @property
-    def ok(self) -> bool:
-        """Whether the optimised model keeps promise 6."""
-        return not self.faults
+class Verification(Findings):
+    """What ``verify`` found; `ok` is the verdict and `str()` the tables."""
 
     def summary(self) -> Verified:
         """The same for a report, which keeps it: ``report.with_verified(found.summary())``."""
-        from liger_fx.verification.summary import summarise
-
         return summarise(self)
 
     def __str__(self) -> str:
-        from liger_fx.verification.text import render
-
         return render(self)
-
-
-def _broken(c: Comparison) -> str:
-    what = c.name if c.name in ("outputs", "all gradients") else f"the gradient of {c.name}"
-    return f"{what}: {c.ratio:.2f} x the original's error, more than {c.bound} x"
 
 
 def verify(

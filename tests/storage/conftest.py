@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 import liger_fx
-from liger_fx.graph_model import GraphModel
+from liger_fx.model.block import Block
 from tests.support.families import build
 
 
@@ -19,13 +19,13 @@ def quiet() -> None:
 
 
 @pytest.fixture(scope="session")
-def llama() -> GraphModel:
+def llama() -> Block:
     """An optimised Llama of one layer, not to be changed."""
-    return liger_fx.optimize(build("llama", num_hidden_layers=1))
+    return liger_fx.optimize(build("llama", num_hidden_layers=1), blocks=())
 
 
 @pytest.fixture(scope="session")
-def _saved(llama: GraphModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _saved(llama: Block, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "llama"
     liger_fx.save(llama, folder)
     return folder

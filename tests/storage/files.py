@@ -26,9 +26,19 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
     file.write_text(json.dumps(value if changed is None else changed), encoding="utf-8")
 
 
+def plan_in(document: Any, block: int = 0, plan: int = 0) -> Any:
+    """The record of a graph."""
+    return document["blocks"][block]["plans"][plan]
+
+
+def guards_in(document: Any, block: int = 0, plan: int = 0) -> Any:
+    """The record of when a graph may serve a call."""
+    return plan_in(document, block, plan)["guards"]
+
+
 def node(document: Any, name: str, plan: int = 0) -> Any:
     """The record of a node by its name, or by what it calls."""
-    nodes = document["plans"][plan]["nodes"]
+    nodes = plan_in(document, plan=plan)["nodes"]
     return next(n for n in nodes if name in (n["name"], n["target"]))
 
 

@@ -16,8 +16,8 @@ import torch
 
 import liger_fx
 from liger_fx.errors import LoadError
-from liger_fx.graph_model import GraphModel
-from liger_fx.storage import directory, skeleton, unfinished
+from liger_fx.model.block import Block
+from liger_fx.storage import directory, skeleton
 from liger_fx.storage.stored import Stored
 from tests.storage.files import contents
 from tests.support.families import build
@@ -53,7 +53,7 @@ def test_a_save_during_a_load_is_noticed(replacement: str, saved: Path, during: 
 
 @pytest.mark.parametrize("how", ["in place", "replaced"])
 def test_a_checkpoint_that_changes_during_a_load_is_noticed(
-    how: str, llama: GraphModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, llama: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     liger_fx.save(llama, tmp_path / "bare", weights=False)
     build("llama", num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint")
@@ -75,7 +75,7 @@ def test_a_checkpoint_that_changes_during_a_load_is_noticed(
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o2770, 0o755])
-def test_the_mode_of_a_directory_stays(mode: int, llama: GraphModel, tmp_path: Path) -> None:
+def test_the_mode_of_a_directory_stays(mode: int, llama: Block, tmp_path: Path) -> None:
     folder = tmp_path / "graph"
     folder.mkdir()
     for _ in range(2):  # an empty one, and an earlier save
@@ -85,23 +85,23 @@ def test_the_mode_of_a_directory_stays(mode: int, llama: GraphModel, tmp_path: P
 
 
 def test_nobody_else_can_look_in_while_it_is_written(
-    llama: GraphModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "graph"
     folder.mkdir(mode=0o700)
     seen = []
     original = liger_fx.storage.save.write_file
 
-    def write_file(path: Path, chunks: Any) -> None:
+    def write_file(path: Path, data: bytes) -> None:
         seen.append(stat.S_IMODE(path.parent.stat().st_mode))
-        original(path, chunks)
+        original(path, data)
 
     monkeypatch.setattr("liger_fx.storage.save.write_file", write_file)
     liger_fx.save(llama, folder)
     assert set(seen) == {0o700}
 
 
-def test_a_new_directory_obeys_the_umask(llama: GraphModel, tmp_path: Path) -> None:
+def test_a_new_directory_obeys_the_umask(llama: Block, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         liger_fx.save(llama, tmp_path / "graph")
@@ -118,7 +118,7 @@ time.sleep(60)
 """
 
 
-def test_what_crashed_saves_left_is_removed(llama: GraphModel, tmp_path: Path) -> None:
+def test_what_crashed_saves_left_is_removed(llama: Block, tmp_path: Path) -> None:
     names = [".graph.0000000a.new", ".graph.0000000b.new", ".graph.0000000c.new",
              ".graph.0000000d.new", ".other.0000000e.new"]  # fmt: skip
     abandoned, recent, foreign, held, other = (tmp_path / name for name in names)
@@ -140,13 +140,13 @@ def test_what_crashed_saves_left_is_removed(llama: GraphModel, tmp_path: Path) -
 
 
 def test_a_save_holds_what_it_writes(
-    llama: GraphModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
     def sync(folder: Path) -> None:
-        seen.append((folder.name, unfinished._is_held(folder)))
+        seen.append((folder.name, directory._is_held(folder)))
 
-    monkeypatch.setattr(directory, "_sync", sync)
+    monkeypatch.setattr(directory, "sync", sync)
     liger_fx.save(llama, tmp_path / "graph")
     assert seen[0][0].startswith(".graph.") and seen[0][1]

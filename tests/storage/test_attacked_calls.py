@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.storage.files import edit, node
+from tests.storage.files import edit, guards_in, node
 from tests.storage.hostile import load, refused
 from tools.fuzz_load import watched
 
@@ -119,7 +119,7 @@ def test_calls(attack: str, saved: Path) -> None:
         record.update(values)
 
     edit(saved / "graph.json", change)
-    text = refused(saved, "graph.json.plans[0].nodes")
+    text = refused(saved, "graph.json.blocks[0].plans[0].nodes")
     assert place in text
 
 
@@ -143,7 +143,7 @@ def test_functions_for_attention(reference: Any, saved: Path) -> None:
         record["kwargs"]["default"] = reference
 
     edit(saved / "graph.json", change)
-    refused(saved, "graph.json.plans[0].nodes")
+    refused(saved, "graph.json.blocks[0].plans[0].nodes")
 
 
 def test_an_attention_implementation_of_a_hub(saved: Path) -> None:
@@ -151,7 +151,7 @@ def test_an_attention_implementation_of_a_hub(saved: Path) -> None:
         node(document, "attention")["kwargs"]["implementation"] = "kernels-community/x"
 
     edit(saved / "graph.json", change)
-    assert "kernels-community" in refused(saved, "graph.json.plans[0].nodes")
+    assert "kernels-community" in refused(saved, "graph.json.blocks[0].plans[0].nodes")
 
 
 @pytest.mark.parametrize(
@@ -181,23 +181,28 @@ def test_an_attention_implementation_of_a_hub(saved: Path) -> None:
     ],
 )
 def test_guards_over_sizes(guard: str, saved: Path) -> None:
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"]["sizes"].append(guard))
-    refused(saved, "graph.json.plans[0].guards.sizes[0]")
+    edit(saved / "graph.json", lambda d: guards_in(d)["sizes"].append(guard))
+    refused(saved, "graph.json.blocks[0].plans[0].guards.sizes[0]")
+
+
+def sizes_in(document: Any) -> Any:
+    """The sizes of the ids."""
+    return guards_in(document)["arguments"]["input_ids"]["tensor"]["sizes"]
 
 
 def test_names_of_sizes_and_inputs(saved: Path) -> None:
     for change in (
-        lambda d: d["plans"][0]["guards"]["inputs"]["input_ids"]["sizes"].__setitem__(0, "min"),
-        lambda d: d["plans"][0]["guards"]["inputs"]["input_ids"]["sizes"].__setitem__(0, "a b"),
-        lambda d: d["plans"][0]["guards"]["inputs"]["input_ids"]["sizes"].__setitem__(0, -1),
-        lambda d: d["plans"][0]["guards"]["inputs"].update({"x'] or exec('": {}}),
-        lambda d: d["plans"][0]["guards"]["hints"].update(batch="exec"),
-        lambda d: d["plans"][0]["guards"]["autocast"].update({"os": None}),
-        lambda d: d["plans"][0]["guards"]["constants"].update({"a": {"node": "input_ids"}}),
+        lambda d: sizes_in(d).__setitem__(0, "min"),
+        lambda d: sizes_in(d).__setitem__(0, "a b"),
+        lambda d: sizes_in(d).__setitem__(0, -1),
+        lambda d: guards_in(d)["arguments"].update({"x'] or exec('": {"value": 1}}),
+        lambda d: guards_in(d)["hints"].update(batch="exec"),
+        lambda d: guards_in(d)["autocast"].update({"os": None}),
+        lambda d: guards_in(d)["arguments"].update(a={"value": {"node": "input_ids"}}),
     ):
         whole = (saved / "graph.json").read_bytes()
         edit(saved / "graph.json", change)
-        refused(saved, "graph.json.plans[0].guards")
+        refused(saved, "graph.json.blocks[0].plans[0].guards")
         (saved / "graph.json").write_bytes(whole)
 
 
@@ -205,7 +210,7 @@ def test_strings_in_arguments_stay_strings(saved: Path) -> None:
     text = "'); __import__('os').system('x'); ('"
 
     def change(document: Any) -> None:
-        document["plans"][0]["guards"]["constants"] = {"mode": text}
+        guards_in(document)["arguments"]["mode"] = {"value": text}
         node(document, "attention")["kwargs"]["sliding_window"] = text
         node(document, "attention")["kwargs"]["other"] = {"dict": {"a": text}}
 

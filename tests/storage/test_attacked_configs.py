@@ -14,6 +14,7 @@ import liger_fx
 from liger_fx.errors import LoadError
 from liger_fx.storage.config import choose
 from liger_fx.storage.json_file import parse
+from liger_fx.storage.records import Implementations
 from tests.storage.files import edit
 from tests.storage.hostile import refused
 
@@ -28,7 +29,7 @@ def test_parts_that_the_config_does_not_have(part: str, saved: Path) -> None:
     assert before == {cls: dict(vars(cls)) for cls in (LlamaConfig, PreTrainedConfig)}
     config = LlamaConfig()
     with pytest.raises(LoadError, match="has no part"):
-        choose(config, {part: EAGER})
+        choose(config, {part: Implementations("eager", None)})
     assert isinstance(vars(PreTrainedConfig)["_attn_implementation"], property)
     assert "_attn_implementation" not in vars(LlamaConfig)
 

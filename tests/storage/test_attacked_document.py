@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.storage.files import edit
+from tests.storage.files import edit, guards_in, plan_in
 from tests.storage.hostile import refused
 
 Change = Callable[[Any], Any]
@@ -19,7 +19,8 @@ def put(record: Any, **values: Any) -> None:
 
 
 DOCUMENT: dict[str, tuple[Change, str]] = {
-    "later schema": (lambda d: put(d, schema=2, new="x"), "graph.json.schema: is 2, of a later"),
+    "later schema": (lambda d: put(d, schema=3, new="x"), "graph.json.schema: is 3, of a later"),
+    "earlier schema": (lambda d: put(d, schema=1), "graph.json.schema: is 1, which liger_fx 0.1"),
     "schema as text": (lambda d: put(d, schema="1"), "graph.json.schema"),
     "other format": (lambda d: put(d, format="onnx"), "graph.json.format"),
     "unknown field": (
@@ -28,8 +29,11 @@ DOCUMENT: dict[str, tuple[Change, str]] = {
     ),
     "missing field": (lambda d: d.pop("tensors"), "graph.json.tensors: is missing"),
     "no object": (lambda d: [d], "graph.json: is a list"),
-    "no plans": (lambda d: put(d, plans=[]), "graph.json.plans"),
-    "many plans": (lambda d: put(d, plans=d["plans"] * 17), "graph.json.plans"),
+    "no plans": (lambda d: put(d["blocks"][0], plans=[]), "graph.json.blocks: there is no graph"),
+    "many plans": (
+        lambda d: put(d["blocks"][0], plans=[plan_in(d)] * 17),
+        "graph.json.blocks[0].plans: are 17, more than 16",
+    ),
     "class of Python": (lambda d: put(d["model"], **{"class": "os"}), "graph.json.model.class"),
     "no model class": (lambda d: put(d["model"], **{"class": "Trainer"}), "graph.json.model.class"),
     "base class": (
@@ -121,18 +125,18 @@ DOCUMENT: dict[str, tuple[Change, str]] = {
         "graph.json.tensors[0].same_as",
     ),
     "placeholders late": (
-        lambda d: d["plans"][0]["nodes"].insert(5, d["plans"][0]["nodes"].pop(1)),
-        "graph.json.plans[0].nodes",
+        lambda d: plan_in(d)["nodes"].insert(5, plan_in(d)["nodes"].pop(1)),
+        "graph.json.blocks[0].plans[0].nodes",
     ),
     "two outputs": (
-        lambda d: d["plans"][0]["nodes"].insert(-1, {**d["plans"][0]["nodes"][-1], "name": "out"}),
-        "graph.json.plans[0].nodes",
+        lambda d: plan_in(d)["nodes"].insert(-1, {**plan_in(d)["nodes"][-1], "name": "out"}),
+        "graph.json.blocks[0].plans[0].nodes",
     ),
-    "no output": (lambda d: d["plans"][0]["nodes"].pop(), "graph.json.plans[0].nodes"),
-    "no nodes": (lambda d: put(d["plans"][0], nodes=[]), "graph.json.plans[0].nodes"),
+    "no output": (lambda d: plan_in(d)["nodes"].pop(), "graph.json.blocks[0].plans[0].nodes"),
+    "no nodes": (lambda d: put(plan_in(d), nodes=[]), "graph.json.blocks[0].plans[0].nodes"),
     "input unguarded": (
-        lambda d: d["plans"][0]["guards"]["inputs"].pop("attention_mask"),
-        "graph.json.plans[0].nodes",
+        lambda d: guards_in(d)["arguments"].pop("attention_mask"),
+        "graph.json.blocks[0].plans[0].nodes",
     ),
     "selection": (
         lambda d: put(d, selection={"chosen": "all", "excluded": []}),

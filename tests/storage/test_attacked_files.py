@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import liger_fx
-from liger_fx.graph_model import GraphModel
+from liger_fx.model.block import Block
 from tests.storage.files import edit
 from tests.storage.hostile import refused
 
@@ -146,7 +146,7 @@ def test_missing_files(saved: Path) -> None:
 
 
 @pytest.fixture
-def sharded(llama: GraphModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sharded(llama: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("liger_fx.storage.weights.SHARD_BYTES", 90_000)
     liger_fx.save(llama, tmp_path / "sharded")
     return tmp_path / "sharded"

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 
 import liger_fx
 from liger_fx.errors import LoadError, SaveError
-from liger_fx.graph_model import GraphModel
-from liger_fx.storage import folder
-from liger_fx.storage.folder import to_folder
-from liger_fx.storage.python_text import Statements
-from liger_fx.storage.save import wanted_tensors
+from liger_fx.model.block import Block
+from liger_fx.source import folder
+from liger_fx.source.folder import to_folder
+from liger_fx.source.statements import Statements
+from liger_fx.storage.save import Group, wanted_tensors
 from liger_fx.storage.weights import describe
 from liger_fx.tracing import leaves
+from liger_fx.tracing.call import Constant
 from tests.storage import custom
-from tests.storage.files import edit, run_python
+from tests.storage.files import edit, guards_in, plan_in, run_python
 from tests.storage.hostile import refused
 from tests.storage.test_to_folder import load_package
 from tests.support.families import build, make_inputs
@@ -74,29 +75,32 @@ def check(text: str, class_name: str) -> None:
             assert not isinstance(part, ast.Lambda | ast.Global | ast.AsyncFunctionDef | ast.Await)
 
 
-def source(opt: GraphModel, class_name: str) -> str:
+def source(opt: Block, class_name: str) -> str:
     plan = opt.plans[0]
-    text = folder._source(opt, plan, describe(opt, wanted_tensors([plan])), class_name)
+    text = folder._source(
+        opt, plan, describe(opt, wanted_tensors([Group([""], (), {0: plan})])), class_name
+    )
     folder.check_source(text, class_name)
     return text
 
 
-def put(opt: GraphModel, place: str, text: str) -> None:
+def put(opt: Block, place: str, text: str) -> None:
     """Write ``text`` into a place of the graph or the model that becomes part of the source."""
     plan = opt.plans[0]
     nodes = {n.op: n for n in reversed(plan.graph.nodes)}
     guards = plan.guards = copy.deepcopy(plan.guards)
     if place == "constant":
-        guards.call.constants["mode"] = text
+        guards.call.arguments["mode"] = Constant(text)
     elif place == "name of a constant":
-        guards.call.constants[text] = 1
+        guards.call.arguments[text] = Constant(1)
     elif place == "guard":
         plan.guards = replace(guards, sizes=(text,))
     elif place == "size":
         spec = guards.call.tensors["input_ids"]
-        guards.call.tensors["input_ids"] = replace(spec, sizes=(text, 7))
+        guards.call.arguments["input_ids"] = replace(spec, sizes=(text, 7))
     elif place == "input":
-        plan.inputs[0] = text
+        arguments = guards.call.arguments
+        arguments[text] = arguments.pop("input_ids")
     elif place == "autocast":
         guards.autocast[text] = torch.float16
     elif place == "module of a node":
@@ -130,7 +134,7 @@ PLACES = [
 ]  # fmt: skip
 
 
-def outcome(opt: GraphModel, place: str, text: str) -> str:
+def outcome(opt: Block, place: str, text: str) -> str:
     """``source`` of a copy with ``text`` put in; nothing for a SaveError."""
     twin = copy.deepcopy(opt)
     put(twin, place, text)
@@ -145,7 +149,7 @@ def outcome(opt: GraphModel, place: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_code_put_where_a_text_stands(place: str, llama: GraphModel) -> None:
+def test_code_put_where_a_text_stands(place: str, llama: Block) -> None:
     check(source(llama, "Graph"), "Graph")
     written = [text for text in TEXTS if outcome(llama, place, text)]
     if place in ("constant", "argument", "config", "module of a node", "autocast", "path"):
@@ -163,16 +167,16 @@ def test_code_put_where_a_text_stands(place: str, llama: GraphModel) -> None:
         st.text(alphabet="\"'\\\n\r\x0c\u2028#{}();ax0_.", max_size=30),
     ),
 )
-def test_any_text_anywhere(place: str, text: str, llama: GraphModel) -> None:
+def test_any_text_anywhere(place: str, text: str, llama: Block) -> None:
     outcome(llama, place, text)
 
 
 def test_a_constant_that_closes_the_docstring(saved: Path, tmp_path: Path) -> None:
     mark = tmp_path / "owned"
     code = f'"""; __import__("pathlib").Path({str(mark)!r}).write_text("x"); """'
-    constants = {"use_cache": code}
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"].update(constants=constants))
-    liger_fx.load(saved).to_folder(tmp_path / "graph")
+    use_cache = {"value": code}
+    edit(saved / "graph.json", lambda d: guards_in(d)["arguments"].update(use_cache=use_cache))
+    liger_fx.to_folder(liger_fx.load(saved), tmp_path / "graph")
     run = "import json, sys\nsys.path.insert(0, sys.argv[1])\nimport graph\nprint(json.dumps(1))"
     assert run_python(run, tmp_path) == 1 and not mark.exists()
 
@@ -182,9 +186,7 @@ def test_a_constant_that_closes_the_docstring(saved: Path, tmp_path: Path) -> No
     ["torch", "transformers", "load", "HERE", "super", "LigerRMSNorm", "Path", "load_file", "model"]
     + ["CausalLMOutputWithPast", "class", "None", "__debug__", "a b", "", "self", "leaves"],
 )
-def test_names_of_the_class_that_the_source_needs(
-    name: str, llama: GraphModel, tmp_path: Path
-) -> None:
+def test_names_of_the_class_that_the_source_needs(name: str, llama: Block, tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="no name for a class|the source itself needs"):
         to_folder(llama, tmp_path / "graph", name)
     assert not (tmp_path / "graph").exists()
@@ -194,7 +196,7 @@ def test_other_arguments_are_one_clear_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opt = liger_fx.optimize(build("llama"))
-    opt.to_folder(tmp_path / "graph_alone")
+    liger_fx.to_folder(opt, tmp_path / "graph_alone")
     model = load_package(tmp_path / "graph_alone", monkeypatch).load()
     inputs = make_inputs(opt)
     assert torch.equal(model(**inputs, labels=None).logits, opt(**inputs).logits)
@@ -210,7 +212,7 @@ def test_constants_of_the_call_may_be_given(
     opt = liger_fx.optimize(build("llama"))
     inputs = make_inputs(opt)
     constant = liger_fx.optimize(build("llama"), {**inputs, "use_cache": False})
-    constant.to_folder(tmp_path / "graph_constant")
+    liger_fx.to_folder(constant, tmp_path / "graph_constant")
     model = load_package(tmp_path / "graph_constant", monkeypatch).load()
     assert torch.equal(
         model(**inputs, use_cache=False).logits, constant(**inputs, use_cache=False).logits
@@ -234,31 +236,30 @@ def test_negative_numbers_and_arguments_with_names_of_builtins() -> None:
 
 
 @pytest.mark.parametrize(
-    "constants, place",
+    "name, value, place",
     [
-        ({"use_cache": [1]}, "constants.'use_cache': [1] is no plain argument"),
-        ({"use_cache": {"dict": {"a": 1}}}, "constants.'use_cache'"),
-        ({"input_ids": 1}, "constants: 'input_ids' is an input, too"),
-        ({"__class__": 1}, "constants.'__class__': '__class__' is no name"),
-        ({"a b": 1}, "constants.'a b'"),
+        ("use_cache", [1], ".use_cache.value: [1] is no plain argument"),
+        ("use_cache", {"dict": {"a": 1}}, ".use_cache.value: "),
+        ("use_cache", {"node": "input_ids"}, ".use_cache.value"),
+        ("__class__", 1, ".__class__: '__class__' is no name"),
+        ("a b", 1, ".'a b'"),
     ],
 )
-def test_constants_that_are_no_arguments(
-    constants: dict[str, Any], place: str, saved: Path
-) -> None:
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"].update(constants=constants))
-    refused(saved, f"graph.json.plans[0].guards.{place}")
+def test_constants_that_are_no_arguments(name: str, value: Any, place: str, saved: Path) -> None:
+    argument = {name: {"value": value}}
+    edit(saved / "graph.json", lambda d: guards_in(d)["arguments"].update(argument))
+    refused(saved, f"graph.json.blocks[0].plans[0].guards.arguments{place}")
 
 
 def test_constants_that_the_forward_does_not_take(tmp_path: Path) -> None:
     model = custom.Net(0.5).eval()
     liger_fx.save(liger_fx.optimize(model, (torch.randn(3, 8),)), tmp_path / "graph", weights=False)
     for change in (
-        lambda g: g["constants"].update(code=1),
-        lambda g: g["inputs"].update(code=g["inputs"].pop("x")),
+        lambda arguments: arguments.update(code={"value": 1}),
+        lambda arguments: arguments.update(code=arguments.pop("x")),
     ):
         folder = Path(shutil.copytree(tmp_path / "graph", tmp_path / "damaged"))
-        edit(folder / "graph.json", lambda d, change=change: change(d["plans"][0]["guards"]))  # type: ignore[misc]
+        edit(folder / "graph.json", lambda d, change=change: change(guards_in(d)["arguments"]))  # type: ignore[misc]
         edit(folder / "graph.json", rename_input)
         with pytest.raises(LoadError, match="the model's forward takes no 'code'"):
             liger_fx.load(folder, model=model)
@@ -266,6 +267,6 @@ def test_constants_that_the_forward_does_not_take(tmp_path: Path) -> None:
 
 
 def rename_input(document: Any) -> None:
-    plan = document["plans"][0]
+    plan = plan_in(document)
     record = next(n for n in plan["nodes"] if n["op"] == "placeholder")
-    (record["target"],) = plan["guards"]["inputs"]
+    (record["target"],) = (n for n, s in plan["guards"]["arguments"].items() if "tensor" in s)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from liger_fx.errors import LoadError
 from liger_fx.storage.expressions import check
 from liger_fx.tracing.call import CallSpec, InputSpec
-from liger_fx.tracing.guards import Guards, _compile_inputs
-from tests.storage.files import edit
+from liger_fx.tracing.guards import Guards, compile_take
+from tests.storage.files import edit, guards_in
 from tests.storage.hostile import load, refused
 from tests.support.families import make_inputs
 
@@ -41,8 +42,8 @@ GOOD = [
 
 @pytest.mark.parametrize("guard", BAD)
 def test_guards_that_take_for_ever_or_fail(guard: str, saved: Path) -> None:
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"]["sizes"].append(guard))
-    refused(saved, "graph.json.plans[0].guards.sizes[0]")
+    edit(saved / "graph.json", lambda d: guards_in(d)["sizes"].append(guard))
+    refused(saved, "graph.json.blocks[0].plans[0].guards.sizes[0]")
 
 
 @pytest.mark.parametrize("guard", GOOD)
@@ -52,20 +53,20 @@ def test_guards_that_models_have(guard: str) -> None:
 
 @pytest.mark.parametrize("guard", ["1 / (batch - 2) > 0", "sequence % (batch - 2) == 0"])
 def test_a_guard_that_divides_by_zero_does_not_hold(guard: str, saved: Path) -> None:
-    edit(saved / "graph.json", lambda d: d["plans"][0]["guards"]["sizes"].append(guard))
+    edit(saved / "graph.json", lambda d: guards_in(d)["sizes"].append(guard))
     found = load(saved)
-    plain = found.model_class.forward
+    plain = found.block_class.forward
     inputs = make_inputs(found, batch=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.allclose(found(**inputs)[0], plain(found, **inputs)[0], atol=1e-5)
-    assert len(found.plans) == 2 and not found.plans[0].holds(found, inputs)
+    assert len(found.plans) == 2 and found.plans[0].take(found, inputs) is None
 
 
 def holds(guards: tuple[str, ...], sizes: tuple[int | str, ...], shape: tuple[int, ...]) -> bool:
     call = CallSpec({"x": InputSpec(sizes, torch.float32, torch.device("cpu"))})
-    ask = _compile_inputs(Guards(call, guards, False, True, {}, False))
-    return ask({"x": torch.zeros(shape)})
+    take = compile_take(Guards(call, guards, False, True, {}, False))
+    return take(nn.Module(), {"x": torch.zeros(shape)}) is not None
 
 
 def test_sizes_that_are_called_as_their_places_are() -> None:

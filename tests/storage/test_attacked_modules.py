@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.storage.files import edit, node
+from tests.storage.files import edit, node, plan_in
 from tests.storage.hostile import refused
 
 
@@ -38,11 +38,11 @@ def test_rotary_widths_that_are_not_the_graphs(name: str, value: int, saved: Pat
 
 
 def follow(document: Any) -> None:
-    document["plans"][0]["followed"][1] = "model.nothing"
+    plan_in(document)["followed"][1] = "model.nothing"
 
 
 def follow_a_mounted_one(document: Any) -> None:
-    document["plans"][0]["followed"].append("model.layers.0.self_attn.rotary_embedding")
+    plan_in(document)["followed"].append("model.layers.0.self_attn.rotary_embedding")
 
 
 def mode(document: Any) -> None:
@@ -64,8 +64,8 @@ def choose_a_lot(document: Any) -> None:
 @pytest.mark.parametrize(
     "change, place",
     [
-        (follow, "graph.json.plans[0].followed[1]: there is no module model.nothing"),
-        (follow_a_mounted_one, "graph.json.plans[0].followed["),
+        (follow, "graph.json.blocks[0].plans[0].followed[1]: there is no module model.nothing"),
+        (follow_a_mounted_one, "graph.json.blocks[0].plans[0].followed["),
         (mode, "graph.json.other_modes[1]: there is no module model.layers.7"),
         (choose, "graph.json.selection: 'rms_nrom' is no rule and no module"),
         (choose_a_lot, "graph.json.selection: has more than 4096 names"),
@@ -78,7 +78,7 @@ def test_names_of_nothing(change: Callable[[Any], None], place: str, saved: Path
 
 
 @pytest.mark.parametrize("site", [-1, 99, 10**18, 4])
-def test_a_site_that_the_report_lacks(site: int, saved: Path) -> None:
+def test_a_site_that_the_plan_lacks(site: int, saved: Path) -> None:
     def change(document: Any) -> None:
         made = node(document, "model.norm")
         assert made["rewrite"]["site"] != site
@@ -87,8 +87,8 @@ def test_a_site_that_the_report_lacks(site: int, saved: Path) -> None:
             made["rewrite"]["rule"] = "rope"
 
     edit(saved / "graph.json", change)
-    text = refused(saved, "graph.json.plans[0].nodes[")
-    assert f".rewrite.site: the report has no site {site}" in text
+    text = refused(saved, "graph.json.blocks[0].plans[0].nodes[")
+    assert f".rewrite.site: the plan has no site {site}" in text
 
 
 def test_modules_that_are_described_wrongly(saved: Path) -> None:

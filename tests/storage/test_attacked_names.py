@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.storage.files import edit, node
+from tests.storage.files import edit, guards_in, node
 from tests.storage.hostile import load, refused
 from tests.support.families import make_inputs
 
@@ -19,29 +19,29 @@ BAD = ["self", "__debug__", "__class__", "__x", "class", "None", "a b", "", "x=1
 def test_inputs_that_no_function_can_take(name: str, saved: Path) -> None:
     def change(document: Any) -> None:
         node(document, "input_ids")["target"] = name
-        inputs = document["plans"][0]["guards"]["inputs"]
+        inputs = guards_in(document)["arguments"]
         inputs[name] = inputs.pop("input_ids")
 
     edit(saved / "graph.json", change)
-    refused(saved, "graph.json.plans[0].")
+    refused(saved, "graph.json.blocks[0].plans[0].")
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_the_target_of_a_placeholder_alone(name: str, saved: Path) -> None:
     edit(saved / "graph.json", lambda d: node(d, "input_ids").update(target=name))
-    assert ".target: " in refused(saved, "graph.json.plans[0].nodes")
+    assert ".target: " in refused(saved, "graph.json.blocks[0].plans[0].nodes")
 
 
 @pytest.mark.parametrize("name", [name for name in BAD if name != "self"])
 def test_arguments_by_name(name: str, saved: Path) -> None:
     edit(saved / "graph.json", lambda d: node(d, "view").update(kwargs={name: 1}))
-    refused(saved, "graph.json.plans[0].nodes")
+    refused(saved, "graph.json.blocks[0].plans[0].nodes")
 
 
 @pytest.mark.parametrize("name", ["torch", "device", "inf"])
 def test_nodes_that_torch_fx_would_call_otherwise(name: str, saved: Path) -> None:
     edit(saved / "graph.json", lambda d: node(d, "arange").update(name=name))
-    refused(saved, f"graph.json.plans[0].nodes[7] ('{name}').name")
+    refused(saved, f"graph.json.blocks[0].plans[0].nodes[8] ('{name}').name")
 
 
 @pytest.mark.parametrize("name", ["operator", "math", "x0", "leaves"])

@@ -10,8 +10,8 @@ import pytest
 
 import liger_fx
 from liger_fx.errors import SaveError
-from liger_fx.graph_model import GraphModel
-from liger_fx.storage.names import MODULE_MARK
+from liger_fx.model.block import Block
+from liger_fx.source.folder import MODULE_MARK
 from tests.storage.files import contents
 from tests.storage.hostile import refused
 
@@ -84,7 +84,7 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
-def test_save_replaces_nothing_of_others(kind: str, llama: GraphModel, tmp_path: Path) -> None:
+def test_save_replaces_nothing_of_others(kind: str, llama: Block, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     GRAPHS[kind](tmp_path / "there")
     before = contents(tmp_path)
@@ -94,24 +94,22 @@ def test_save_replaces_nothing_of_others(kind: str, llama: GraphModel, tmp_path:
 
 
 @pytest.mark.parametrize("kind", PACKAGES)
-def test_to_folder_replaces_nothing_of_others(kind: str, llama: GraphModel, tmp_path: Path) -> None:
+def test_to_folder_replaces_nothing_of_others(kind: str, llama: Block, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     PACKAGES[kind](tmp_path / "there")
     before = contents(tmp_path)
     with pytest.raises(SaveError, match="holds something else"):
-        llama.to_folder(tmp_path / "there")
+        liger_fx.to_folder(llama, tmp_path / "there")
     assert contents(tmp_path) == before
 
 
-def test_what_was_written_before_is_replaced(
-    llama: GraphModel, saved: Path, tmp_path: Path
-) -> None:
+def test_what_was_written_before_is_replaced(llama: Block, saved: Path, tmp_path: Path) -> None:
     for text in ('{"format": "liger_fx graph", damaged', '{"a": 1, "format": "liger_fx graph"}'):
         (saved / "graph.json").write_text(text)
         liger_fx.save(llama, saved)
         assert contents(saved)["graph.json"] != text.encode()
-    llama.to_folder(tmp_path / "package")
+    liger_fx.to_folder(llama, tmp_path / "package")
     before = contents(tmp_path / "package")
     write({"__pycache__/module.cpython-311.pyc": ""})(tmp_path / "package")
-    llama.to_folder(tmp_path / "package")
+    liger_fx.to_folder(llama, tmp_path / "package")
     assert contents(tmp_path / "package") == before

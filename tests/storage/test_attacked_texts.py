@@ -10,7 +10,7 @@ import pytest
 
 from liger_fx.errors import LoadError
 from liger_fx.storage.json_file import parse
-from tests.storage.files import edit
+from tests.storage.files import edit, guards_in
 from tests.storage.hostile import refused
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\u202e\n" + "A" * 3000
@@ -64,7 +64,7 @@ def test_every_load_error_is_one_line_of_at_most_500_characters(text: str) -> No
 @pytest.mark.parametrize("text", ["\x1b[31m", "\x07", "\u202e", "\x00", "\x9b2J"])
 def test_a_report_holds_nothing_that_a_terminal_obeys(text: str, saved: Path) -> None:
     edit(saved / "report.json", lambda r: r["sites"][0].update(path=text))
-    assert "sites[0].path has characters" in refused(saved, "report.json")
+    assert "sites[0].path: has characters" in refused(saved, "report.json")
     edit(
         saved / "report.json",
         lambda r: r["sites"][0].update(path="x") or r["versions"].update({text: "1"}),
@@ -87,7 +87,7 @@ def test_a_report_is_read_as_strictly_as_the_graph(
 @pytest.mark.parametrize("half", ["\ud800", "x\udfff", "\udc00\ud800"])
 def test_half_a_character(half: str, saved: Path) -> None:
     def change(document: Any) -> None:
-        document["plans"][0]["guards"]["constants"].update(use_cache=half)
+        guards_in(document)["arguments"].update(use_cache={"value": half})
 
     edit(saved / "graph.json", change)
     assert "surrogates" in refused(saved, "graph.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 
 import liger_fx
 from liger_fx.errors import LoadError
-from liger_fx.storage.targets import IN_PLACE, MAKES_NEW
-from tests.storage.files import edit
+from liger_fx.storage.targets import FUNCTIONS, METHODS
+from liger_fx.storage.writes import is_in_place, makes_new
+from tests.storage.files import edit, plan_in
 from tests.storage.hostile import refused
 from tests.support.families import build
 
@@ -63,14 +65,16 @@ VIEWS: dict[str, Record] = {
 
 
 def insert(folder: Path, *records: Record) -> None:
-    edit(folder / "graph.json", lambda d: d["plans"][0]["nodes"].__setitem__(slice(2, 2), records))
+    edit(folder / "graph.json", lambda d: plan_in(d)["nodes"].__setitem__(slice(2, 2), records))
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_writes_into_what_may_be_a_view_of_a_weight(view: str, saved: Path) -> None:
     insert(saved, WEIGHT, VIEWS[view], FILL)
     assert (
-        "(zz_f): writes into" in (said := refused(saved, "graph.json.plans[0].nodes.zz_f")) or said
+        "(zz_f): writes into"
+        in (said := refused(saved, "graph.json.blocks[0].plans[0].nodes.zz_f"))
+        or said
     )
 
 
@@ -97,7 +101,7 @@ PARTS: dict[str, list[Record]] = {
 @pytest.mark.parametrize("part", PARTS)
 def test_writes_into_parts(part: str, saved: Path) -> None:
     insert(saved, WEIGHT, *PARTS[part], FILL)
-    refused(saved, "graph.json.plans[0].nodes.zz_f: writes into lm_head.weight")
+    refused(saved, "graph.json.blocks[0].plans[0].nodes.zz_f: writes into lm_head.weight")
 
 
 WRITES: dict[str, Record] = {
@@ -128,7 +132,7 @@ WRITES: dict[str, Record] = {
 @pytest.mark.parametrize("write", WRITES)
 def test_writes_of_every_kind(write: str, tensor: Record, saved: Path) -> None:
     insert(saved, tensor, WRITES[write])
-    refused(saved, f"graph.json.plans[0].nodes.zz_f: writes into {tensor['target']}")
+    refused(saved, f"graph.json.blocks[0].plans[0].nodes.zz_f: writes into {tensor['target']}")
 
 
 HARMLESS: dict[str, list[Record]] = {
@@ -169,7 +173,7 @@ def test_methods_that_are_said_to_make_new_memory_do() -> None:
     square, numbers = torch.rand(4, 4), torch.arange(16).view(4, 4)
     found, tried = set(), set()
     arguments: list[tuple[Any, ...]]
-    for name in sorted({str(target) for op, target in MAKES_NEW if op == "call_method"}):
+    for name in sorted(name for name in METHODS if makes_new("call_method", name)):
         for x in (square, numbers, torch.ones(1, 1), torch.ones(4), torch.ones(4) > 0):
             arguments = [(), (1,), (0,), (x,), (1, 1), (0, x), (0, numbers[:1] * 0, x[:1]), ((),)]
             for given in arguments:
@@ -184,6 +188,20 @@ def test_methods_that_are_said_to_make_new_memory_do() -> None:
 
 
 def test_every_write_is_known() -> None:
-    names = {target for op, target in IN_PLACE if op == "call_method"}
+    names = {name for name in METHODS if is_in_place("call_method", name)}
     assert {"fill_", "copy_", "zero_", "index_put_", "t_", "requires_grad_", "relu_"} <= names
-    assert not MAKES_NEW & IN_PLACE and nn.init.zeros_ in {target for _, target in IN_PLACE}
+    calls = [("call_method", name) for name in METHODS]
+    calls += [("call_function", function) for function in FUNCTIONS.values()]
+    assert not [call for call in calls if is_in_place(*call) and makes_new(*call)]
+    assert is_in_place("call_function", nn.init.zeros_)
+    assert is_in_place("call_function", operator.iand)
+    assert not is_in_place("call_function", operator.and_)
+
+
+def test_every_write_that_pytorch_tells_of_is_known() -> None:
+    """The names say which operators write; the schemas of PyTorch say the same."""
+    for name in METHODS:
+        schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+        firsts = [s.arguments[0] for s in schemas if str(s.arguments[0].type) == "Tensor"]
+        writes = {bool(a.alias_info and a.alias_info.is_write) for a in firsts}
+        assert not writes or writes == {is_in_place("call_method", name)}, name

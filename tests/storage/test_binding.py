@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 import liger_fx
 from liger_fx.errors import LoadError, RetraceWarning, SaveError, UsageError
-from liger_fx.graph_model import GraphModel
+from liger_fx.model.block import Block
 from liger_fx.tiny import tiny_model
 from tests.storage import custom
 from tests.support.families import build, config, make_inputs
 
 
 @pytest.fixture(scope="session")
-def bare(llama: GraphModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bare(llama: Block, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The graph of the tiny Llama without its weights."""
     folder = tmp_path_factory.mktemp("bare") / "llama"
     liger_fx.save(llama, folder, weights=False)
@@ -181,7 +181,7 @@ def test_adapters_are_bound_to_a_model_with_adapters(tmp_path: Path) -> None:
         liger_fx.load(tmp_path / "a", model=build("llama"))
 
 
-def test_another_dtype_is_converted_said_and_traced_anew(llama: GraphModel, saved: Path) -> None:
+def test_another_dtype_is_converted_said_and_traced_anew(llama: Block, saved: Path) -> None:
     with pytest.warns(RetraceWarning, match="traced anew"):
         loaded = liger_fx.load(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
@@ -270,6 +270,6 @@ def test_arguments_of_another_kind(given: dict[str, Any], said: str, saved: Path
         liger_fx.load(None, **given)  # type: ignore[arg-type]
 
 
-def test_inputs_of_another_kind(llama: GraphModel, tmp_path: Path) -> None:
+def test_inputs_of_another_kind(llama: Block, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a int"):
         liger_fx.export(llama, tmp_path / "a.pt2", 3)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def test_examples_run(name: str, result: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said = {
-        "save_and_load": "LoadError: graph.json.plans[0].nodes",
+        "save_and_load": "LoadError: graph.json.blocks[",
         "export": "transformers was imported: False",
         "reports": "exit code 1",
     }

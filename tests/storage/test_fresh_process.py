@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import liger_fx
-from liger_fx.graph_model import GraphModel
+from liger_fx.model.block import Block
 from tests.storage.files import run_python
 from tests.support.families import build, make_inputs
 
@@ -75,7 +75,7 @@ print(json.dumps([weights, after - before, peak - before]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_peak_of_memory_is_the_weights(llama: GraphModel, saved: Path, tmp_path: Path) -> None:
+def test_the_peak_of_memory_is_the_weights(llama: Block, saved: Path, tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=16384,
         hidden_size=1024,
@@ -90,7 +90,7 @@ def test_the_peak_of_memory_is_the_weights(llama: GraphModel, saved: Path, tmp_p
     assert peak < weights * 1.1, f"{peak / weights:.2f} times the weights"
 
 
-def test_saved_graphs_say_the_same_in_every_process(llama: GraphModel, saved: Path) -> None:
+def test_saved_graphs_say_the_same_in_every_process(llama: Block, saved: Path) -> None:
     code = (
         "import sys, json, liger_fx; opt = liger_fx.load(sys.argv[1]);"
         "liger_fx.save(opt, sys.argv[2]); print(json.dumps(str(opt)))"
@@ -99,4 +99,4 @@ def test_saved_graphs_say_the_same_in_every_process(llama: GraphModel, saved: Pa
     assert run_python(code, saved, again) == str(llama)
     for file in saved.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
-    assert json.loads((again / "graph.json").read_text())["schema"] == 1
+    assert json.loads((again / "graph.json").read_text())["schema"] == 2

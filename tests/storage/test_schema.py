@@ -13,7 +13,7 @@ import torch
 
 import liger_fx
 from liger_fx.errors import LoadError
-from liger_fx.storage import document
+from liger_fx.storage.records import SCHEMA
 from liger_fx.storage.saved import read_saved
 from tests.storage.files import ROOT, edit
 
@@ -23,10 +23,10 @@ DOCS = ROOT / "docs" / "graph-format.md"
 
 def test_version_1_is_read() -> None:
     found = read_saved(VERSION_1)
-    plan = found.document.plans[0]
-    assert found.document.class_name == "LlamaForCausalLM" and len(found.document.plans) == 1
+    plan = found.plans[0]
+    assert found.document.model.class_ == "LlamaForCausalLM" and len(found.plans) == 1
     assert len(plan.graph.nodes) == 56 and plan.followed[:2] == ["", "model"]
-    assert [record["class"] for record in found.document.named_modules] == [
+    assert [record.class_ for record in found.document.named_modules] == [
         "LigerRotaryEmbedding", "LigerSwiGLUMLP", "LigerRMSNorm", "LigerRMSNorm", "LigerRMSNorm",
     ]  # fmt: skip
     assert plan.guards.call.tensors["input_ids"].sizes == ("batch", "sequence")
@@ -61,10 +61,10 @@ def test_the_documentation_has_every_field() -> None:
     text = DOCS.read_text(encoding="utf-8")
     names = set(re.findall(r"`([a-z_]+)`", text))
     saved = json.loads((VERSION_1 / "graph.json").read_text())
-    plan = saved["plans"][0]
+    plan = saved["blocks"][0]["plans"][0]
     wanted = {*saved, *saved["model"], *saved["fingerprint"], *plan, *plan["guards"]}
     for records in (plan["nodes"], saved["tensors"], saved["named_modules"]):
         wanted |= {name for record in records for name in record}
     wanted |= {"same_as", "frozen", "also", "device", "opaque", "chosen", "excluded", "rewrite"}
     assert wanted <= names, sorted(wanted - names)
-    assert f"schema {document.SCHEMA}" in text.lower() or f"`schema`: {document.SCHEMA}" in text
+    assert f"schema {SCHEMA}" in text.lower() or f"`schema`: {SCHEMA}" in text

@@ -1,4 +1,4 @@
-"""opt.to_folder: Python source that computes the same bits in a process without the tracer."""
+"""liger_fx.to_folder: Python source that computes the same bits in a process without the tracer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 import liger_fx
 from liger_fx.errors import SaveError
-from liger_fx.storage.python_text import Statements
+from liger_fx.source.statements import Statements
 from tests.storage import custom
 from tests.storage.files import contents, run_python
 from tests.support.families import FAMILIES, build, make_inputs
@@ -34,7 +34,7 @@ print(json.dumps({
     "same": torch.equal(result.logits, given["logits"]),
     "class": [cls.__module__ for cls in type(model).__mro__[:2]],
     "tracing": [m for m in names if m.endswith(tracer) or m.startswith(("liger_fx.engine",
-        "liger_fx.api", "liger_fx.plan", "liger_fx.graph_model", "liger_fx.storage"))],
+        "liger_fx.api", "liger_fx.model", "liger_fx.storage"))],
     "refused": [refused(model, given["inputs"], change) for change in (
         lambda i: i.update(input_ids=i["input_ids"].int()),
         lambda i: i.update(attention_mask=i["attention_mask"][:, :-1]),
@@ -58,7 +58,7 @@ def test_a_fresh_process_computes_the_same_bits_without_the_tracer(
     name: str, tmp_path: Path
 ) -> None:
     opt = liger_fx.optimize(build(name))
-    opt.to_folder(tmp_path / "graph")
+    liger_fx.to_folder(opt, tmp_path / "graph")
     inputs = make_inputs(opt, pad=True)
     torch.save({"inputs": inputs, "logits": opt(**inputs).logits.detach()}, tmp_path / "given")
     found = run_python(REFUSED + RUN, tmp_path, tmp_path / "given")
@@ -82,7 +82,7 @@ def load_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opt = liger_fx.optimize(build(name))
-    opt.to_folder(tmp_path / f"graph_of_{name}")
+    liger_fx.to_folder(opt, tmp_path / f"graph_of_{name}")
     model = load_package(tmp_path / f"graph_of_{name}", monkeypatch).load()
     inputs = make_inputs(opt, pad=True)
     assert torch.equal(model(**inputs).logits, opt(**inputs).logits)
@@ -96,7 +96,7 @@ def test_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_it_is_written_to_be_read(tmp_path: Path) -> None:
     opt = liger_fx.optimize(build("llama"))
-    opt.to_folder(tmp_path / "graph", "Readable")
+    liger_fx.to_folder(opt, tmp_path / "graph", "Readable")
     text = (tmp_path / "graph" / "module.py").read_text()
     assert "class Readable(transformers.LlamaForCausalLM):" in text
     assert "input_ids is int64[batch, sequence] on cpu" in text
@@ -111,21 +111,21 @@ def test_it_is_written_to_be_read(tmp_path: Path) -> None:
 def test_a_graph_it_cannot_make_again_and_other_folders(tmp_path: Path) -> None:
     opt = liger_fx.optimize(custom.Net(0.5).eval(), (torch.randn(3, 8),))
     with pytest.raises(SaveError, match="Net is no model class of transformers"):
-        opt.to_folder(tmp_path / "graph")
+        liger_fx.to_folder(opt, tmp_path / "graph")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "module.py").write_text("mine")
     (tmp_path / "other" / "mine.py").write_text("mine")
     llama = liger_fx.optimize(build("llama"))
     before = contents(tmp_path)
     with pytest.raises(SaveError, match="holds something else"):
-        llama.to_folder(tmp_path / "other")
+        liger_fx.to_folder(llama, tmp_path / "other")
     with pytest.raises(SaveError, match="no name for a class"):
-        llama.to_folder(tmp_path / "graph", "import os; x")
+        liger_fx.to_folder(llama, tmp_path / "graph", "import os; x")
     assert contents(tmp_path) == before
-    llama.to_folder(tmp_path / "graph")
+    liger_fx.to_folder(llama, tmp_path / "graph")
     with pytest.raises(SaveError, match="holds something else"):
         liger_fx.save(llama, tmp_path / "graph")
-    llama.to_folder(tmp_path / "graph")
+    liger_fx.to_folder(llama, tmp_path / "graph")
 
 
 @pytest.mark.parametrize("module", [NoGradRegion(), AutocastRegion(), InPlace()])

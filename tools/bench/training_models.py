@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,6 +57,45 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training step of one of the models; ``lora`` puts adapters of rank 16 on all linear layers
+    but the head."""
+
+    model: str
+    batch: int = 4
+    length: int = 2048
+    checkpointed: bool = False
+    lora: bool = False
+
+
+WORKLOADS = {
+    "llama1b": Workload("llama1b"),
+    "llama8b": Workload("llama8b"),
+    "qwen3": Workload("qwen3"),
+    "llama1b_checkpointed": Workload("llama1b", batch=8, checkpointed=True),
+    "llama8b_lora": Workload("llama8b", lora=True),
+    "llama8b_lora_checkpointed": Workload("llama8b", batch=8, checkpointed=True, lora=True),
+    "tiny": Workload("tiny", batch=2, length=64),
+    "tiny_lora_checkpointed": Workload("tiny", 2, 64, checkpointed=True, lora=True),
+}
+
+
+def prepare(workload: Workload) -> Any:
+    """The model that is trained, adapters and checkpointing on."""
+    model: Any = build(workload.model)
+    if workload.checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if workload.lora:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        model = get_peft_model(model, config)
+        if workload.checkpointed:
+            model.enable_input_require_grads()
+    return model.train()
 
 
 def build(name: str) -> PreTrainedModel:

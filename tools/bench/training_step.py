@@ -5,8 +5,8 @@
 The variants are transformers eager, liger_fx, liger-kernel (where installed), and torch.compile of
 the first two. Each runs in a process of its own: liger-kernel's patch of one instance rebinds names
 in transformers' modules, so a variant after it would be patched too. All share weights, data and
-the learning rate, so that their losses must agree. bf16, SGD, SDPA attention, 4 x 2048 tokens of
-random ids as their own labels, no cache and no gradient checkpointing.
+the learning rate, so that their losses must agree. bf16, SGD, SDPA attention, random ids as their
+own labels, no cache; batch, length, adapters and checkpointing are those of the workload.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench.common import RESULTS, run_child, show, write
 from tools.bench.gpu_time import try_gpu_time
-from tools.bench.training_models import MODELS, build, device
+from tools.bench.training_models import WORKLOADS, device
+from tools.bench.training_models import prepare as prepared_model
 
-BATCH, LENGTH = 4, 2048
 LEARNING_RATE = 1e-2
 WARM_UP = 4
 BAR = 1.2  # x eager's tokens/s, llama1b
@@ -40,11 +40,17 @@ def prepare(variant: str, model: torch.nn.Module, example: dict[str, torch.Tenso
     if "liger_fx" in base:
         import liger_fx
 
-        model = liger_fx.optimize(model, inputs=example)
+        # Adapters stay around the model, as the user has put them there.
+        inner = getattr(model, "base_model", model) if hasattr(model, "peft_config") else None
+        if inner is not None:
+            inner.model = liger_fx.optimize(inner.model, inputs=example)
+        else:
+            model = liger_fx.optimize(model, inputs=example)
     elif base == "liger_kernel":
         from liger_kernel import transformers as patches  # type: ignore[import-not-found]
 
-        patches._apply_liger_kernel_to_instance(model=model)
+        plain = model.base_model.model if hasattr(model, "peft_config") else model
+        patches._apply_liger_kernel_to_instance(model=plain)
     if base == "torch_compile" or compiled:
         return torch.compile(model)
     return model
@@ -53,14 +59,16 @@ def prepare(variant: str, model: torch.nn.Module, example: dict[str, torch.Tenso
 class Training:
     """One model, its optimizer and its fixed batch; `step` is what is timed."""
 
-    def __init__(self, name: str, variant: str, batch: int, length: int) -> None:
-        model = build(name)
+    def __init__(self, name: str, variant: str) -> None:
+        workload = WORKLOADS[name]
+        model = prepared_model(workload)
         torch.manual_seed(1)
-        vocabulary = model.config.vocab_size
-        ids = torch.randint(0, vocabulary, (batch, length), device=device())
+        shape = workload.batch, workload.length
+        ids = torch.randint(0, model.config.vocab_size, shape, device=device())
         self.inputs = {"input_ids": ids, "labels": ids}
         self.call = prepare(variant, model, self.inputs)
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
 
     def step(self) -> torch.Tensor:
         loss = self.call(**self.inputs).loss
@@ -72,9 +80,9 @@ class Training:
 
 def measure(variant: str, name: str, steps: int, breakdown: bool) -> dict[str, Any]:
     """Runs `steps` timed steps after a warm-up; times in ms, memory in GiB. Needs a GPU."""
-    batch, length = (2, 64) if name == "tiny" else (BATCH, LENGTH)
+    tokens = WORKLOADS[name].batch * WORKLOADS[name].length
     begin = time.perf_counter()
-    training = Training(name, variant, batch, length)
+    training = Training(name, variant)
     synchronize()
     prepared, begin = time.perf_counter() - begin, time.perf_counter()
     losses = [training.step().item()]
@@ -92,7 +100,7 @@ def measure(variant: str, name: str, steps: int, breakdown: bool) -> dict[str, A
         "step_ms": step_ms,
         "step_ms_spread": [min(times), max(times)],
         "steps": steps,
-        "tokens_per_s": batch * length / step_ms * 1000,
+        "tokens_per_s": tokens / step_ms * 1000,
         "peak_gib": peak_gib(),
         "losses": losses + timed_losses,
         "final_loss": timed_losses[-1],
@@ -167,7 +175,7 @@ def line(row: dict[str, Any], eager: float) -> list[Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=["llama1b"])
+    parser.add_argument("--model", choices=WORKLOADS, nargs="+", default=["llama1b"])
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=list(VARIANTS[:4]))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--breakdown", action="store_true", help="GPU time by group of kernels")

@@ -10,9 +10,8 @@ import ast
 import warnings
 
 from liger_fx.errors import SaveError, one_line
-from liger_fx.storage.names import MODULE
 
-# What folder.py and python_values.py write besides imports.
+# What folder.py and values.py write besides imports.
 _NEEDED = {
     "self", "super", "dict", "enumerate", "sorted", "setattr", "getattr", "slice", "float",
     "ValueError",
@@ -28,7 +27,9 @@ def check_source(text: str, class_name: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what a graph computes
-            compile(text, MODULE, "exec", dont_inherit=True)  # which finds more than the parser
+            compile(
+                text, "module.py", "exec", dont_inherit=True
+            )  # which finds more than the parser
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SaveError(f"The graph has no form as Python source: {one_line(error)}.") from None

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from liger_fx.errors import SaveError, printable
-from liger_fx.storage.python_values import (
+from liger_fx.source.values import (
     comment,
     index_text,
     name_text,

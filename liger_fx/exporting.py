@@ -28,12 +28,14 @@ import torch
 from torch import nn
 
 from liger_fx.errors import SaveError, UsageError, one_line
-from liger_fx.graph_model import GraphModel
-from liger_fx.module_tree import copy_tree
-from liger_fx.plan import Plan, compile_graph
+from liger_fx.inputs import example_arguments
+from liger_fx.model.block import Block
+from liger_fx.model.flatten import flat_plan
+from liger_fx.model.plan import Plan
 from liger_fx.storage import expressions
 from liger_fx.storage.directory import write_file
-from liger_fx.tracing.call import CallSpec, InputSpec, example_call, is_transformers
+from liger_fx.tracing.call import CallSpec, InputSpec, Opaque
+from liger_fx.tracing.naming import describe_call, is_transformers
 
 _EXAMPLE_SIZES = (3, 11, 13, 17, 19, 23)
 
@@ -56,19 +58,21 @@ def export(
     Raises SaveError where torch.export cannot follow (an attention implementation, say), or the
     file cannot be written; UsageError for what is no optimised model.
     """
-    if not isinstance(opt, GraphModel):
+    if not isinstance(opt, Block):
         raise UsageError(f"Expected what optimize() returned, got a {type(opt).__name__}.")
     if not isinstance(inputs, Mapping | tuple | None):
         raise UsageError(
             f"export takes inputs by name or in a tuple, not a {type(inputs).__name__}."
         )
-    call = example_call(opt, inputs)
+    arguments = example_arguments(opt, inputs)
     if is_transformers(opt) and "use_cache" in inspect.signature(type(opt).forward).parameters:
-        call = CallSpec(call.tensors, {**call.constants, "use_cache": False}, call.hints)
-    tree = _inference_tree(opt)
+        arguments["use_cache"] = False
+    call = describe_call(opt, arguments, inner=False)
+    if any(isinstance(spec, Opaque) for _, spec in call.leaves()):
+        raise SaveError("A program takes tensors: pass inputs without a cache.")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's own, about its insides
-        exportable = _Exportable(tree, opt._make_plan(tree, call))
+        exportable = _Exportable(*_inference_plan(opt, call))
         try:
             program = torch.export.export(
                 exportable, (), _examples(call), dynamic_shapes=_dynamic(call), strict=False
@@ -81,11 +85,13 @@ def export(
     return program
 
 
-def _inference_tree(opt: GraphModel) -> nn.Module:
-    """The model's own class around the same weights and named modules, in eval mode."""
-    plain = opt.model_class.__new__(opt.model_class)
-    plain.__dict__.update(opt._attributes())
-    return copy_tree(plain).eval()
+def _inference_plan(opt: Block, call: CallSpec) -> tuple[nn.Module, Plan]:
+    modes = [(module, module.training) for module in opt.modules()]
+    try:
+        return flat_plan(opt.eval(), call)
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class _Exportable(nn.Module):
@@ -94,14 +100,15 @@ class _Exportable(nn.Module):
     def __init__(self, tree: nn.Module, plan: Plan) -> None:
         super().__init__()
         self.model = tree.eval()
-        self.run, self.inputs, self.guards = compile_graph(plan.graph), plan.inputs, plan.guards
+        self.run, self.guards = plan.function, plan.guards
+        self.inputs = [name for name, _ in plan.guards.call.leaves()]
 
         def forward(**tensors: torch.Tensor) -> Any:
             return self._call(tensors)
 
         # torch.export names the program's inputs by the signature
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, kind) for name in plan.inputs]
+        parameters = [inspect.Parameter(name, kind) for name in self.inputs]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         self.forward = forward
 
@@ -160,7 +167,7 @@ def _write(program: torch.export.ExportedProgram, path: Path) -> None:
     with _removed_afterwards(new):
         try:
             torch.export.save(program, memory)
-            write_file(new, [memory.getbuffer()])
+            write_file(new, memory.getbuffer())
             os.replace(new, path)
         except (OSError, RuntimeError) as error:
             raise SaveError(f"{path} could not be written: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""opt.to_folder: the graph as a Python package, readable, beside its weights.
+"""liger_fx.to_folder: the graph as a Python package, readable, beside its weights.
 
     llama_graph/__init__.py  module.py  config.json  model.safetensors  buffers.safetensors
 
@@ -11,24 +11,21 @@ It needs torch, transformers and liger_fx's modules, and nothing that traces or 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
 from torch import nn
 
-from liger_fx.errors import LoadError, SaveError
-from liger_fx.graph_model import GraphModel
-from liger_fx.plan import Plan
+from liger_fx.errors import LoadError, SaveError, TraceError, UsageError
+from liger_fx.model.block import Block
+from liger_fx.model.flatten import flat_plan
+from liger_fx.model.plan import Plan
 from liger_fx.report.facts import versions
-from liger_fx.storage import expressions, named_modules
-from liger_fx.storage.directory import replacing, write_file
-from liger_fx.storage.model_class import is_known
-from liger_fx.storage.names import MODULE, MODULE_MARK
-from liger_fx.storage.own_files import PACKAGE
-from liger_fx.storage.python_source import check_source
-from liger_fx.storage.python_text import Statements, folded
-from liger_fx.storage.python_values import (
+from liger_fx.source.check import check_source
+from liger_fx.source.statements import Statements, folded
+from liger_fx.source.values import (
     assign_text,
     comment,
     is_name,
@@ -36,9 +33,16 @@ from liger_fx.storage.python_values import (
     path_text,
     value_text,
 )
-from liger_fx.storage.save import wanted_tensors, write_configs, write_tensors
+from liger_fx.storage import expressions, named_modules
+from liger_fx.storage.directory import Kind, first_bytes, is_file, replacing, write_file
+from liger_fx.storage.files import MODEL_FILES
+from liger_fx.storage.model_class import is_known
+from liger_fx.storage.save import Group, wanted_tensors, write_configs, write_tensors
 from liger_fx.storage.weights import Tensor, describe
+from liger_fx.tracing.call import UnsupportedCall
 
+# The first line of every module.
+MODULE_MARK = "# A graph as Python source, written by liger_fx"
 _MODULE = '''\
 {mark} {version}.
 """One graph of a model: the operations of a call, in order.
@@ -101,28 +105,46 @@ def load():
 '''
 
 
-def to_folder(opt: GraphModel, folder: str | PathLike[str], class_name: str) -> None:
-    """Write the first graph of ``opt`` as a package; see ``GraphModel.to_folder``."""
+def to_folder(opt: nn.Module, folder: str | PathLike[str], module_name: str | None = None) -> None:
+    """Write ``opt.graph`` as a Python package: readable source, config and safetensors weights.
+
+    The package needs liger_fx's modules, not its tracer, and no pickle; its ``load()`` makes the
+    model.
+
+    module_name: what its class is called, the model's own name by default.
+
+    Raises SaveError for what is no model of transformers, or when ``folder`` holds anything else;
+    UsageError for what is no optimised or traced model.
+    """
+    if not isinstance(opt, Block):
+        raise UsageError(f"Expected what optimize() returned, got a {type(opt).__name__}.")
+    class_name = opt.block_class.__name__ if module_name is None else module_name
     if not is_name(class_name):
         raise SaveError(f"{class_name!r} is no name for a class.")
-    if not is_known(opt.model_class, getattr(opt, "config", None)):
+    if not is_known(opt.block_class, getattr(opt, "config", None)):
         raise SaveError(
-            f"{opt.model_class.__name__} is no model class of transformers, so no source can make "
+            f"{opt.block_class.__name__} is no model class of transformers, so no source can make "
             "it again. Its graph is opt.code."
         )
-    plan = opt.plans[0]
-    tensors = describe(opt, wanted_tensors([plan]))
-    text = _source(opt, plan, tensors, class_name)
+    if not opt.plans:
+        raise SaveError(f"This {class_name} has no graph of its own, only the blocks inside it.")
+    try:
+        flat, plan = flat_plan(opt, opt.plans[0].guards.call)
+    except (TraceError, UnsupportedCall) as error:
+        raise SaveError(f"This {class_name} is no one graph: {error}") from error
+    tensors = describe(flat, wanted_tensors([Group([""], (), {0: plan})]))
+    text = _source(flat, plan, tensors, class_name)
     check_source(text, class_name)
-    with replacing(Path(folder), MODULE) as new:
-        write_file(new / MODULE, [text.encode()])
-        write_file(new / PACKAGE, [f"from .module import {class_name}, load\n".encode()])
+    with replacing(Path(folder), PACKAGE) as new:
+        write_file(new / "module.py", text.encode())
+        write_file(new / "__init__.py", f"from .module import {class_name}, load\n".encode())
         write_configs(opt, new)
         write_tensors(opt, new, tensors)
 
 
-def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str) -> str:
+def _source(opt: Block, plan: Plan, tensors: list[Tensor], class_name: str) -> str:
     statements = Statements(plan.graph)
+    names = [name for name, _ in plan.guards.call.leaves()]
     body = [f"        {line}" if line else "" for line in statements.lines()]
     constants = [
         f"        self.register_buffer({t.path!r}, torch.empty({list(t.shape)}), persistent=False)"
@@ -133,15 +155,15 @@ def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str)
     return _MODULE.format(
         mark=MODULE_MARK,
         name=class_name,
-        base=opt.model_class.__name__,
+        base=opt.block_class.__name__,
         version=versions()["liger_fx"],
         # the graph's own regions leave the caller's grad mode as it is
         guards="\n".join(comment(t) for t in plan.guards.describe() if "grad mode" not in t),
         imports="\n".join(_import_lines(opt, statements)),
         modules="".join(f"{line}\n" for line in modules),
-        inputs=", ".join(map(name_text, plan.inputs)),
-        optional=", ".join(f"{name}=None" for name in plan.inputs),
-        given="{" + ", ".join(f"{name!r}: {name}" for name in plan.inputs) + "}",
+        inputs=", ".join(map(name_text, names)),
+        optional=", ".join(f"{name}=None" for name in names),
+        given="{" + ", ".join(f"{name!r}: {name}" for name in names) + "}",
         constants=value_text(plan.guards.call.constants),
         body="\n".join(body),
         checks="\n".join(f"        {line}" for line in _check_lines(plan)) + "\n",
@@ -153,7 +175,7 @@ def _source(opt: GraphModel, plan: Plan, tensors: list[Tensor], class_name: str)
     )
 
 
-def _import_lines(opt: GraphModel, statements: Statements) -> Iterator[str]:
+def _import_lines(opt: Block, statements: Statements) -> Iterator[str]:
     named = {type(m).__name__ for m in opt.modules() if named_modules.is_named(m)}
     imports = {**statements.imports, "safetensors.torch": {"load_file"}}
     if named:
@@ -173,16 +195,16 @@ def _plain(imports: dict[str, set[str]]) -> list[str]:
 def _module_lines(opt: nn.Module) -> Iterator[str]:
     """Lines that put each named module into its place."""
     for record in named_modules.describe(opt):
-        here = path_text(record["path"])
-        parameters = inspect.signature(named_modules.CLASSES[record["class"]]).parameters
-        options = {n: v for n, v in record["options"].items() if v != parameters[n].default}
-        children = [f"{name!r}: {path_text(name, here)}" for name in record["children"]]
+        here = path_text(record.path)
+        parameters = inspect.signature(named_modules.CLASSES[record.class_]).parameters
+        options = {n: v for n, v in record.options.items() if v != parameters[n].default}
+        children = [f"{name!r}: {path_text(name, here)}" for name in record.children]
         given = [f"{{{', '.join(children)}}}"] if children else []
         given += [f"{name_text(name)}={value_text(value)}" for name, value in options.items()]
-        if record["parameters"] and not children:
-            given.append(f"weight={path_text(record['parameters'][0], here)}")
-        yield from folded(f"{_mount(record['path'])}{record['class']}(", given, "))")
-        yield from (f"{_mount(path)}{here})" for path in record.get("also", ()))
+        if record.parameters and not children:
+            given.append(f"weight={path_text(record.parameters[0], here)}")
+        yield from folded(f"{_mount(record.path)}{record.class_}(", given, "))")
+        yield from (f"{_mount(path)}{here})" for path in record.also)
 
 
 def _mount(path: str) -> str:
@@ -229,3 +251,30 @@ def _size_guard(text: str) -> str:
         return expressions.check(text)
     except LoadError as error:
         raise SaveError(f"A guard of the graph cannot be written as source: {error}.") from None
+
+
+def _is_module(file: Path) -> bool:
+    return is_file(file) and first_bytes(file).startswith(MODULE_MARK.encode())
+
+
+def _is_init(file: Path) -> bool:
+    imports = rb"from \.module import \w+, load\s*"
+    return is_file(file) and re.fullmatch(imports, first_bytes(file)) is not None
+
+
+def _is_python_cache(folder: Path) -> bool:
+    name = re.compile(r"(module|__init__)\.[\w.-]+\.pyc")
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(is_file(entry) and name.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+PACKAGE = Kind(
+    "module.py",
+    {
+        r"module\.py": _is_module,
+        r"__init__\.py": _is_init,
+        "__pycache__": _is_python_cache,
+        MODEL_FILES: is_file,
+    },
+)

@@ -1,0 +1,74 @@
+"""From an optimised model back to one of transformers' own, around the same trained weights.
+
+LlamaForCausalLM (blocks)                      LlamaForCausalLM (plain)
+  layers.0.mlp: LigerSwiGLUMLP           ->      layers.0.mlp: LlamaMLP
+  layers.0.self_attn.rotary: LigerRotary...      (gone: it was mounted beside)
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from liger_fx.errors import UsageError
+from liger_fx.model.block import Block
+from liger_fx.model.tree import copy_tree
+from liger_fx.modules.origin import Origin, is_named, origins
+
+_OWN = ("_block", "_origins")
+
+
+def restore(opt: nn.Module) -> Any:
+    """The original model of ``opt``: plain classes, and what stood where named modules are, with
+    the very parameters and buffers of ``opt``.
+
+    Hooks, modes and configs are taken over as they are now; ``opt`` stays as it is. UsageError for
+    what neither ``optimize`` nor ``load`` made.
+    """
+    if not isinstance(opt, Block):
+        raise UsageError(f"A {type(opt).__name__} is no result of liger_fx.optimize or load.")
+    root: nn.Module = copy_tree(opt, _plain)
+    for path, module in list(root.named_modules(remove_duplicate=False)):
+        if is_named(module):
+            owner, _, name = path.rpartition(".")
+            _put_back(root.get_submodule(owner), name, module)
+    for module in root.modules():
+        for name in _OWN:
+            module.__dict__.pop(name, None)
+    return root
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    cls = getattr(module, "block_class", type(module))
+    made: nn.Module = cls.__new__(cls)
+    return made
+
+
+def _put_back(owner: nn.Module, name: str, named: nn.Module) -> None:
+    """What the named module at this place replaced, or nothing where it was mounted beside."""
+    stood = origins(named)
+    if not stood:
+        del owner._modules[name]
+        return
+    root = _made(stood[0], named)
+    for origin in stood[1:]:
+        place, _, own = origin.path.rpartition(".")
+        root.get_submodule(place).add_module(own, _made(origin, None))
+    owner._modules[name] = root
+
+
+def _made(origin: Origin, named: nn.Module | None) -> nn.Module:
+    """The module that ``origin`` tells of, with what of it lives on in the named one."""
+    module: nn.Module = origin.cls.__new__(origin.cls)
+    nn.Module.__init__(module)
+    module.__dict__.update(copy.copy(origin.attributes))
+    if named is not None:
+        module.training = named.training
+        module._parameters.update({k: p for k, p in named._parameters.items() if p is not None})
+        module._buffers.update(named._buffers)
+        module._modules.update(named._modules)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            getattr(module, hooks).update(getattr(named, hooks))
+    return module

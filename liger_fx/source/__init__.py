@@ -1,0 +1,1 @@
+"""Graphs as Python source that people read and import: ``liger_fx.to_folder``."""

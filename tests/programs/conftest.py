@@ -1,0 +1,39 @@
+"""Quiet, offline, one thread: the programs' models are too small for more.
+
+Of the cases of a test the first is run with the fast tests; the others are marked slow, since
+together they take minutes.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every case of a test but its first as slow."""
+    seen: set[tuple[Path, str]] = set()
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        test = (item.path, getattr(item, "originalname", item.name))
+        if test in seen:
+            item.add_marker(pytest.mark.slow)
+        seen.add(test)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_quiet_thread() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()

@@ -1,0 +1,384 @@
+"""torch.compile, torch.export and torch.func: one graph, our operators single nodes in it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._dynamo.backends import registry
+
+from tests.programs.models import tiny, tiny_inputs
+from tests.programs.support import (
+    CHECK,
+    NoGraph,
+    build,
+    compare,
+    gradients,
+    graph_runs,
+    make_inputs,
+    optimize,
+    run,
+    same,
+)
+
+OPERATORS = ("rms_norm", "rope", "gated")
+
+
+class Operators:
+    """A backend for torch.compile that runs what it is given and counts liger_fx's operators.
+
+    name: of the backend to stand in for, where nothing but a name can be given.
+    """
+
+    def __init__(self, aot: bool = False, name: str = "") -> None:
+        self.graphs: list[Counter[str]] = []
+        self.backward: list[Counter[str]] = []
+        self.aot = aot
+        self.name = name
+
+    def __enter__(self) -> Operators:
+        torch._dynamo.reset()
+        if self.name:
+            self.replaced = registry.lookup_backend(self.name)
+            registry._COMPILER_FNS[self.name] = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.name:
+            # this name alone: the registry is filled as it is asked
+            registry._COMPILER_FNS[self.name] = self.replaced
+        torch._dynamo.reset()
+
+    def __call__(self, module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        if not self.aot:
+            self.graphs.append(self._count(module))
+            return module.forward
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def forward(graph: fx.GraphModule, _: Any) -> Any:
+            self.graphs.append(self._count(graph))
+            return make_boxed_func(graph.forward)
+
+        def backward(graph: fx.GraphModule, _: Any) -> Any:
+            self.backward.append(self._count(graph))
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=forward, bw_compiler=backward)(module, example)
+
+    @staticmethod
+    def _count(module: fx.GraphModule) -> Counter[str]:
+        return Counter(n for node in module.graph.nodes if (n := operator_name(node)))
+
+    def judge(self, opt: Any, *, breaks: int | None = 0, rotary: int | None = None) -> None:
+        """NoGraph unless the operators of every site are in what was compiled, in one piece."""
+        if CHECK != "graphs":
+            return
+        kinds = [type(m).__name__ for m in opt.modules()]
+        wanted = kinds.count("LigerRotaryEmbedding") if rotary is None else rotary
+        most = max((sum(v for k, v in g.items() if "rope" in k) for g in self.graphs), default=0)
+        if breaks is None:
+            most = sum(v for g in self.graphs for k, v in g.items() if "rope" in k)
+        if wanted == 0 or most < wanted:
+            raise NoGraph(f"{most} rotary operators of {wanted} were compiled: {self.graphs}")
+        if breaks is not None and len(self.graphs) > breaks + 1:
+            raise NoGraph(f"compiled in {len(self.graphs)} pieces, not {breaks + 1}")
+
+
+def operator_name(node: fx.Node) -> str | None:
+    """The name of the liger_fx operator that a node calls, if it calls one."""
+    text = str(node.target)
+    if node.op == "call_function" and text.startswith("liger_fx."):
+        return text.removeprefix("liger_fx.").removesuffix(".default")
+    return None
+
+
+def forward(m: Any, model: Any, lengths: tuple[int, ...] = (9,)) -> list[torch.Tensor]:
+    results = []
+    for length in lengths:
+        inputs = make_inputs(model, 2, length)
+        with torch.no_grad():
+            results.append(m(**inputs, use_cache=False).logits)
+    return results
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_forward_in_one_piece(name: str) -> None:
+    model, twin_of = build(name), build(name)
+    theirs = forward(twin_of, twin_of)
+    opt = optimize(model)
+    with Operators() as seen:
+        compiled = torch.compile(opt, backend=seen, fullgraph=True)
+        same(forward(compiled, opt), theirs)
+    seen.judge(opt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_any_length_without_compiling_again(name: str) -> None:
+    model, twin_of = build(name), build(name)
+    lengths = (9, 17, 23, 12)
+    theirs = forward(twin_of, twin_of, lengths)
+    opt = optimize(model)
+    with Operators() as seen:
+        compiled = torch.compile(opt, backend=seen, fullgraph=True, dynamic=True)
+        same(forward(compiled, opt, lengths), theirs)
+    seen.judge(opt)
+
+
+@pytest.mark.slow
+def test_lengths_made_dynamic_by_themselves() -> None:
+    """Without dynamic=True the second length makes it dynamic: twice compiled, no more."""
+    model, twin_of = build("llama"), build("llama")
+    lengths = (9, 17, 23, 12, 31)
+    theirs = forward(twin_of, twin_of, lengths)
+    opt = optimize(model)
+    with Operators() as seen:
+        compiled = torch.compile(opt, backend=seen)
+        same(forward(compiled, opt, lengths), theirs)
+    seen.judge(opt, breaks=1)
+
+
+def step(m: Any, model: Any) -> Any:
+    model.zero_grad(set_to_none=True)
+    loss = m(**make_inputs(model, 2, 9, labels=True), use_cache=False).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_forward_and_backward(train: bool) -> None:
+    """In AOTAutograd's graphs too our operators are single nodes, backward ones as well."""
+    model, twin_of = build("llama").train(train), build("llama").train(train)
+    theirs = step(twin_of, twin_of)
+    opt = optimize(model)
+    with Operators(aot=True) as seen:
+        compiled = torch.compile(opt, backend=seen, fullgraph=True)
+        same(step(compiled, opt), theirs)
+    seen.judge(opt)
+    if CHECK == "graphs":
+        assert any("rms_norm" in name for graph in seen.backward for name in graph), seen.backward
+
+
+@pytest.mark.slow
+def test_compiled_in_place() -> None:
+    """opt.compile() compiles the call itself."""
+    model, twin_of = build("llama"), build("llama")
+    theirs = step(twin_of, twin_of)
+    opt = optimize(model)
+    with Operators() as seen:
+        opt.compile(backend=seen, fullgraph=True)
+        same(step(opt, opt), theirs)
+    seen.judge(opt)
+
+
+@pytest.mark.slow
+def test_a_layer_compiled() -> None:
+    """Regional compilation: each layer by itself, one compilation for all."""
+    model, twin_of = build("llama"), build("llama")
+    theirs = step(twin_of, twin_of)
+    opt = optimize(model)
+    with Operators() as seen:
+        for layer in opt.model.layers:
+            layer.compile(backend=seen, fullgraph=True)
+        same(step(opt, opt), theirs)
+    seen.judge(opt, breaks=len(opt.model.layers) - 1, rotary=1)
+
+
+@pytest.mark.slow
+def test_inside_a_compiled_function() -> None:
+    model, twin_of = build("llama"), build("llama")
+
+    def doubled(m: Any) -> Any:
+        with torch.no_grad():
+            return m(**make_inputs(model, 2, 9), use_cache=False).logits * 2
+
+    theirs = doubled(twin_of)
+    opt = optimize(model)
+    with Operators() as seen:
+        same(torch.compile(doubled, backend=seen)(opt), theirs)
+    seen.judge(opt)
+
+
+@pytest.mark.slow
+def test_with_gradient_checkpointing() -> None:
+    model, twin_of = build("llama"), build("llama")
+    for m in (model, twin_of):
+        m.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        m.train()
+    theirs = step(twin_of, twin_of)
+    opt = optimize(model)
+    with Operators(aot=True) as seen:
+        same(step(torch.compile(opt, backend=seen), opt), theirs)
+    seen.judge(opt, breaks=None)
+
+
+@pytest.mark.slow
+def test_generate_with_a_compiled_forward() -> None:
+    """The recipe of transformers' documentation: a static cache and a compiled forward."""
+    model, twin_of = build("llama"), build("llama")
+    inputs = make_inputs(model, 2, 5)
+    options = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    }
+    theirs = twin_of.generate(**inputs, **options)
+    opt = optimize(model)
+    with Operators() as seen:
+        opt.forward = torch.compile(opt.forward, backend=seen)
+        same(opt.generate(**inputs, **options), theirs)
+    seen.judge(opt, breaks=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_inductor(dynamic: bool | None) -> None:
+    """PyTorch's own backend, forward and backward."""
+    model, twin_of = build("llama"), build("llama")
+    theirs = step(twin_of, twin_of)
+    opt = optimize(model)
+    torch._dynamo.reset()
+    same(step(torch.compile(opt, fullgraph=True, dynamic=dynamic), opt), theirs)
+    torch._dynamo.reset()
+    with Operators() as seen:  # what it compiled was the graph
+        forward(torch.compile(opt, backend=seen, fullgraph=True), opt)
+    seen.judge(opt)
+
+
+class Logits(torch.nn.Module):
+    """A model whose answer torch.export can take: one tensor."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "wrapped"])
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_export(name: str, strict: bool, wrapped: bool) -> None:
+    """torch.export.export of the optimised model itself, at any batch and length."""
+    model, twin_of = build(name), build(name)
+    opt = optimize(model)
+    inputs = make_inputs(model, 2, 9)
+    other = make_inputs(model, 3, 14)
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    shapes: Any = {"input_ids": free, "attention_mask": free}
+
+    def exported(m: Any) -> Any:
+        given = dict(inputs) if wrapped else inputs | {"use_cache": False}
+        dims = shapes if wrapped else shapes | {"use_cache": None}
+        if not wrapped:
+            dims = {"input_ids": free, "attention_mask": free, "use_cache": None}
+        subject = Logits(m) if wrapped else m
+        with torch.no_grad():
+            program = torch.export.export(
+                subject,
+                (),
+                {k: given[k] for k in dims},
+                dynamic_shapes=dims if wrapped else _as_keywords(dims),
+                strict=strict,
+            )
+            again = program.module()(**(other if wrapped else other | {"use_cache": False}))
+        return program, again if wrapped else again.logits
+
+    with torch.no_grad():
+        theirs = twin_of(**other).logits
+    program, ours = exported(opt)
+    same(ours, theirs)
+    if CHECK == "graphs":
+        names = Counter(n for node in program.graph.nodes if (n := operator_name(node)))
+        rotary = sum(type(m).__name__ == "LigerRotaryEmbedding" for m in opt.modules())
+        found = sum(count for name, count in names.items() if "rope" in name)
+        if found < rotary or rotary == 0:
+            raise NoGraph(f"{found} rotary operators of {rotary} in the program: {names}")
+
+
+def _as_keywords(dims: dict[str, Any]) -> dict[str, Any]:
+    return dims
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart", "gpt2"])
+def test_compile_without_rotary(name: str) -> None:
+    model, twin_of = tiny(name), tiny(name)
+    inputs = tiny_inputs(model)
+
+    def program(m: Any) -> Any:
+        with torch.no_grad():
+            return m(**inputs, use_cache=False).logits
+
+    theirs = program(twin_of)
+    opt = optimize(model)
+    with Operators() as seen, graph_runs(opt):
+        same(program(torch.compile(opt, backend=seen, fullgraph=True)), theirs)
+    assert len(seen.graphs) == 1
+
+
+def test_functional_call() -> None:
+    """Other weights in the same model, without touching it."""
+    model = build("llama")
+    other = {k: v.detach() * 1.5 for k, v in model.named_parameters()}
+    inputs = make_inputs(model, 2, 9)
+
+    def program(m: Any) -> Any:
+        before = copy.deepcopy(m.state_dict())
+        out = torch.func.functional_call(m, other, (), inputs).logits
+        same(dict(m.state_dict()), dict(before))
+        return out, m(**inputs).logits
+
+    compare(model, program, calls=2)
+
+
+@pytest.mark.slow
+def test_functional_grad() -> None:
+    model = build("llama")
+    inputs = make_inputs(model, 2, 9, labels=True)
+
+    def program(m: Any) -> Any:
+        parameters = {k: v.detach() for k, v in m.named_parameters()}
+
+        def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.func.functional_call(m, values, (), inputs | {"use_cache": False}).loss
+
+        return torch.func.grad(loss)(parameters)
+
+    compare(model, program)
+
+
+@pytest.mark.parametrize("what", ["vmap over texts", "gradients of each text", "jvp"])
+def test_transforms(what: str) -> None:
+    model = build("llama", attention="eager")
+    ids = make_inputs(model, 3, 9)["input_ids"]
+    mask = torch.ones(9, 9).tril().log()[None, None]  # made by hand: mask builders read data
+
+    def program(m: Any) -> Any:
+        parameters = {k: v.detach() for k, v in m.named_parameters()}
+
+        def loss(values: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+            given = {"input_ids": row[None], "attention_mask": mask, "use_cache": False}
+            logits = torch.func.functional_call(m, values, (), given).logits
+            return logits.square().mean()
+
+        if what == "vmap over texts":
+            return torch.func.vmap(loss, in_dims=(None, 0))(parameters, ids)
+        if what == "gradients of each text":
+            return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, ids)
+        tangents = {k: torch.ones_like(v) for k, v in parameters.items()}
+        return torch.func.jvp(lambda p: loss(p, ids[0]), (parameters,), (tangents,))
+
+    theirs = run(program, copy.deepcopy(model))
+    opt = optimize(model)
+    with graph_runs(opt):
+        same(run(program, opt), theirs)
