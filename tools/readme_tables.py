@@ -55,6 +55,16 @@ def training_step(results: Any, model: str) -> tuple[tuple[str, ...], Rows]:
     return headers, table
 
 
+def decoding(results: Any) -> tuple[tuple[str, ...], Rows]:
+    """One row a batch and variant: tokens/s."""
+    rows: Rows = []
+    for row in results:
+        eager = next(r for r in results if r["batch"] == row["batch"])["tokens_per_s"]
+        speed = row["tokens_per_s"]
+        rows.append((row["variant"], row["batch"], f"{speed:.1f}", f"{speed / eager:.2f}"))
+    return ("variant", "batch", "tokens/s", "x eager"), rows
+
+
 def operators(results: Any, direction: str) -> tuple[tuple[str, ...], Rows]:
     """One row a case: percent of the copy bandwidth for each variant, and microseconds."""
     timed = results["times"]
@@ -88,6 +98,8 @@ def trace_time(results: Any) -> tuple[tuple[str, ...], Rows]:
 
 TABLES: dict[str, Callable[..., tuple[tuple[str, ...], Rows]]] = {
     "training_step": training_step,
+    "training_workloads": training_step,
+    "decoding": decoding,
     "operators": operators,
     "trace_time": trace_time,
 }
