@@ -15,7 +15,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)", prose)
     named = re.findall(r"`((?:docs|tools|tests|examples|passes|kernels|liger_fx)/[\w./-]+)`", text)
     places = [page.parent / link for link in linked] + [ROOT / name for name in named]
     assert [str(place) for place in places if not place.exists()] == []

@@ -2,6 +2,7 @@
 
 <!-- table: training_step llama1b -->     the table of tools/bench/results/training_step.json
 <!-- output: print(opt) -->               what that line of the example prints
+<!-- output: print(opt.code) [3:7] -->    its first line, and these lines of it
 <!-- output: $ liger-fx rules -->         what that command prints
 
 python tools/readme_tables.py             writes both
@@ -30,9 +31,11 @@ from liger_fx.cli import main as main_command  # noqa: E402
 RESULTS = ROOT / "tools" / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 MARKED = re.compile(r"(<!-- table: (\S+)((?: \S+)*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-PRINTED = re.compile(r"(<!-- output: (.*?) -->\n```\n).*?(```\n<!-- end output -->)", re.DOTALL)
+PRINTED = re.compile(r"(<!-- output: (.*?) -->\n```\w*\n).*?(```\n<!-- end output -->)", re.DOTALL)
+PIECE = re.compile(r" \[(\d+):(\d*)\]$")
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-SHOWN = ("Rules", "Refused", "Sites", "Relative")  # beginnings of sections
+SHOWN = ("Rules", "Refused", "Calls that", "Sites", "Blocks", "Relative")  # beginnings of sections
+WIDTH = 100  # of the lines of code
 
 Rows = list[tuple[Any, ...]]
 
@@ -131,18 +134,34 @@ def printed(text: str) -> str:
         return text
     code = EXAMPLE.search(text)
     assert code is not None
-    scope: dict[str, Any] = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(code[1], "README.md", "exec"), scope)
+    said: list[str] = []
+    scope: dict[str, Any] = {"print": lambda value: said.append(str(value))}
+    exec(compile(code[1], "README.md", "exec"), scope)
+    lines = re.findall(r"^(print\(.*\))(?:  #.*)?$", code[1], re.MULTILINE)
+    known = dict(zip(lines, said, strict=True))  # what was printed then, whatever came after
 
     def output(line: str) -> str:
         if line.startswith("$ liger-fx "):
             return command_output(line.split()[2:])
-        value = str(eval(line.removeprefix("print(").removesuffix(")"), scope))
+        piece, shown = PIECE.search(line), PIECE.sub("", line)
+        inner = shown.removeprefix("print(").removesuffix(")")
+        value = (known[shown] if shown in known else str(eval(inner, scope))).strip()
+        if inner.endswith((".code", ".graph")):
+            return excerpt(value, piece)
         first, *rest = value.split("\n\n")
         return "\n\n".join([first, *(s for s in rest if s.startswith(SHOWN))]) + "\n"
 
     return PRINTED.sub(lambda m: f"{m[1]}{output(m[2])}{m[3]}", text)
+
+
+def excerpt(code: str, piece: re.Match[str] | None) -> str:
+    """Code in lines of the page's width: all of it, or the first line and a piece."""
+    lines = [line if len(line) <= WIDTH else f"{line[: WIDTH - 2]} …" for line in code.split("\n")]
+    if piece is None:
+        return "\n".join(lines) + "\n"
+    start, end = int(piece[1]), int(piece[2] or len(lines))
+    after = ["    ..."] if end < len(lines) else []
+    return "\n".join([lines[0], "    ...", *lines[start:end], *after]) + "\n"
 
 
 def command_output(arguments: list[str]) -> str:

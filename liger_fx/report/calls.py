@@ -3,7 +3,7 @@
 "ids int64[batch, sequence] on cpu, mask bool[batch, sequence] on cpu",
 "ids int64[batch, sequence] on cpu, use_cache True"
  ->
-"ids; with mask; with use_cache=True"
+"ids: with mask; with use_cache=True"
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def short_calls(calls: Sequence[str]) -> str:
     if len(own) == 1:
         return _times(", ".join(shared) or "no argument", len(kinds))
     told = (_times(f"with {text}" if text else "alone", count) for text, count in own.items())
-    return "; ".join([*([", ".join(shared)] if shared else []), *told])
+    return f"{', '.join(shared)}{': ' if shared else ''}{'; '.join(told)}"
 
 
 def arguments(call: str) -> Iterator[str]:

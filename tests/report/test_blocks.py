@@ -23,7 +23,7 @@ IDS = "input_ids int64[batch, sequence] on cpu"
         (("",), "no argument"),
         ((IDS,), "input_ids"),
         ((IDS, IDS), "input_ids (2 x)"),
-        ((IDS, f"{IDS}, labels int64[batch] on cuda:0"), "input_ids; alone; with labels"),
+        ((IDS, f"{IDS}, labels int64[batch] on cuda:0"), "input_ids: alone; with labels"),
         (("x float32[4] on cpu", "y a Cache, z any int"), "with x; with y, z"),
         (
             (f"{IDS}, n the size rows, pair (float32[2, 3] on cpu, None), scale -1.5, on True",),
@@ -50,7 +50,7 @@ Blocks
 class            where         graphs  calls
 ---------------  ----------  --------  -------------------------------------------------------
 TinyForCausalLM  the model          1  input_ids, use_cache=False
-TinyLayer        layers.0-4         2  hidden_states, scales; alone; with mask, cache, window=16"""
+TinyLayer        layers.0-4         2  hidden_states, scales: alone; with mask, cache, window=16"""
 FELL_BACK = """\
 Calls that no graph served
 where       in         call                   why
