@@ -166,7 +166,7 @@ class Planner:
             )
         traced = self.traced(block, call, examples, exact=exact)
         for number, plan in enumerate(alike.plans):
-            if plan.result is None and plan.guards == traced.guards:  # it was loaded
+            if plan.result is None and plan.guards == traced.guards and plan.fits(block):  # loaded
                 plan.result = traced.result
                 return number, plan
         before = places(block)
