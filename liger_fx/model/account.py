@@ -76,9 +76,10 @@ def _operators(root: Any, blocks: dict[str, Any], *, after: bool) -> dict[str, i
     if root.plans:
         total = count(root, 0)
     else:
-        total = Counter()
-        for block in blocks.values():
-            if block.plans:
+        total, counted = Counter(), list[str]()
+        for path, block in blocks.items():
+            if block.plans and not any(path.startswith(f"{outer}.") for outer in counted):
+                counted.append(path)
                 total.update(count(block, block._block.alike.plans.index(block.plans[0])))
     return dict(sorted(total.items()))
 

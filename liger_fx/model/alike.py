@@ -20,7 +20,8 @@ from liger_fx.tracing.call import PLAIN, CallSpec
 from liger_fx.tracing.tree_state import hooks_of, is_capturing
 
 _INTERNALS = frozenset(vars(nn.Module()))
-_OWN = frozenset(("_block", "_origins"))
+# What no graph of a block depends on: a checkpointed layer is called as it is.
+_OWN = frozenset(("_block", "_origins", "gradient_checkpointing", "_gradient_checkpointing_func"))
 
 
 class Alike:
