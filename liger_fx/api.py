@@ -28,9 +28,10 @@ from liger_fx.model.account import blocks_of, report_of, side_of
 from liger_fx.model.block import Block
 from liger_fx.model.blocks import find_blocks
 from liger_fx.model.build import build
-from liger_fx.model.planner import Fallback, Planner
+from liger_fx.model.planner import Planner
 from liger_fx.report.between import Subject
 from liger_fx.report.between import compare as compare_subjects
+from liger_fx.report.blocks import FallbackRow
 from liger_fx.report.facts import tree_rows
 from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.call import UnsupportedCall, flat_inputs
@@ -113,7 +114,7 @@ def _run_inside(root: Block, arguments: dict[str, Any], failure: TraceError) -> 
     if not inside or any(p.is_meta for p in root.parameters()):
         raise failure
     planner = root._block.planner
-    planner.note(Fallback("", root.block_class.__name__, ", ".join(arguments), str(failure)))
+    planner.note(FallbackRow("", root.block_class.__name__, ", ".join(arguments), str(failure)))
     try:
         root.block_class.forward(root, **arguments)
     except Exception as error:

@@ -16,7 +16,7 @@ from liger_fx.engine.counts import count_operators
 from liger_fx.engine.rule import discover
 from liger_fx.engine.site import Site
 from liger_fx.model.plan import Plan
-from liger_fx.report.blocks import BlockRow, FallbackRow
+from liger_fx.report.blocks import BlockRow
 from liger_fx.report.facts import Side, tree_rows
 from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.inner_blocks import is_block
@@ -46,9 +46,7 @@ def report_of(root: Any) -> GraphDiff:
         opaque=tuple(_opaque(blocks)),
         verified=planner.verified,
         blocks=tuple(_rows(blocks)),
-        fallbacks=tuple(
-            FallbackRow(f.path, f.class_name, f.call, f.reason) for f in planner.fallbacks
-        ),
+        fallbacks=tuple(planner.fallbacks),
     )
 
 

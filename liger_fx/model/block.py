@@ -24,7 +24,8 @@ from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
 from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.plan import Plan
-from liger_fx.model.planner import Fallback, Planner
+from liger_fx.model.planner import Planner
+from liger_fx.report.blocks import FallbackRow
 from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.call import (
     Signature,
@@ -227,7 +228,7 @@ class Block(fx.GraphModule):
         state, name = self._block, self.block_class.__name__
         reason = reason.rstrip(".")
         given = ", ".join(kwargs)
-        if state.planner.note(Fallback(state.path, name, given, reason)):
+        if state.planner.note(FallbackRow(state.path, name, given, reason)):
             where = f"{name} ({state.path})" if state.path else name
             warnings.warn(
                 f"{where}: no graph serves this call, so its own forward runs, with the named "

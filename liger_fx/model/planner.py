@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,6 +21,7 @@ from liger_fx.errors import LigerFxError
 from liger_fx.model.alike import Alike, Transplant, describe, differing, places
 from liger_fx.model.codec import encode_graph
 from liger_fx.model.plan import Plan
+from liger_fx.report.blocks import FallbackRow
 from liger_fx.report.facts import TreeRow
 from liger_fx.report.verified import Verified
 from liger_fx.tracing.call import (
@@ -43,16 +43,6 @@ from liger_fx.tracing.tracer import Plans
 MAX_PLANS = 16
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """A call that a block's own forward served, the blocks inside it their graphs if they could."""
-
-    path: str
-    class_name: str
-    call: str
-    reason: str
-
-
 class Planner:
     """Makes the plans of one model's blocks; ``selection`` says what is rewritten, None that
     nothing is. ``fallbacks`` are the calls that no graph served; ``original`` is the tree of the
@@ -62,7 +52,7 @@ class Planner:
         self.selection = selection
         self.original: tuple[TreeRow, ...] = ()
         self.verified: Verified | None = None
-        self.fallbacks: list[Fallback] = []
+        self.fallbacks: list[FallbackRow] = []
         self.lock = threading.RLock()
         self._alike: list[Alike] = []
 
@@ -285,7 +275,7 @@ class Planner:
             return plan if plan.take(block, arguments) is not None else None
         return None
 
-    def note(self, fallback: Fallback) -> bool:
+    def note(self, fallback: FallbackRow) -> bool:
         """Keep a fallback for the report; whether it is a new one."""
         if fallback in self.fallbacks:
             return False

@@ -23,7 +23,7 @@ from liger_fx.model.account import blocks_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.block import Block
 from liger_fx.model.build import turn_into_blocks
-from liger_fx.model.planner import Fallback, Planner
+from liger_fx.model.planner import Planner
 from liger_fx.report.facts import tree_rows
 from liger_fx.storage import arguments, skeleton
 from liger_fx.storage.files import unreplaced
@@ -160,10 +160,7 @@ def _finished(saved: Saved, tree: nn.Module) -> Block:
     report = saved.report
     planner.original = report.before.tree if report else tree_rows(tree)
     planner.verified = report.verified if report else None
-    planner.fallbacks = [
-        Fallback(f.path, f.class_name, f.call, f.reason)
-        for f in (report.fallbacks if report else ())
-    ]
+    planner.fallbacks = list(report.fallbacks if report else ())
     kinds = _kinds(saved, tree)
     groups = []
     for block in saved.blocks:
