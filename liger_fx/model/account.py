@@ -84,10 +84,10 @@ def _operators(root: Any, blocks: dict[str, Any], *, after: bool) -> dict[str, i
 
 def _sites(blocks: dict[str, Any]) -> Iterator[Site]:
     for path, block in blocks.items():
-        told = set[tuple[str, str]]()  # by the graphs of other kinds of calls
-        for plan in block.plans:
-            yield from (_below(s, path) for s in plan.sites if (s.rule, s.path) not in told)
-            told.update((site.rule, site.path) for site in plan.sites)
+        told: dict[tuple[str, str], Site] = {}  # by the graphs of other kinds of calls
+        for site in (*block._block.alike.rewritten, *(s for p in block.plans for s in p.sites)):
+            told.setdefault((site.rule, site.path), site)
+        yield from (_below(site, path) for site in told.values())
 
 
 def _below(site: Site, path: str) -> Site:

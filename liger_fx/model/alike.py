@@ -7,6 +7,7 @@ layers.5 with a sliding window        another
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from liger_fx.engine.site import Site
 from liger_fx.model.plan import Plan
 from liger_fx.model.refusals import Refusals
 from liger_fx.tracing.call import PLAIN, CallSpec
@@ -29,6 +31,7 @@ class Alike:
 
     attributes: paths of the ints in which they differ, read from each block as its graph runs.
     ints: the others, which they share. asking: calls whose numbers cannot be left open.
+    rewritten: sites of plans that were made before the blocks were changed.
     """
 
     def __init__(self, key: Hashable, attributes: tuple[str, ...]) -> None:
@@ -37,7 +40,13 @@ class Alike:
         self.plans: list[Plan] = []
         self.refusals = Refusals()
         self.asking: list[CallSpec] = []
+        self.rewritten: tuple[Site, ...] = ()
         self._members: list[weakref.ref[nn.Module]] = []
+
+    def sites(self) -> tuple[Site, ...]:
+        """What was rewritten in these blocks."""
+        own = (site for plan in self.plans for site in plan.sites if site.after)
+        return tuple({(s.rule, s.path): s for s in (*self.rewritten, *own)}.values())
 
     def shared(self, ints: dict[str, int]) -> dict[str, int]:
         """Those of a block's ints that all of these blocks share."""
@@ -61,11 +70,12 @@ class Alike:
         return [block for ref in self._members if (block := ref()) is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"attributes": self.attributes, "ints": self.ints, "plans": self.plans}
+        names = ("attributes", "ints", "plans", "rewritten")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(None, state["attributes"])  # type: ignore[misc]
-        self.ints, self.plans = state["ints"], state["plans"]
+        self.__dict__.update(state)
 
 
 def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:
@@ -105,6 +115,8 @@ def _value(value: Any) -> Hashable:
         return type(value), tuple((repr(key), _value(item)) for key, item in value.items())
     if isinstance(value, torch.Tensor):
         return _tensor(value)
+    if isinstance(value, functools.partial):
+        return value.func, _value(value.args), _value(value.keywords)
     return type(value), id(value)
 
 

@@ -23,6 +23,7 @@ from torch import fx, nn
 from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
 from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
+from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Planner
 from liger_fx.report.blocks import FallbackRow
@@ -48,12 +49,14 @@ class BlockState:
 
     states: the plans with this block's own checks, as far as they were needed.
     failed: calls of outer traces that no plan could be made for, with the reason.
+    own_graph: a plan that alike blocks share, and this block's copy of its graph, for edits.
     """
 
     def __init__(self, path: str, planner: Planner, alike: Alike) -> None:
         self.path, self.planner, self.alike = path, planner, alike
         self.states: list[Ready] = []
         self.failed: list[tuple[Any, Exception]] = []
+        self.own_graph: tuple[Plan, fx.Graph] | None = None
         self.meta: dict[str, Any] = {}
 
     def ready(self, block: Block) -> list[Ready]:
@@ -108,17 +111,30 @@ class Block(fx.GraphModule):
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph of the first kind of call. UsageError if the block was not called yet."""
-        if not self.plans:
-            where = self._block.path or "the model"
-            raise UsageError(f"{where} has no graph: {self._why_none()}")
-        return self.plans[0].graph
+        """The graph of the first kind of call. UsageError if the block was not called yet.
+
+        To change it, edit it and call ``recompile()``: it serves the calls that it was traced for,
+        in this block. Blocks alike keep theirs.
+        """
+        state, plan = self._block, self._first_plan
+        if len(state.alike.members) < 2:
+            return plan.graph
+        if state.own_graph is None or state.own_graph[0] is not plan:
+            state.own_graph = plan, decode_graph(encode_graph(plan.graph))
+        return state.own_graph[1]
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
-        self.graph  # noqa: B018  (there must be one)
-        self.plans[0].graph = graph
+        self._block.own_graph = self._first_plan, graph
         self.recompile()
+
+    @property
+    def _first_plan(self) -> Plan:
+        plans = self.plans
+        if not plans:
+            where = self._block.path or "the model"
+            raise UsageError(f"{where} has no graph: {self._why_none()}")
+        return plans[0]
 
     @property
     def report(self) -> GraphDiff | None:
@@ -135,7 +151,9 @@ class Block(fx.GraphModule):
     @property
     def code(self) -> str:
         """The Python code of ``.graph``."""
-        return str(self.graph.python_code(root_module="self").src)
+        plan, own = self._first_plan, self._block.own_graph
+        graph = own[1] if own is not None and own[0] is plan else plan.graph
+        return str(graph.python_code(root_module="self").src)
 
     @property
     def meta(self) -> dict[str, Any]:  # type: ignore[override]
@@ -143,12 +161,11 @@ class Block(fx.GraphModule):
         return self._block.meta
 
     def recompile(self) -> Any:
-        """Compile ``.graph`` anew after it was edited, for all alike blocks; it serves the calls it
-        was traced for."""
-        self.plans[0].recompile()
-        for member in self._block.alike.members:
-            member._block.states.clear()
-        return self.graph.python_code(root_module="self")
+        """Compile ``.graph`` anew, for this block, after it was edited."""
+        state, graph = self._block, self.graph
+        state.planner.part(self, self._first_plan.edited(graph))
+        state.own_graph = None
+        return graph.python_code(root_module="self")
 
     def __str__(self) -> str:
         """The module tree under the modules' true names; ``.code`` and ``.graph`` show the
@@ -227,7 +244,7 @@ class Block(fx.GraphModule):
     def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state, name = self._block, self.block_class.__name__
         reason = reason.rstrip(".")
-        given = ", ".join(kwargs)
+        given = ", ".join((*self.signature.positional[: len(args)], *kwargs))
         if state.planner.note(FallbackRow(state.path, name, given, reason)):
             where = f"{name} ({state.path})" if state.path else name
             warnings.warn(

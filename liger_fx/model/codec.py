@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import builtins
 import importlib
 from typing import Any
 
@@ -90,8 +91,11 @@ def _decode(value: Any, nodes: list[fx.Node]) -> Any:
 
 
 def _named(qualified: str) -> Any:
-    """The function of that dotted name: the longest importable module, then attributes."""
+    """The function of that dotted name: the longest importable module, then attributes; a builtin
+    where there is no dot."""
     parts = qualified.split(".")
+    if len(parts) == 1:
+        return getattr(builtins, qualified)
     found: Any = torch if parts[0] == "torch" else importlib.import_module(parts[0])
     for i, part in enumerate(parts[1:], start=1):
         if not hasattr(found, part):

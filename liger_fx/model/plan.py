@@ -77,7 +77,7 @@ class Plan:
     def state_of(self, block: nn.Module) -> TreeState:
         """The check of one block's modes, hooks, dtypes, devices and configs."""
         guards, modules = self.guards, self._followed_modules(block)
-        return TreeState(block, modules, self.facts, guards.training, guards.attention_fixed)
+        return TreeState(block, modules, self.facts, guards, [path for path, _ in self.inner])
 
     def states_of(self, block: Any) -> Iterator[TreeState]:
         """The check of the block, and those of the models inside it, whose results depend on it.
@@ -85,8 +85,11 @@ class Plan:
         (What a layer returns depends on what the graph around it checks as well: dtypes, configs.)
         """
         yield self.state_of(block)
+        blocks = {path: m for path, m in block.named_modules() if isinstance(m, fx.GraphModule)}
         for path, number in self.inner:
-            inner = block.get_submodule(path)
+            inner: Any = blocks.get(path)
+            if inner is None:  # gone, which the state above tells
+                continue
             alike = inner._block.alike
             if len(alike.members) == 1 and number < len(alike.plans):
                 yield from alike.plans[number].states_of(inner)
@@ -144,9 +147,12 @@ class Plan:
                     return str(node.target)
         return None
 
-    def recompile(self) -> None:
-        """Take the graph as it is now: it was edited."""
-        self.function = compile_graph(self.graph)
+    def edited(self, graph: fx.Graph) -> Plan:
+        """The same plan with another graph."""
+        plan = Plan.__new__(Plan)
+        plan.__dict__.update(self.__dict__, graph=graph)
+        plan._prepare()
+        return plan
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("take", "function", "graph", "result", "has_regions")

@@ -107,9 +107,22 @@ class Planner:
         if found is None:
             found = Alike(key, tuple(p for p in alike.attributes if p in ints))
             found.ints = found.shared(ints)
+            found.rewritten = alike.sites()
             self._alike.append(found)
         found.add(block)
         block._block.alike = found
+
+    def part(self, block: Any, edited: Plan) -> None:
+        """Let a block go its own way, with another plan in the place of its first."""
+        alike: Alike = block._block.alike
+        own = Alike(object(), alike.attributes)
+        own.ints, own.rewritten = dict(alike.ints), alike.rewritten
+        first = next(p for p in alike.plans if p.guards.holds_for_attributes(block))
+        own.plans = [edited if plan is first else plan for plan in alike.plans]
+        alike.remove(block)
+        own.add(block)
+        block._block.alike = own
+        block._block.states.clear()
 
     def _split(self, alike: Alike, block: Any, plan: Plan) -> None:
         """The code of ``block`` asks for ints that the others do not all share: those that hold

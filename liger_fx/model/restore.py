@@ -7,7 +7,6 @@ LlamaForCausalLM (blocks)                      LlamaForCausalLM (plain)
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 from liger_fx.errors import UsageError
 from liger_fx.model.block import Block
 from liger_fx.model.tree import copy_tree
-from liger_fx.modules.origin import Origin, is_named, origins
+from liger_fx.modules.origin import is_named, origins
 
 _OWN = ("_block", "_origins")
 
@@ -52,23 +51,14 @@ def _put_back(owner: nn.Module, name: str, named: nn.Module) -> None:
     if not stood:
         del owner._modules[name]
         return
-    root = _made(stood[0], named)
+    root = stood[0].module()
+    root.training = named.training
+    root._parameters.update({k: p for k, p in named._parameters.items() if p is not None})
+    root._buffers.update(named._buffers)
+    root._modules.update(named._modules)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+        getattr(root, hooks).update(getattr(named, hooks))
     for origin in stood[1:]:
         place, _, own = origin.path.rpartition(".")
-        root.get_submodule(place).add_module(own, _made(origin, None))
+        root.get_submodule(place).add_module(own, origin.module())
     owner._modules[name] = root
-
-
-def _made(origin: Origin, named: nn.Module | None) -> nn.Module:
-    """The module that ``origin`` tells of, with what of it lives on in the named one."""
-    module: nn.Module = origin.cls.__new__(origin.cls)
-    nn.Module.__init__(module)
-    module.__dict__.update(copy.copy(origin.attributes))
-    if named is not None:
-        module.training = named.training
-        module._parameters.update({k: p for k, p in named._parameters.items() if p is not None})
-        module._buffers.update(named._buffers)
-        module._modules.update(named._modules)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-            getattr(module, hooks).update(getattr(named, hooks))
-    return module

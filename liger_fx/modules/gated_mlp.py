@@ -17,9 +17,10 @@ from torch import nn
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
 from liger_fx.modules.gated_product import chosen_activation
 from liger_fx.modules.linears import adopt, sizes
+from liger_fx.modules.origin import NamedModule
 
 
-class _GatedMLP(nn.Module):
+class _GatedMLP(NamedModule):
     """down(activation(gate(x)) * up(x)), or with gate and up as the halves of one packed linear.
 
     children: the original linear layers (any callable modules) under their original names, in
@@ -63,8 +64,8 @@ class _GatedMLP(nn.Module):
             product = gated_activation(gate, up, self.activation)
         return self._child("down")(product)
 
-    def _child(self, role: str) -> nn.Module:
-        return self.get_submodule(self.roles[role])
+    def _child(self, role: str) -> Any:
+        return self._modules[self.roles[role]]
 
     def options(self) -> dict[str, Any]:
         """The plain arguments that make such a module again, around its children."""

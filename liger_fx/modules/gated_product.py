@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
+from liger_fx.modules.origin import NamedModule
 
 
 def chosen_activation(module: nn.Module, known: tuple[str, ...], activation: str | None) -> str:
@@ -22,7 +23,7 @@ def chosen_activation(module: nn.Module, known: tuple[str, ...], activation: str
     return activation
 
 
-class _GatedProduct(nn.Module):
+class _GatedProduct(NamedModule):
     """activation: one of `activations`, the first by default.
     gate_first: for packed input, whether gate is the first half of the last dimension.
     width: of the result, for the repr alone.

@@ -16,9 +16,10 @@ from torch import nn
 from liger_fx.kernels.activation import activation as apply_activation
 from liger_fx.kernels.activation import check_activation
 from liger_fx.modules.linears import adopt, sizes
+from liger_fx.modules.origin import NamedModule
 
 
-class LigerMLP(nn.Module):
+class LigerMLP(NamedModule):
     """fc2(activation(fc1(x))).
 
     children: the original linear layers (any callable modules) under their original names, in
@@ -42,8 +43,8 @@ class LigerMLP(nn.Module):
         inner = apply_activation(self._child("fc1")(hidden_states), self.activation)
         return self._child("fc2")(inner)
 
-    def _child(self, role: str) -> nn.Module:
-        return self.get_submodule(self.roles[role])
+    def _child(self, role: str) -> Any:
+        return self._modules[self.roles[role]]
 
     def options(self) -> dict[str, Any]:
         """The plain arguments that make such a module again, around its children."""

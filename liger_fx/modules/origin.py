@@ -5,11 +5,13 @@
     Origin("", LlamaMLP, {"config": ..., ...}), Origin("act_fn", SiLU, {"inplace": False})
 
 A saved graph is bound to a model only where the same stands: its eps and its activation are part of
-the graph.
+the graph. And code that asks the named module for what the original had gets it: ``mlp.act_fn``,
+``norm.variance_epsilon``.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,30 @@ class Origin:
     path: str
     cls: type[nn.Module]
     attributes: dict[str, Any]
+
+    def module(self) -> nn.Module:
+        """Such a module, without weights and children."""
+        made: nn.Module = self.cls.__new__(self.cls)
+        nn.Module.__init__(made)
+        made.__dict__.update(copy.copy(self.attributes))
+        return made
+
+
+class NamedModule(nn.Module):
+    """What all named modules are: it answers for the module that it replaced."""
+
+    def __getattr__(self, name: str) -> Any:
+        # What a module holds is looked for before: this is asked for parameters and children, too.
+        for group in ("_parameters", "_buffers", "_modules"):
+            held = self.__dict__.get(group, ())
+            if name in held:
+                return held[name]
+        for origin in origins(self):
+            if not origin.path and name in origin.attributes:
+                return origin.attributes[name]
+            if origin.path == name:
+                return origin.module()
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
 
 def remember(named: nn.Module, original: nn.Module) -> None:
@@ -54,7 +80,7 @@ def origins(named: nn.Module) -> tuple[Origin, ...]:
 
 def is_named(module: nn.Module) -> bool:
     """Whether it is one of the named modules, in another's place or mounted beside."""
-    return type(module).__module__.startswith("liger_fx.modules.")
+    return isinstance(module, NamedModule)
 
 
 def plain_attributes(held: dict[str, Any]) -> dict[str, Any]:

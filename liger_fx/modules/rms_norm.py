@@ -15,9 +15,10 @@ from torch import nn
 from liger_fx.kernels.launch import compute_dtype
 from liger_fx.kernels.rms_norm import rms_norm
 from liger_fx.modules.casting import Cast, check_cast, result_dtype
+from liger_fx.modules.origin import NamedModule
 
 
-class LigerRMSNorm(nn.Module):
+class LigerRMSNorm(NamedModule):
     """y = x * rsqrt(mean(x^2, -1) + eps) * (offset + weight), in float32 and rounded once.
 
     width: the size of the last dimension.

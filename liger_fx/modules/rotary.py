@@ -9,13 +9,13 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from liger_fx.kernels.rope import rope, rope_pair
 from liger_fx.modules.casting import Cast, check_cast, result_dtype
+from liger_fx.modules.origin import NamedModule
 
 
-class _Rotary(nn.Module):
+class _Rotary(NamedModule):
     """interleaved_in, interleaved_out: whether pair j is elements (2j, 2j + 1), not (j, j + R / 2).
     half_tables: cos and sin hold one entry a pair (R / 2), not R laid out as the output is.
     cast: "input" where results have the dtype of q and k, "promote" that of q * cos and k * cos.

@@ -56,6 +56,7 @@ def guards_record(guards: Guards) -> GuardsRecord:
         attributes=guards.attributes,
         reads=list(map(_read_record, guards.reads)),
         numbers={name: _read_record(read) for name, read in guards.numbers.items()},
+        other_mode=list(guards.other_mode),
     )
 
 
@@ -133,6 +134,7 @@ def read_guards(record: GuardsRecord, devices: Devices) -> Guards:
         attributes=dict(record.attributes),
         reads=reads,
         numbers=numbers,
+        other_mode=tuple(record.other_mode),
     )
 
 

@@ -173,6 +173,7 @@ class GuardsRecord:
     attributes: dict[Name, Path] = absent({})
     reads: list[ReadRecord] = absent([])
     numbers: dict[Name, ReadRecord] = absent({})
+    other_mode: list[Path] = absent([])
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class Guards:
     names to the ints of modules that alike blocks do not share. ``grad_enabled`` is None where the
     graph serves both; ``autocast`` maps device types to the dtype autocast had, or None where it
     was off. ``reads`` are what the code asked of opaque arguments; ``numbers`` what it compared,
-    by the names that ``sizes`` have for it.
+    by the names that ``sizes`` have for it. ``other_mode`` are modules in the other mode than
+    ``training`` says, by path.
     """
 
     call: CallSpec
@@ -68,6 +69,7 @@ class Guards:
     attributes: dict[str, str] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()
     numbers: dict[str, Read] = field(default_factory=dict)
+    other_mode: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
         """Each assumption as a line of text."""
@@ -78,6 +80,7 @@ class Guards:
         lines += [f"{guard}, asked by the model's code" for guard in sizes]
         lines += [f"{read}, asked by the model's code" for read in self.reads]
         lines.append(f"the model is in {'train' if self.training else 'eval'} mode")
+        lines += [f"{path} is not" for path in self.other_mode]
         if self.grad_enabled is not None:
             lines.append(f"grad mode is {'on' if self.grad_enabled else 'off'}")
         for device, dtype in self.autocast.items():

@@ -75,7 +75,7 @@ from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
-from liger_fx.tracing.tree_state import GLOBAL_HOOKS, hooks_of, is_capturing
+from liger_fx.tracing.tree_state import GLOBAL_HOOKS, asks_mode, hooks_of, is_capturing
 
 
 class AsksAttributes(BaseException):
@@ -211,7 +211,14 @@ class HFTracer(fx.Tracer, Recording):
             attributes={_symbol(path): path for path in fixed},
             reads=tuple(self.reads),
             numbers={n: r for n, r in self.numbers.items() if any(n in guard for guard in sizes)},
+            other_mode=tuple(sorted(self._in_other_mode())),
         )
+
+    def _in_other_mode(self) -> set[str]:
+        """The modules that ask for their mode and are in another than the root, by path."""
+        followed = {call.path: self.root.get_submodule(call.path) for call in self.calls}
+        mode = self.root.training
+        return {p for p, m in followed.items() if m.training is not mode and asks_mode(m)}
 
     def _placeholders(self, call: CallSpec, examples: Mapping[str, Any]) -> dict[str, Any]:
         leaves, made = call.leaves(), list[tuple[Any, fx.Node]]()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.nn.modules import module as torch_modules
 from torch.utils.hooks import RemovableHandle
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from liger_fx.tracing.guards import Guards
 
 # Looked up when the graph runs, so it may change.
 _ATTENTION = ("_attn_implementation_internal", "_attn_implementation")
@@ -72,6 +74,7 @@ class TreeState:
     """Modes, hooks, dtypes, devices and configs of a module tree, compared in a few microseconds.
 
     ``modules`` are those whose code the graph replaces: their modes and hooks are looked at.
+    ``called`` are the paths of blocks that it calls: they must hang where they hung.
     """
 
     def __init__(
@@ -79,14 +82,13 @@ class TreeState:
         root: nn.Module,
         modules: Modules,
         facts: TreeFacts,
-        training: bool,
-        attention_fixed: bool,
+        guards: Guards,
+        called: Iterable[str],
     ) -> None:
-        self.training = training
         followed = modules.values()
-        self.modes = [
-            m.__dict__ for m in followed if m is root or _code_mentions(type(m), "training")
-        ]
+        asking = {path: m for path, m in modules.items() if m is root or asks_mode(m)}
+        self.modes = [m.__dict__ for m in asking.values()]
+        self.wanted = [guards.training is not (path in guards.other_mode) for path in asking]
         # The root's own hooks run around the graph, as around any forward.
         below = [m for m in followed if m is not root]
         self.hooks = [*GLOBAL_HOOKS, *(hooks for m in below for hooks in hooks_of(m))]
@@ -97,16 +99,17 @@ class TreeState:
             for path, on in facts.checkpointed.items()
             if path in modules
         ]
-        # A module that is exchanged for another has code that was not traced.
-        parents = [(_group_of(root, path, "_modules"), m) for path, m in modules.items() if path]
-        self.places = [group for group, _ in parents]
-        self.followed = [module for _, module in parents]
+        # A module that is exchanged for another has code that was not traced; so has a list of
+        # layers that was cut.
+        paths = {above for path in (*modules, *called) if path for above in _and_above(path)}
+        self.places = [_group_of(root, path, "_modules") for path in sorted(paths)]
+        self.there = [group.get(name) for group, name in self.places]
         # Looked up by name at each check: a parameter may be replaced.
         self.tensors = [_group_of(root, path) for path in facts.kinds]
         self.kinds = list(facts.kinds.values())
-        unguarded = () if attention_fixed else _ATTENTION
+        unguarded = () if guards.attention_fixed else _ATTENTION
         now = configs_of(modules)
-        self.is_another_tree = not now.keys() >= facts.configs.keys()
+        self.is_another_tree = None in self.there or not now.keys() >= facts.configs.keys()
         self.configs = [
             _ConfigState(now[place], then, unguarded)
             for place, then in facts.configs.items()
@@ -114,15 +117,14 @@ class TreeState:
         ]
 
     def holds(self) -> bool:
-        training = self.training
-        if list(map(_mode, self.modes)).count(training) != len(self.modes):
+        if list(map(_mode, self.modes)) != self.wanted:
             return False
         if RemovableHandle.next_id != self.hooks_seen and not self._no_hooks():
             return False
         for attributes, on in self.checkpointed:
             if attributes.get("gradient_checkpointing", False) is not on:
                 return False
-        if [group.get(name) for group, name in self.places] != self.followed:
+        if [group.get(name) for group, name in self.places] != self.there:
             return False
         return self.is_as_traced()
 
@@ -166,6 +168,12 @@ def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
             if tensor is not None and counts[kind] <= most:
                 found[f"{path}.{name}" if path else name] = tensor
     return found
+
+
+def _and_above(path: str) -> Iterator[str]:
+    """The path, and those of the modules around it."""
+    parts = path.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
 def _group_of(root: nn.Module, path: str, group: str = "_parameters") -> tuple[dict[str, Any], str]:
@@ -241,6 +249,11 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
 def is_capturing(hook: Any) -> bool:
     """Whether it is transformers' own hook for output_hidden_states, idle unless asked for."""
     return "output_capturing_hook" in getattr(hook, "__qualname__", "")
+
+
+def asks_mode(module: nn.Module) -> bool:
+    """Whether the code of the module (PyTorch's own aside) uses its mode."""
+    return _code_mentions(type(module), "training")
 
 
 def _code_mentions(cls: type, name: str) -> bool:
