@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 from liger_fx.errors import UsageError
 from liger_fx.media import images, names_of, parts, sounds, tokens_an_image, told
 from liger_fx.tracing.call import UnsupportedCall, named_arguments
+from liger_fx.tracing.naming import adapted, is_transformers
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | None
 SHAPES = ((2, 7), (3, 16), (1, 33), (4, 24))  # batch, length
@@ -56,7 +57,7 @@ def example_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
             "Example inputs are a tuple of positional arguments or a mapping of named ones, not "
             f"a {type(inputs).__name__}."
         )
-    if not isinstance(model, PreTrainedModel):
+    if not is_transformers(model):
         raise UsageError(
             f"{type(model).__name__} is no transformers model, so it needs example inputs: pass "
             "inputs=(tensor, ...) or inputs={'name': tensor, ...}."
@@ -74,6 +75,7 @@ def example_inputs(model: nn.Module, batch: int, length: int, seed: int = 0) -> 
     dtype; a model of images and text whose images cannot be made is given text alone. Only what
     the model's forward takes is given. UsageError for a model that no inputs can be made for.
     """
+    model = adapted(model)
     if not isinstance(model, PreTrainedModel):
         raise UsageError(_NONE.format(type(model).__name__))
     names = names_of(type(model).forward)

@@ -38,7 +38,7 @@ from liger_fx.tracing.guards import Take
 from liger_fx.tracing.inner_blocks import collected, collects_inside, examples_of
 from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.patches import is_tracing
-from liger_fx.tracing.tree_state import TreeState
+from liger_fx.tracing.tree_state import GLOBAL_HOOKS, TreeState
 
 Ready = tuple[Take, Callable[[], bool], Callable[..., Any], Plan]
 
@@ -212,6 +212,8 @@ class Block(fx.GraphModule):
 
     def _first_call(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         state = self._block
+        if any(GLOBAL_HOOKS):
+            return self._run_original("a hook stands on all modules", args, kwargs)
         with state.planner.lock:
             known = state.alike.refusals.reason(self, arguments)
             if known is not None:

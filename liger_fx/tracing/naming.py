@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from liger_fx.tracing.call import CallSpec, Namer, UnsupportedCall, is_mask
 
@@ -32,11 +33,17 @@ _TRANSFORMERS_SIZES: dict[str, tuple[str, ...]] = {
 _SAYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-def is_transformers(model: nn.Module) -> bool:
-    """Whether the model is a transformers model, with a config that says how to call it."""
-    from transformers import PreTrainedModel
+def adapted(model: nn.Module) -> nn.Module:
+    """The model that PEFT put its adapters into, which is called as the whole is; else itself."""
+    base = getattr(model, "get_base_model", None)
+    found: nn.Module = model if base is None else base()
+    return found
 
-    return isinstance(model, PreTrainedModel)
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model is a transformers model, with a config that says how to call it, adapters
+    around it or not."""
+    return isinstance(adapted(model), PreTrainedModel)
 
 
 def describe_call(block: nn.Module, arguments: Mapping[str, Any], *, inner: bool) -> CallSpec:

@@ -2,6 +2,7 @@
 
 cpu_offload(model)               ->  each module has a forward of its own, that swaps weights
 nn.LazyLinear(16), never called  ->  the first call gives its parameters their shape
+register_module_forward_hook(f)  ->  f wants to see every module
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from liger_fx.errors import TraceError
+from liger_fx.tracing.tree_state import GLOBAL_HOOKS
 
 
 def _own_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -23,10 +25,19 @@ def _own_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_unready(root: nn.Module) -> None:
-    """TraceError where a module's forward is the instance's own, or a parameter has no shape yet.
+    """TraceError where a module's forward is the instance's own, a parameter has no shape yet, or a
+    hook stands on all modules of the process.
 
-    That of a block is not looked at: what wraps it runs around the graph.
+    The forward of a block is not looked at: what wraps it runs around the graph.
     """
+    if any(GLOBAL_HOOKS):
+        raise TraceError(
+            "",
+            None,
+            "a hook stands on all modules, which a graph would skip (it was registered by a "
+            "function of torch.nn.modules.module)",
+            "While it stands, each module's own code runs. Without it, graphs do.",
+        )
     for path, module in _own_modules(root):
         if "forward" in module.__dict__ and not isinstance(module, fx.GraphModule):
             hooked = hasattr(module, "_hf_hook")

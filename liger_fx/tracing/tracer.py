@@ -75,7 +75,7 @@ from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
-from liger_fx.tracing.tree_state import GLOBAL_HOOKS, asks_mode, hooks_of, is_capturing
+from liger_fx.tracing.tree_state import asks_mode, hooks_of, is_capturing
 
 
 class AsksAttributes(BaseException):
@@ -615,8 +615,6 @@ def _around(module: nn.Module) -> str:
     module is called. "" if there is nothing."""
     if not all(is_capturing(hook) for hooks in hooks_of(module) for hook in hooks.values()):
         return "a hook stands on it"
-    if any(GLOBAL_HOOKS):
-        return "a hook stands on all modules"
     checkpointed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     return "it is checkpointed" if checkpointed and module.training else ""
 
