@@ -11,7 +11,9 @@ are not.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -45,7 +47,8 @@ def copy_tree(model: nn.Module, bare: Bare = bare_module) -> Any:
 
 
 def _copied(value: Any, known: dict[int, Any]) -> Any:
-    """The copy of a module or container, down to the containers in it; anything else as it is."""
+    """The copy of a module or container, down to the containers in it; a function that is bound to
+    a module, as accelerate's hooks are, bound to its copy; anything else as it is."""
     if id(value) in known:
         return known[id(value)]
     kind = type(value)
@@ -62,4 +65,12 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
     if kind in (tuple, set):
         twin = kind(_copied(item, known) for item in value)
         return twin
+    if kind is MethodType:
+        return MethodType(value.__func__, _copied(value.__self__, known))
+    if kind is functools.partial:
+        args = [_copied(item, known) for item in value.args]
+        bound = functools.partial(value.func, *args, **_copied(value.keywords, known))
+        known[id(value)] = bound
+        bound.__dict__.update(_copied(value.__dict__, known))
+        return bound
     return value

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import cache_utils
-from transformers.utils.generic import ModelOutput
 
 from liger_fx.codec import decode, encode, expect, inside, shown
 from liger_fx.errors import LoadError, SaveError
@@ -24,6 +23,7 @@ from liger_fx.storage import expressions, values
 from liger_fx.storage.checks import module_path
 from liger_fx.storage.records import GuardsRecord, InputRecord, ReadRecord, size_name
 from liger_fx.storage.values import FORMS, Devices, ValueReader, read_device
+from liger_fx.tracing import leaves
 from liger_fx.tracing.call import PLAIN, CallSpec, Constant, InputSpec, Items, Number, Opaque, Spec
 from liger_fx.tracing.guards import Attribute, Guards, Read
 
@@ -73,7 +73,7 @@ def _write_spec(spec: Spec) -> Any:
         return {"object": spec.cls.__name__}
     kind = spec.kind.__name__
     if _CONTAINERS.get(kind) is not spec.kind:
-        if not issubclass(spec.kind, ModelOutput):
+        if not leaves.is_output_class(spec.kind):
             raise SaveError(f"A saved graph cannot take a {kind} as argument.")
         kind = f"{spec.kind.__module__}:{kind}"
     keys = None if spec.keys is None else list(spec.keys)
@@ -217,10 +217,11 @@ def _key(key: Any) -> Any:
 def _output_class(reference: str) -> type:
     module, _, name = reference.partition(":")
     home = sys.modules.get(module) if module.startswith("transformers.") else None
-    found = vars(home).get(name) if home is not None else None
-    if not (isinstance(found, type) and issubclass(found, ModelOutput)):
+    found: Any = vars(home).get(name) if home is not None else None
+    if not leaves.is_output_class(found):
         raise LoadError(f"{shown(reference)} is no output class of transformers")
-    return found
+    kind: type = found
+    return kind
 
 
 def own_numbers(guards: Guards) -> set[str]:

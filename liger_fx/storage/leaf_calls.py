@@ -19,7 +19,6 @@ from typing import Annotated, Any, NamedTuple, get_args
 import torch
 from torch import fx
 from transformers import masking_utils
-from transformers.utils.generic import ModelOutput
 
 from liger_fx.codec import Form, decode, inside, shown
 from liger_fx.errors import LoadError
@@ -166,14 +165,17 @@ def _arity(operator: Any) -> int:
 def resolve(references: Iterable[Reference], modules: set[str]) -> None:
     """LoadError unless each names an attention function or an output class in one of ``modules``.
 
-    ``modules`` are those that the model's own classes come from; nothing is imported here.
+    ``modules`` are those that the model's own classes come from: a class may come from another of
+    the same package. Nothing is imported here.
     """
+    packages = {"transformers", *(module.partition(".")[0] for module in modules)}
     for reference in references:
         module, _, name = reference.text.partition(":")
-        known = module in modules or module == "transformers.modeling_outputs"
+        known = module in modules
+        known |= reference.is_class and module.partition(".")[0] in packages
         found = getattr(sys.modules.get(module), name, None) if known else None
         if reference.is_class:
-            fits = isinstance(found, type) and issubclass(found, ModelOutput)
+            fits = leaves.is_output_class(found)
         else:
             fits = isinstance(found, FunctionType) and found.__module__ == module
             fits = fits and "attention" in name

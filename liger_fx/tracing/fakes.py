@@ -164,6 +164,13 @@ class FakeWorld:
             found = self._of_real[id(tensor)] = (tensor, self.new(self.metadata(tensor)))
         return found[1]
 
+    def place(self, tensor: torch.Tensor, device: torch.device) -> None:
+        """Let a tensor on the meta device be one on the device that it is moved to for its use."""
+        elsewhere = torch.empty_strided(
+            tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device
+        )
+        self._of_real[id(tensor)] = (tensor, self.new(self.metadata(elsewhere)))
+
     def adopt(self, tensor: torch.Tensor) -> FakeTensor:
         """A fake for any tensor that an operation gave back."""
         if isinstance(tensor, FakeTensor):

@@ -7,7 +7,8 @@ opaque
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -57,6 +58,12 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """A linear layer whose weights are no floating-point numbers, adapters around it or not."""
+    held = (p.is_floating_point() or p.is_complex() for p in module.parameters())
+    return is_linear(module) and hasattr(module, "out_features") and not all(held)
+
+
 def is_experts(module: nn.Module) -> bool:
     """transformers' expert layers, whose implementation is chosen by the config and may loop over
     the data."""
@@ -71,20 +78,51 @@ def infer_leaf(recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concr
     if is_experts(module):
         hidden = args[0] if args else next(iter(kwargs.values()))
         return torch.empty_like(hidden)
+    if is_quantised(module):  # its code looks at the data of its weights
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        return hidden.new_empty((*hidden.shape[:-1], module.out_features))
     if concrete:
         return _infer_by_running(recorder, module, args, kwargs)
 
-    forward = getattr(module, "block_class", type(module)).forward
+    for group, name, tensor, _ in offloaded(module):  # put back with the module's other attributes
+        group[name] = recorder.world.of_real(tensor)
+    forward = _forward_of(module)
     args, kwargs = pytree.tree_map(_simulated, (args, kwargs))
 
     def run() -> Any:
-        return forward(module, *args, **kwargs)
+        return forward(*args, **kwargs)
 
     try:
         key = _module_key(module)
     except Unknowable:
         return run_without_grad(run)
     return recorder.memo.infer(key, run, args, kwargs)
+
+
+def _forward_of(module: Any) -> Any:
+    """What the module does when it is called: not what runs its graph if it is a block, nor what
+    moves its weights."""
+    own = module.__dict__.get("forward")
+    if own is not None and not hasattr(module, "_hf_hook"):
+        return own
+    return MethodType(getattr(module, "block_class", type(module)).forward, module)
+
+
+def offloaded(
+    root: nn.Module,
+) -> Iterator[tuple[dict[str, Any], str, torch.Tensor, torch.device]]:
+    """The tensors on the meta device that hooks of accelerate put elsewhere when they are used:
+    each with the group and the name that hold it, and where it goes."""
+    for module in root.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is None:
+                continue
+            for group in (module._parameters, module._buffers):
+                for name, tensor in list(group.items()):
+                    if tensor is not None and tensor.is_meta:
+                        yield group, name, tensor, torch.device(device)
 
 
 def _simulated(value: Any) -> Any:
@@ -153,6 +191,5 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
                 if isinstance(value, torch.Tensor):
                     group[name] = value.clone()
         arguments, keywords = pytree.tree_map(example, (args, kwargs))
-        forward = getattr(module, "block_class", type(module)).forward
-        result = forward(module, *arguments, **keywords)
+        result = _forward_of(module)(*arguments, **keywords)
     return pytree.tree_map(as_fake, result)

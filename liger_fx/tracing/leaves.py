@@ -11,6 +11,7 @@ what it needs (attention implementation, mask builder, output class) when it run
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from typing import Any
@@ -107,6 +108,11 @@ def cache_call(cache: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def model_output(cls: str, **fields: Any) -> Any:
-    """The transformers ModelOutput class named by ``cls`` (``module:qualified.name``) with these
-    fields."""
+    """The output class named by ``cls`` (``module:qualified.name``) with these fields."""
     return resolve(cls)(**fields)
+
+
+def is_output_class(kind: Any) -> bool:
+    """Whether it is a mapping with named fields: transformers' ModelOutput, diffusers'
+    BaseOutput."""
+    return isinstance(kind, type) and issubclass(kind, dict) and dataclasses.is_dataclass(kind)

@@ -1,6 +1,5 @@
 """Models that no trace may enter as they are, found before anything of theirs runs.
 
-cpu_offload(model)               ->  each module has a forward of its own, that swaps weights
 nn.LazyLinear(16), never called  ->  the first call gives its parameters their shape
 register_module_forward_hook(f)  ->  f wants to see every module
 """
@@ -25,11 +24,8 @@ def _own_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_unready(root: nn.Module) -> None:
-    """TraceError where a module's forward is the instance's own, a parameter has no shape yet, or a
-    hook stands on all modules of the process.
-
-    The forward of a block is not looked at: what wraps it runs around the graph.
-    """
+    """TraceError where a parameter has no shape yet, or a hook stands on all modules of the
+    process."""
     if any(GLOBAL_HOOKS):
         raise TraceError(
             "",
@@ -39,18 +35,6 @@ def refuse_unready(root: nn.Module) -> None:
             "While it stands, each module's own code runs. Without it, graphs do.",
         )
     for path, module in _own_modules(root):
-        if "forward" in module.__dict__ and not isinstance(module, fx.GraphModule):
-            hooked = hasattr(module, "_hf_hook")
-            raise TraceError(
-                path,
-                None,
-                f"{type(module).__name__} has a forward of its own in place of its class's"
-                + (", set by a hook of accelerate" if hooked else ""),
-                "Optimise the model first and put it on afterwards, or take it off: accelerate's "
-                "hooks go with accelerate.hooks.remove_hook_from_submodules(model)."
-                if hooked
-                else "Delete that attribute, or make it the forward of a class.",
-            )
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and is_lazy(tensor):
                 raise TraceError(

@@ -26,7 +26,6 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import ModelOutput
 
 from liger_fx.errors import TraceError
 from liger_fx.tracing import leaves
@@ -59,7 +58,13 @@ from liger_fx.tracing.inner_blocks import (
     is_block,
     rebuilt,
 )
-from liger_fx.tracing.leaf_modules import infer_leaf, is_experts, is_leaf, is_parametrized_code
+from liger_fx.tracing.leaf_modules import (
+    infer_leaf,
+    is_experts,
+    is_leaf,
+    is_parametrized_code,
+    offloaded,
+)
 from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.patches import patched
 from liger_fx.tracing.recorder import CannotRecord, Recorder, Recording
@@ -179,6 +184,8 @@ class HFTracer(fx.Tracer, Recording):
         forward = forward or type(root).forward
         # No size is tied to another because a contiguous tensor of these sizes was asked for.
         with self.world.mode, self.world.shape_env.suppress_guards():
+            for _, _, tensor, device in offloaded(root):
+                self.world.place(tensor, device)
             arguments = self._placeholders(call, examples or {})
         with attributes_kept(root) as before, patched(self):
             self.hidden = HiddenState(before, dict(root.named_modules()), self.writes)
@@ -335,7 +342,7 @@ class HFTracer(fx.Tracer, Recording):
     def _tree_argument(self, result: Any) -> Any:
         """A result, or an argument of a block, as a node takes it: torch.fx makes a plain dict of
         a ModelOutput."""
-        if isinstance(result, ModelOutput):
+        if leaves.is_output_class(type(result)):
             fields = {key: self._tree_argument(value) for key, value in result.items()}
             reference = leaves.reference_to(type(result))
             return self.recorder.create_node(
@@ -613,6 +620,9 @@ def _told(error: Exception) -> str:
 def _around(module: nn.Module) -> str:
     """What happens around a module's call and would be lost if the graph went through it: such a
     module is called. "" if there is nothing."""
+    if "forward" in module.__dict__:
+        hooked = ", set by a hook of accelerate" if hasattr(module, "_hf_hook") else ""
+        return f"it has a forward of its own in place of its class's{hooked}"
     if not all(is_capturing(hook) for hooks in hooks_of(module) for hook in hooks.values()):
         return "a hook stands on it"
     checkpointed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
