@@ -72,14 +72,12 @@ def attention(
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 
-Owner = torch.nn.Module | PreTrainedConfig  # a module that carries the config, or the config
-
-
 def _config_of(owner: Any) -> Any:
+    """The config that a module carries; a config itself, where no module below the root does."""
     return owner if isinstance(owner, PreTrainedConfig) else owner.config
 
 
-def build_mask(builder: str, owner: Owner, *, materialise: bool = False, **kwargs: Any) -> Any:
+def build_mask(builder: str, owner: Any, *, materialise: bool = False, **kwargs: Any) -> Any:
     """The attention mask of a builder in ``transformers.masking_utils`` for the owner's config.
 
     The builder may answer None (attention then works by its ``is_causal`` flag); with
@@ -94,7 +92,7 @@ def build_mask(builder: str, owner: Owner, *, materialise: bool = False, **kwarg
     return getattr(masking_utils, builder)(config=config, **kwargs)
 
 
-def new_cache(owner: Owner | None, **changes: Any) -> DynamicCache:
+def new_cache(owner: Any, **changes: Any) -> DynamicCache:
     """An empty key-value cache laid out for the owner's config with these changes, or for any model
     when there is no owner."""
     if owner is None:
