@@ -113,7 +113,7 @@ _ARGUMENTS: dict[Any, tuple[Any, bool, bool]] = {
     ),
     leaves.attention: (tuple[Annotated[fx.Node, _module]], True, True),
     leaves.build_mask: (tuple[Annotated[str, _mask_builder], fx.Node], True, False),
-    leaves.new_cache: (tuple[fx.Node | None], False, False),
+    leaves.new_cache: (tuple[fx.Node | None], True, False),
     leaves.encoder_decoder_cache: (
         tuple[Annotated[fx.Node, _cache], Annotated[fx.Node, _cache]],
         False,
@@ -146,6 +146,8 @@ def check(name: str, target: Any, args: Args, kwargs: Kwargs) -> Reference | Non
         raise LoadError("is called with none", "kwargs")
     with inside("args"):
         decode(kind, list(args[: len(get_args(kind))] if more_by_position else args), _FORMS)
+    if target is leaves.new_cache and any(key.startswith("_") for key in kwargs):
+        raise LoadError("changes what is a config's own", "kwargs")
     if target is leaves.model_output:
         return Reference(name, args[0], True)
     if target is not leaves.attention:

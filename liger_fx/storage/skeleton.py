@@ -123,7 +123,8 @@ def _check_block(
                 if unknown:
                     raise LoadError(f"{path or 'the model'} has no number {unknown[0]}", "guards")
             with inside(f"plans[{j}].nodes"):
-                _check_targets(plan.graph, {*inner, *tensors, *ints}, inner.keys())
+                config = ["config"] if hasattr(modules[path], "config") else []
+                _check_targets(plan.graph, {*inner, *tensors, *ints, *config}, inner.keys())
                 if path == block.paths[0]:
                     named_modules.check_calls(plan.graph, inner)
                     leaf_calls.resolve(plan.references, homes)

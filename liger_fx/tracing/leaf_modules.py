@@ -7,6 +7,7 @@ opaque
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator
 from types import MethodType
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.memo import Unknowable, run_without_grad
-from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import origin_of
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
@@ -167,11 +168,11 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
     if len(first) == 2:
         sizes.setdefault(world.hint(first[0]) * world.hint(first[1]), first[0] * first[1])
 
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if origin_of(leaf) is not None:
-            raise CannotRecord(f"{type(module).__name__} is given a cache")
-
     def example(value: Any) -> Any:
+        origin = origin_of(value)
+        if origin is not None:  # a cache, which it may change
+            origin.change()
+            return copy.deepcopy(origin.example)
         if isinstance(value, FakeTensor):
             shape = [world.hint(size) for size in value.shape]
             if value.dtype.is_floating_point:

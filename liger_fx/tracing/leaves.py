@@ -11,6 +11,7 @@ what it needs (attention implementation, mask builder, output class) when it run
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import AttentionInterface
 
 # What a graph may do with a cache through ``cache_call``.
@@ -71,26 +73,37 @@ def attention(
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 
-def build_mask(
-    builder: str, owner: torch.nn.Module, *, materialise: bool = False, **kwargs: Any
-) -> Any:
-    """The attention mask of a builder in ``transformers.masking_utils`` for ``owner.config``.
+def _config_of(owner: Any) -> Any:
+    """The config that a module carries; a config itself, where no module below the root does."""
+    return owner if isinstance(owner, PreTrainedConfig) else owner.config
+
+
+def build_mask(builder: str, owner: Any, *, materialise: bool = False, **kwargs: Any) -> Any:
+    """The attention mask of a builder in ``transformers.masking_utils`` for the owner's config.
 
     The builder may answer None (attention then works by its ``is_causal`` flag); with
     ``materialise`` it must give a tensor, because something other than attention reads it.
     """
+    config = _config_of(owner)
     if materialise and builder == "create_recurrent_attention_mask":
-        mask = getattr(masking_utils, builder)(config=owner.config, **kwargs)
+        mask = getattr(masking_utils, builder)(config=config, **kwargs)
         return kwargs["attention_mask"] if mask is None else mask
     if materialise:
         kwargs["allow_is_causal_skip"] = False
-    return getattr(masking_utils, builder)(config=owner.config, **kwargs)
+    return getattr(masking_utils, builder)(config=config, **kwargs)
 
 
-def new_cache(owner: torch.nn.Module | None) -> DynamicCache:
-    """An empty key-value cache laid out for ``owner.config``, or for any model when there is no
-    owner."""
-    return DynamicCache(config=owner.config) if owner is not None else DynamicCache()
+def new_cache(owner: Any, **changes: Any) -> DynamicCache:
+    """An empty key-value cache laid out for the owner's config with these changes, or for any model
+    when there is no owner."""
+    if owner is None:
+        return DynamicCache()
+    config = _config_of(owner)
+    if changes:
+        config = copy.copy(config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+    return DynamicCache(config=config)
 
 
 def encoder_decoder_cache(*caches: Any) -> EncoderDecoderCache:

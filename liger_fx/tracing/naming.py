@@ -29,7 +29,10 @@ _TRANSFORMERS_SIZES: dict[str, tuple[str, ...]] = {
     "decoder_attention_mask": ("batch", "decoder_sequence"),
     "decoder_position_ids": ("batch", "decoder_sequence"),
     "encoder_outputs_last_hidden_state": ("batch", "sequence", ""),
+    "input_features": ("batch",),
+    "input_values": ("batch",),
 }
+_SOUNDS = frozenset(("input_features", "input_values"))
 _SAYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -87,6 +90,8 @@ class _Names(Namer):
 
     def take_hidden(self, arguments: Mapping[str, Any]) -> None:
         """Learn them from the hidden states that a block inside a model is handed."""
+        if not _SOUNDS.isdisjoint(arguments):
+            return
         for value in arguments.values():
             if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
                 self.hidden = value

@@ -264,3 +264,7 @@ class Recording:
     def node_of_module(self, module: torch.nn.Module) -> fx.Node:
         """The get_attr node of a module of the traced tree."""
         raise NotImplementedError
+
+    def get_attr(self, path: str) -> fx.Node:
+        """The get_attr node of what is found at this path from the root."""
+        raise NotImplementedError

@@ -1,7 +1,7 @@
 """What stands in for an opaque argument (a cache) while a trace runs.
 
     past_key_values.update(k, v, self.layer_idx)      ->  a node, whose sizes nothing foretells
-    past_key_values.get_seq_length()                  ->  a node, a size
+    past_key_values.get_seq_length()                  ->  a node, a size; 0 if the graph made it
     past_key_values.is_compileable                    ->  answered from the example, and guarded
     past_key_values.something = x                     ->  refused
 
@@ -32,6 +32,7 @@ _STATES = (
     "update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state",
     "update_indexer",
 )  # fmt: skip
+_MAKERS = (leaves.new_cache, leaves.encoder_decoder_cache)
 
 
 class Host(Protocol):
@@ -203,7 +204,15 @@ class Origin:
         keywords = {key: recorder.argument(value) for key, value in kwargs.items()}
         return recorder.create_node("call_function", leaves.cache_call, arguments, keywords)
 
+    @property
+    def _is_new(self) -> bool:
+        """Whether the graph itself makes the object, and it is as it was made."""
+        return self._root.node.target in _MAKERS and not self.changed
+
     def _numbers(self, name: str, value: Any, args: Any, kwargs: Any) -> Any:
+        asks_of_sizes = any(isinstance(v, torch.SymInt) for v in (*args, *kwargs.values()))
+        if self._is_new and not asks_of_sizes:  # the same each time
+            return value
         recorder = self.host.recorder
         with recorder.paused():
             node = self._node_of_call(name, args, kwargs)

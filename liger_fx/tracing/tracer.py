@@ -75,7 +75,7 @@ from liger_fx.tracing.root_state import (
     named_tensors,
 )
 from liger_fx.tracing.size_guards import size_guards
-from liger_fx.tracing.stand_ins import Origin, stand_in
+from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
 from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
@@ -181,6 +181,7 @@ class HFTracer(fx.Tracer, Recording):
         self._autocast_cache_enabled = torch.is_autocast_cache_enabled()
         self._attribute_names: dict[str, str] = {}
         self.opaque_leaves: dict[str, OpaqueLeaf] = {}
+        self._given_objects: set[str] = set()  # leaves that may change a cache
         forward = forward or type(root).forward
         # No size is tied to another because a contiguous tensor of these sizes was asked for.
         with self.world.mode, self.world.shape_env.suppress_guards():
@@ -288,7 +289,7 @@ class HFTracer(fx.Tracer, Recording):
             size = self.world.fresh_number(value)
             self.world.symbols[symbol] = size
             self._attribute_names[symbol] = path
-            self.recorder.sizes.define_later(size, functools.partial(self._get_attr, path))
+            self.recorder.sizes.define_later(size, functools.partial(self.get_attr, path))
             module.__dict__[name] = size
             held.append((module, name, size, value))
         try:
@@ -363,6 +364,7 @@ class HFTracer(fx.Tracer, Recording):
         # The calls that change something are made whether or not their result is read.
         changing = {path for path, _ in self.writes}
         needed = {leaf for leaf in self.opaque_leaves if _holds_one_of(changing, leaf)}
+        needed |= self._given_objects
         erase_unread_nodes(self.graph, self.root, needed)
         self.leaves.materialise_masks()
         self.world.settle(self.graph)
@@ -476,6 +478,8 @@ class HFTracer(fx.Tracer, Recording):
                 "call_module", path, tuple(map(recorder.argument, args)),
                 {key: recorder.argument(value) for key, value in kwargs.items()},
             )  # fmt: skip
+            if any(origin_of(value) is not None for value in pytree.tree_leaves((args, kwargs))):
+                self._given_objects.add(path)
             if reason is not None:
                 self.opaque_leaves[path] = OpaqueLeaf(path, type(module).__name__, *reason)
             in_place = getattr(module, "inplace", False) is True
@@ -570,16 +574,16 @@ class HFTracer(fx.Tracer, Recording):
             )
             self._constants[path] = tensor
             self._named_tensors[id(tensor)] = path
-        return self._get_attr(path)
+        return self.get_attr(path)
 
     def node_of_module(self, module: nn.Module) -> fx.Node:
         if module is self.root or module not in self.paths:
             raise TypeError(
                 f"a {type(module).__name__} that is no submodule of the model is handed to a leaf"
             )
-        return self._get_attr(self.paths[module])
+        return self.get_attr(self.paths[module])
 
-    def _get_attr(self, path: str) -> fx.Node:
+    def get_attr(self, path: str) -> fx.Node:
         # The first use dominates the later ones: the graph is a straight line.
         if path not in self._get_attr_nodes:
             self._get_attr_nodes[path] = self.recorder.create_node("get_attr", path)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
 from liger_fx.tracing import leaves
+from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.fakes import node_of
 from liger_fx.tracing.recorder import CannotRecord, Recorder
 from liger_fx.tracing.stand_ins import Host, Origin, become, origin_of
@@ -77,7 +78,7 @@ class TransformersLeaves:
         with recorder.paused():
             given = recorder.with_fakes(given)
             config = given.pop("config")
-            owner = recorder.argument(self._owner_of(config))
+            owner = self._owner_of(config)
             stand_in = self._mask_stand_in(name, config, given)
             if stand_in is None:
                 return None
@@ -109,16 +110,32 @@ class TransformersLeaves:
         shape = (embeds.shape[0], 1, embeds.shape[1], width)
         return torch.empty(shape, dtype=dtype, device=embeds.device)
 
-    def _owner_of(self, config: PreTrainedConfig) -> torch.nn.Module:
-        """A module below the root that carries this very config."""
+    def _owner_of(self, config: PreTrainedConfig) -> fx.Node:
+        """The node of a module below the root that carries this very config, or of the root's
+        config."""
         owners = [
-            (path.count("."), path, module)
+            (path.count("."), path)
             for path, module in self.root.named_modules()
             if path and getattr(module, "config", None) is config
         ]
         if owners:
-            return min(owners, key=lambda owner: owner[:2])[2]
-        raise CannotRecord(f"a {type(config).__name__} that no submodule carries as .config")
+            return self.recorder.owner.get_attr(min(owners)[1])
+        if getattr(self.root, "config", None) is config:
+            return self.recorder.owner.get_attr("config")
+        raise CannotRecord(f"a {type(config).__name__} that no module carries as .config")
+
+    def _owner_and_changes(self, config: PreTrainedConfig) -> tuple[fx.Node, dict[str, Any]]:
+        """The same for a config that may be a changed copy of the root's, and the changes."""
+        own = getattr(self.root, "config", None)
+        try:
+            return self._owner_of(config), {}
+        except CannotRecord:
+            if type(own) is not type(config) or vars(own).keys() != vars(config).keys():
+                raise
+            changes = {k: v for k, v in vars(config).items() if v != vars(own)[k]}
+            if not all(isinstance(value, PLAIN) for value in changes.values()):
+                raise
+        return self._owner_of(own), changes
 
     def materialise_masks(self) -> None:
         """Have masks built in full wherever something other than attention reads them."""
@@ -140,10 +157,10 @@ class TransformersLeaves:
             config = given.pop("config", None)
             if any(value for key, value in given.items() if key != "self"):
                 raise CannotRecord("a cache that is filled or offloaded from the start")
-            owner = None if config is None else recorder.argument(self._owner_of(config))
+            owner, changes = (None, {}) if config is None else self._owner_and_changes(config)
             example = object.__new__(type(cache))
             init(example, *args, **kwargs)
-            node = recorder.create_node("call_function", leaves.new_cache, (owner,))
+            node = recorder.create_node("call_function", leaves.new_cache, (owner,), changes)
             become(cache, Origin(self.host, example, node, None))
 
     def new_cache_pair(self, init: Any, cache: Any, caches: tuple[Any, ...]) -> None:

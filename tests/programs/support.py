@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import liger_fx
 from liger_fx.errors import FallbackWarning
+from liger_fx.model.block import Block
 from liger_fx.modules.rotary import LigerRotaryEmbedding
 from tests.support.families import build, make_inputs
 
@@ -70,10 +71,13 @@ def optimize(model: nn.Module, inputs: Any = None, **options: Any) -> Any:
 
 @dataclass
 class Witness:
-    """What was seen of graphs: calls of rotary modules on real data, and fallbacks in words."""
+    """What was seen of graphs: calls of rotary modules on real data, fallbacks in words, and of the
+    blocks that have no blocks inside, the layers, how many calls a graph served or none did."""
 
     rotary_calls: int = 0
     fallbacks: list[str] = field(default_factory=list)
+    layers_ran: int = 0
+    layers_fell_back: int = 0
     _lock: Any = field(default_factory=threading.Lock)
 
     def count(self, arguments: tuple[Any, ...]) -> None:
@@ -83,6 +87,13 @@ class Witness:
         with self._lock:
             self.rotary_calls += 1
 
+    def count_layer(self, block: nn.Module, ran: int, fell_back: int) -> None:
+        """Note a call of a block, if it is a layer."""
+        if not any(isinstance(m, Block) for m in block.modules() if m is not block):
+            with self._lock:
+                self.layers_ran += ran
+                self.layers_fell_back += fell_back
+
 
 @contextmanager
 def watching() -> Iterator[Witness]:
@@ -91,6 +102,7 @@ def watching() -> Iterator[Witness]:
     witness = Witness()
     turn = LigerRotaryEmbedding.forward
     begin = FallbackWarning.__init__
+    call, fall_back = Block.call_graph, Block._run_original
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         witness.count((*args, *kwargs.values()))
@@ -100,7 +112,17 @@ def watching() -> Iterator[Witness]:
         witness.fallbacks.append(str(args[0]) if args else "")
         begin(self, *args)
 
+    def call_graph(self: Block, *args: Any) -> Any:
+        witness.count_layer(self, 1, 0)
+        return call(self, *args)
+
+    def run_original(self: Block, *args: Any) -> Any:
+        witness.count_layer(self, -1, 1)
+        return fall_back(self, *args)
+
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Block, "call_graph", call_graph))
+        stack.enter_context(mock.patch.object(Block, "_run_original", run_original))
         stack.enter_context(mock.patch.object(LigerRotaryEmbedding, "forward", forward))
         stack.enter_context(mock.patch.object(FallbackWarning, "__init__", init))
         yield witness
@@ -114,7 +136,9 @@ def graph_runs(
     ``calls`` times on average, which nothing but a graph does.
 
     In a model without a rotary module, there must be named modules, or at least graphs (in some no
-    rule finds anything), and no FallbackWarning; with ``quiet`` none may be given in any model.
+    rule finds anything), every layer that is called must run one, and where a FallbackWarning is
+    given for a model around them, layers must have run. With ``quiet`` none may be given in any
+    model.
     rotary: how many rotary modules to expect, where ``opt`` does not hold the modules that run.
     """
     with watching() as witness:
@@ -138,7 +162,9 @@ def _judge(witness: Witness, opt: nn.Module, calls: int, rotary: int | None, qui
         getattr(m, "plans", ()) for m in opt.modules()
     ):
         raise NoGraph(f"no named module is in it: {told or 'and nothing was said'}")
-    if witness.fallbacks and (quiet or not sites):
+    if not sites and (witness.layers_fell_back or witness.layers_ran < bool(witness.fallbacks)):
+        raise NoGraph(f"{witness.layers_ran} calls of layers ran graphs: {told}")
+    if quiet and witness.fallbacks:
         raise NoGraph(told)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import liger_fx
-from liger_fx.errors import TraceError
 from liger_fx.model.account import blocks_of
 from liger_fx.model.block import Block
 from liger_fx.tiny import tiny_model
@@ -24,21 +22,16 @@ def codes(opt: Block) -> dict[str, list[str]]:
     }
 
 
-def untraced(name: str) -> Any:
-    """A model that cannot be traced yet: what it would be saved as is not known."""
-    return pytest.param(name, marks=pytest.mark.xfail(raises=TraceError, strict=True))
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "bart",
         "bamba",
-        untraced("cpmant"),
+        "cpmant",
         "ctrl",
         "gpt2",
         "llama4_text",
-        untraced("mamba"),
+        "mamba",
         "mllama",
         "olmo_hybrid",
         "xlnet",
