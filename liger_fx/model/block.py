@@ -98,7 +98,8 @@ class Block(fx.GraphModule):
     block_class: type[nn.Module]
     signature: Signature
     _block: BlockState
-    # What GraphModule's own __init__, which is never run, would set.
+    # What GraphModule's own __init__ and recompile, which are never run, would set.
+    _lineno_map = None
     _tracer_cls = None
     _tracer_extras: dict[str, Any] = {}
     shape_env = None
