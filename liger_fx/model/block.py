@@ -24,6 +24,7 @@ from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
 from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.codec import decode_graph, encode_graph
+from liger_fx.model.apart import apart, in_the_midst
 from liger_fx.model.compiled import call_compiled
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Planner
@@ -204,7 +205,7 @@ class Block(fx.GraphModule):
         """The plan that serves a call with stand-ins for these arguments, made if there is none;
         None if the class's own forward must."""
         try:
-            return self.serving(arguments) or self._new_plan(arguments)
+            return self.serving(arguments) or apart(self._new_plan, arguments)
         except _NoGraph as reason:
             self._tell(str(reason), arguments)
             return None
@@ -212,7 +213,9 @@ class Block(fx.GraphModule):
     def _first_call(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         try:
             refuse_tensor_subclasses(arguments)
-            plan = self._new_plan(arguments)
+            plan = (
+                apart(self._new_plan, arguments) if in_the_midst() else self._new_plan(arguments)
+            )
         except (UnsupportedCall, _NoGraph) as reason:
             return self._run_original(str(reason), args, kwargs)
         inputs = plan.take(self, arguments)
