@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import fx
 from torch._dynamo.comptime import comptime
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.inner_blocks import rebuilt
@@ -65,11 +65,16 @@ def _outline(value: Any, leaves: list[Any], objects: list[Any]) -> Any:
 def _find_plan(context: Any) -> None:
     """Runs while Dynamo compiles ``call_compiled``, whose locals ``context`` shows."""
     block = _held_by(context, "block").value
-    leaves = map(_Examples().of, context.get_local("leaves").as_proxy())
+    leaves = map(_known_of, context.get_local("leaves").as_proxy())
     objects = (variable.realize().value for variable in _held_by(context, "objects").items)
     arguments = _filled(context.get_local("outline").as_python_constant(), leaves, objects)
     plan = block.plan_for_compiler(arguments)
     _found.name = None if plan is None else block._block.alike.keep_compiled(plan)
+
+
+def _known_of(leaf: Any) -> Any:
+    """The fake tensor, or symbolic number, behind a value of the graph; what is plain as it is."""
+    return leaf.node.meta["example_value"] if isinstance(leaf, fx.Proxy) else leaf
 
 
 def _held_by(context: Any, name: str) -> Any:
@@ -89,27 +94,3 @@ def _filled(outline: Any, leaves: Iterator[Any], objects: Iterator[Any]) -> Any:
         return next(objects)
     kind, keys, items = outline
     return rebuilt(kind, keys, [_filled(item, leaves, objects) for item in items])
-
-
-class _Examples:
-    """Stand-ins for what Dynamo knows of values: their sizes are those of the call that it
-    compiles for, numbers that guard nothing."""
-
-    def __init__(self) -> None:
-        self.mode = FakeTensorMode()
-
-    def of(self, value: Any) -> Any:
-        """A fake tensor for a tensor's, a number for a symbolic one; what is plain as it is."""
-        value = value.node.meta["example_value"] if isinstance(value, torch.fx.Proxy) else value
-        if not isinstance(value, torch.Tensor):
-            return _number(value)
-        with self.mode:
-            shape, strides = map(_number, value.shape), map(_number, value.stride())
-            made = torch.empty_strided(
-                tuple(shape), tuple(strides), dtype=value.dtype, device=value.device
-            )
-        return made.requires_grad_(value.requires_grad)
-
-
-def _number(value: Any) -> Any:
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
