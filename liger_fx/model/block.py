@@ -14,7 +14,7 @@ import copy
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from torch import fx, nn
 from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
 from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
+from liger_fx.model.apart import apart, in_the_midst
 from liger_fx.model.codec import decode_graph, encode_graph
+from liger_fx.model.compiled import call_compiled
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Planner
 from liger_fx.report.blocks import FallbackRow
@@ -41,6 +43,10 @@ from liger_fx.tracing.patches import is_tracing
 from liger_fx.tracing.tree_state import GLOBAL_HOOKS, TreeState
 
 Ready = tuple[Take, Callable[[], bool], Callable[..., Any], Plan]
+
+
+class _NoGraph(Exception):
+    """No graph can serve a call; its text says why."""
 
 
 class BlockState:
@@ -93,7 +99,8 @@ class Block(fx.GraphModule):
     block_class: type[nn.Module]
     signature: Signature
     _block: BlockState
-    # What GraphModule's own __init__, which is never run, would set.
+    # What GraphModule's own __init__ and recompile, which are never run, would set.
+    _lineno_map = None
     _tracer_cls = None
     _tracer_extras: dict[str, Any] = {}
     shape_env = None
@@ -194,46 +201,51 @@ class Block(fx.GraphModule):
                 return run(self, inputs)
         return self._first_call(arguments, args, kwargs)
 
-    def call_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same for torch.compile, which guards by itself what a plan assumes of the block: the
-        graph of the first plan whose arguments and modes these are, else the class's own
-        forward."""
-        arguments = self.signature.named(args, kwargs)
-        for plan in self._block.alike.plans:
-            guards = plan.guards
-            if guards.training is self.training and guards.grad_enabled in (
-                None,
-                torch.is_grad_enabled(),
-            ):
-                inputs = plan.take(self, arguments)
-                if inputs is not None:
-                    return plan.function(self, *inputs)
-        return self.block_class.forward(self, *args, **kwargs)
+    def plan_for_compiler(self, arguments: dict[str, Any]) -> Plan | None:
+        """The plan that serves a call with stand-ins for these arguments, made if there is none;
+        None if the class's own forward must."""
+        try:
+            refuse_tensor_subclasses(arguments)
+            return apart(self._plan_of, arguments)
+        except (UnsupportedCall, _NoGraph) as reason:
+            self._tell(str(reason), arguments)
+            return None
 
     def _first_call(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        try:
+            refuse_tensor_subclasses(arguments)
+            plan = apart(self._new_plan, arguments) if in_the_midst() else self._new_plan(arguments)
+        except (UnsupportedCall, _NoGraph) as reason:
+            return self._run_original(str(reason), args, kwargs)
+        inputs = plan.take(self, arguments)
+        assert inputs is not None
+        return plan.run(self, inputs)
+
+    def _plan_of(self, arguments: dict[str, Any]) -> Plan:
+        return self.serving(arguments) or self._new_plan(arguments)
+
+    def _new_plan(self, arguments: dict[str, Any]) -> Plan:
+        """A plan for a call that none served; _NoGraph says why there can be none."""
         state = self._block
         if any(GLOBAL_HOOKS):
             return self._run_original("a hook stands on all modules", args, kwargs)
         with state.planner.lock:
             known = state.alike.refusals.reason(self, arguments)
             if known is not None:
-                return self._run_original(known, args, kwargs)
+                raise _NoGraph(known)
             state.planner.regroup(self)
             state.states.clear()
             plan = self.serving(arguments)
-            if plan is None:
-                try:
-                    refuse_tensor_subclasses(arguments)
-                    call = describe_call(self, arguments, inner=bool(state.path))
-                    values = flat_inputs(call.arguments, arguments)
-                    examples = examples_of(call, values)
-                    plan = state.planner.plan_for(self, call, arguments, examples)
-                except (UnsupportedCall, LigerFxError) as reason:
-                    state.alike.refusals.remember(self, arguments, str(reason))
-                    return self._run_original(str(reason), args, kwargs)
-        inputs = plan.take(self, arguments)
-        assert inputs is not None
-        return plan.run(self, inputs)
+            if plan is not None:
+                return plan
+            try:
+                call = describe_call(self, arguments, inner=bool(state.path))
+                values = flat_inputs(call.arguments, arguments)
+                examples = examples_of(call, values)
+                return state.planner.plan_for(self, call, arguments, examples)
+            except (UnsupportedCall, LigerFxError) as reason:
+                state.alike.refusals.remember(self, arguments, str(reason))
+                raise _NoGraph(reason) from reason
 
     def serving(self, arguments: dict[str, Any]) -> Plan | None:
         """The plan that serves a call with these named arguments in this thread's modes, if one
@@ -244,18 +256,20 @@ class Block(fx.GraphModule):
         return None
 
     def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._tell(reason, (*self.signature.positional[: len(args)], *kwargs))
+        return self.block_class.forward(self, *args, **kwargs)
+
+    def _tell(self, reason: str, given: Iterable[str]) -> None:
         state, name = self._block, self.block_class.__name__
         reason = reason.rstrip(".")
-        given = ", ".join((*self.signature.positional[: len(args)], *kwargs))
-        if state.planner.note(FallbackRow(state.path, name, given, reason)):
+        if state.planner.note(FallbackRow(state.path, name, ", ".join(given), reason)):
             where = f"{name} ({state.path})" if state.path else name
             warnings.warn(
                 f"{where}: no graph serves this call, so its own forward runs, with the named "
                 f"modules in place: {reason}.",
                 FallbackWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
-        return self.block_class.forward(self, *args, **kwargs)
 
     # -- copies ------------------------------------------------------------------------------------
 
@@ -302,7 +316,7 @@ _GRAPH_CLASSES: weakref.WeakValueDictionary[type, type[Block]] = weakref.WeakVal
 def _derive(block_class: type[nn.Module]) -> type[Block]:
     def forward(self: Block, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return self.call_compiled(args, kwargs)
+            return call_compiled(self, args, kwargs)
         if is_tracing():
             return block_class.forward(self, *args, **kwargs)
         return self.call_graph(args, kwargs)

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_fx.tracing.numbers import TracedNumber
 
 # Arguments that a graph is made for, one by one.
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
 @dataclass(frozen=True)

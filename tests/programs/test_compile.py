@@ -193,10 +193,11 @@ def test_a_layer_compiled() -> None:
 @pytest.mark.slow
 def test_inside_a_compiled_function() -> None:
     model, twin_of = build("llama"), build("llama")
+    inputs = make_inputs(model, 2, 9)
 
     def doubled(m: Any) -> Any:
         with torch.no_grad():
-            return m(**make_inputs(model, 2, 9), use_cache=False).logits * 2
+            return m(**inputs, use_cache=False).logits * 2
 
     theirs = doubled(twin_of)
     opt = optimize(model)
