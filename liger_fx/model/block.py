@@ -228,7 +228,7 @@ class Block(fx.GraphModule):
         """A plan for a call that none served; _NoGraph says why there can be none."""
         state = self._block
         if any(GLOBAL_HOOKS):
-            return self._run_original("a hook stands on all modules", args, kwargs)
+            raise _NoGraph("a hook stands on all modules")
         with state.planner.lock:
             known = state.alike.refusals.reason(self, arguments)
             if known is not None:
