@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from liger_fx.engine.garbage import garbage_kept
 from liger_fx.engine.rule import Selection, discover
 from liger_fx.errors import (
     MissedSiteError,
@@ -86,6 +87,7 @@ def optimize(
     return optimized
 
 
+@garbage_kept()
 def _blocks(
     model: nn.Module, inputs: Inputs, selection: Selection | None, chosen: Iterable[str] | None
 ) -> Block:

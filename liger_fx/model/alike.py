@@ -6,7 +6,6 @@ layers.5 with a sliding window        another
 
 from __future__ import annotations
 
-import copy
 import functools
 import weakref
 from collections.abc import Hashable, Iterator
@@ -19,6 +18,7 @@ from torch import nn
 from liger_fx.engine.site import Site
 from liger_fx.model.plan import Plan
 from liger_fx.model.refusals import Refusals
+from liger_fx.model.tree import copy_tree
 from liger_fx.tracing.call import PLAIN, CallSpec
 from liger_fx.tracing.tree_state import hooks_of, is_capturing
 
@@ -170,14 +170,9 @@ class Transplant:
             known[id(module)] = own[path]
             for theirs, ours in zip(_tensors(module), _tensors(own[path]), strict=True):
                 known[id(theirs)] = ours
-        for module in self.new.values():
-            for inner in module.modules():  # what a named module replaced is said once
-                said = vars(inner).get("_origins")
-                known[id(said)] = said
         for path, module in self.new.items():
             owner, _, name = path.rpartition(".")
-            twin = copy.deepcopy(module, dict(known))
-            own[owner].add_module(name, twin)
+            own[owner].add_module(name, copy_tree(module, instead=known))
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

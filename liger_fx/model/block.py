@@ -71,6 +71,10 @@ class BlockState:
             self.states.append((plan.take, _check(plan, block), plan.run, plan))
         return self.states
 
+    def holds(self, plan: Plan, block: Block) -> bool:
+        """Whether the block and this thread's modes are as this plan of it assumes."""
+        return next(holds for _, holds, _, own in self.ready(block) if own is plan)()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "planner": self.planner, "alike": self.alike}
 

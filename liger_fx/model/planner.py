@@ -317,11 +317,9 @@ def _serves(
     guards = plan.guards
     return (
         guards.call.arguments == call.arguments
-        and guards.training == block.training
-        and guards.modes_hold()
         and guards.holds_for_attributes(block)
         and guards.reads_hold(block, examples or {})
-        and all(state.holds() for state in plan.states_of(block))
+        and block._block.holds(plan, block)
     )
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+_PLAIN_DICTS = (dict, OrderedDict)  # copy.copy takes many times as long
 Bare = Callable[[nn.Module], nn.Module]
 
 
@@ -26,15 +28,22 @@ def bare_module(module: nn.Module) -> nn.Module:
     return module.__class__.__new__(module.__class__)
 
 
-def copy_tree(model: nn.Module, bare: Bare = bare_module) -> Any:
+def copy_tree(
+    model: nn.Module, bare: Bare = bare_module, instead: Mapping[int, Any] | None = None
+) -> Any:
     """A copy of every module of ``model``, sharing its parameters and buffers; no memory for
-    weights. ``bare`` makes what a module becomes, without attributes."""
-    copies = {module: bare(module) for module in model.modules()}
+    weights. ``bare`` makes what a module becomes, without attributes; ``instead`` are other
+    modules and tensors to take, by the identity of those that they stand for."""
+    known: dict[int, Any] = dict(instead or {})
+    copies = {module: bare(module) for module in model.modules() if id(module) not in known}
     configs: dict[int, Any] = {}
-    known: dict[int, Any] = {id(module): twin for module, twin in copies.items()}
+    known.update((id(module), twin) for module, twin in copies.items())
     for module, twin in copies.items():
         attributes = twin.__dict__
         for name, value in module.__dict__.items():
+            if type(value) in _PLAIN_DICTS and not value:  # most are: the hooks
+                attributes[name] = type(value)()
+                continue
             if name == "_block":  # what a block is besides its module is not copied
                 continue
             if name == "config" or name.endswith("_config"):
@@ -53,7 +62,7 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
         return known[id(value)]
     kind = type(value)
     if isinstance(value, dict):
-        twin = known[id(value)] = copy.copy(value)
+        twin = known[id(value)] = value.copy() if kind in _PLAIN_DICTS else copy.copy(value)
         for key, item in value.items():
             twin[key] = _copied(item, known)
         return twin

@@ -150,6 +150,16 @@ class FakeWorld:
             self._metadata[key] = Metadata(template, TensorSpec(sizes, tensor.dtype, tensor.device))
         return self._metadata[key]
 
+    def empty(
+        self, sizes: tuple[Any, ...], strides: tuple[Any, ...], dtype: torch.dtype, device: Any
+    ) -> torch.Tensor:
+        """A new fake of these sizes and strides."""
+        key = (tuple(map(as_expr, sizes)), tuple(map(as_expr, strides)), dtype, device)
+        known = self._metadata.get(key)
+        if known is not None:
+            return self.new(known)
+        return self.adopt(torch.empty_strided(sizes, strides, dtype=dtype, device=device))
+
     def new(self, metadata: Metadata) -> FakeTensor:
         """A new fake of this metadata, with an identity of its own."""
         fake = FakeTensor(self.mode, metadata.template, metadata.device)

@@ -197,8 +197,7 @@ class Results:
     def _make(self, spec: Any) -> Any:
         if isinstance(spec, ResultTensor):
             shape, strides = map(self._size, spec.spec.shape), map(self._size, spec.strides)
-            dtype, device = spec.spec.dtype, spec.spec.device
-            return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
+            return self.world.empty(tuple(shape), tuple(strides), spec.spec.dtype, spec.spec.device)
         if isinstance(spec, ResultSize):
             return self._size(spec.expr)
         if isinstance(spec, Constant):

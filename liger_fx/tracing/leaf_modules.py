@@ -8,7 +8,7 @@ opaque
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -85,7 +85,8 @@ def infer_leaf(recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concr
     if concrete:
         return _infer_by_running(recorder, module, args, kwargs)
 
-    for group, name, tensor, _ in offloaded(module):  # put back with the module's other attributes
+    # They are put back with the module's other attributes.
+    for group, name, tensor, _ in offloaded(module.modules()):
         group[name] = recorder.world.of_real(tensor)
     forward = _forward_of(module)
     args, kwargs = pytree.tree_map(_simulated, (args, kwargs))
@@ -110,12 +111,12 @@ def _forward_of(module: Any) -> Any:
 
 
 def offloaded(
-    root: nn.Module,
+    modules: Iterable[nn.Module],
 ) -> Iterator[tuple[dict[str, Any], str, torch.Tensor, torch.device]]:
     """The tensors on the meta device that hooks of accelerate put elsewhere when they are used:
     each with the group and the name that hold it, and where it goes."""
-    for module in root.modules():
-        hook = getattr(module, "_hf_hook", None)
+    for module in modules:
+        hook = module.__dict__.get("_hf_hook")
         for one in getattr(hook, "hooks", (hook,)):
             device = getattr(one, "execution_device", None)
             if device is None:

@@ -17,10 +17,12 @@ from liger_fx.tracing.tree_state import GLOBAL_HOOKS
 
 def _own_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a block without those of the blocks inside it."""
-    inner = [p for p, m in block.named_modules() if p and isinstance(m, fx.GraphModule)]
-    for path, module in block.named_modules():
-        if not any(path == own or path.startswith(f"{own}.") for own in inner):
-            yield path, module
+    pending = [("", block)]
+    for path, module in pending:  # grows while it is walked
+        yield path, module
+        for name, child in module.named_children():
+            if not isinstance(child, fx.GraphModule):
+                pending.append((f"{path}.{name}" if path else name, child))
 
 
 def refuse_unready(root: nn.Module) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 _alone = threading.RLock()
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 
 
-def named_tensors(root: nn.Module) -> dict[int, str]:
-    """Paths of parameters, buffers and tensors held as plain attributes, by identity."""
+def named_tensors(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """Paths of parameters, buffers and tensors held as plain attributes of modules by path, by
+    identity."""
     named: dict[int, str] = {}
-    for path, module in root.named_modules():
+    for path, module in modules.items():
         prefix = f"{path}." if path else ""
         for group in (module._parameters, module._buffers, module.__dict__):
             for name, value in group.items():
@@ -39,13 +40,16 @@ def autocast_cache_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_kept(root: nn.Module) -> Iterator[Snapshot]:
+def attributes_kept(
+    root: nn.Module, modules: Iterable[nn.Module] | None = None
+) -> Iterator[Snapshot]:
     """Models store things on themselves during forward; none of it stays after the block.
+    ``modules`` are those whose attributes are looked at, all of ``root`` by default.
 
     A second thread that wants to trace waits: it must not take the first one's fakes for its own.
     """
     with _alone:
-        before = Snapshot(root)
+        before = Snapshot(root.modules() if modules is None else modules)
         try:
             yield before
         finally:
@@ -53,13 +57,21 @@ def attributes_kept(root: nn.Module) -> Iterator[Snapshot]:
 
 
 class Snapshot:
-    """All attributes of the modules of a tree: parameters, buffers, children, plain values, and
+    """All attributes of some modules: parameters, buffers, children, plain values, and
     what is in the dictionaries, lists and sets among them. No tensor's data is copied."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._seen: dict[int, tuple[Any, Any]] = {}
-        for module in root.modules():
-            self._take(module.__dict__)
+        self._empty: list[Any] = []
+        for module in modules:
+            attributes = module.__dict__
+            self._seen[id(attributes)] = (attributes, dict(attributes))
+            for value in attributes.values():
+                if type(value) in _CONTAINERS and not value:  # most are: the hooks
+                    self._empty.append(value)
+                else:
+                    self._take(value)
+        self._were_empty = set(map(id, self._empty))
 
     def _take(self, value: Any) -> None:
         if type(value) in _CONTAINERS:
@@ -78,10 +90,14 @@ class Snapshot:
     def before(self, container: Any) -> Any:
         """What was in the container: a dict, list or set of its own; None for an unknown one."""
         found = self._seen.get(id(container))
+        if found is None and id(container) in self._were_empty:
+            return type(container)()
         return found[1] if found is not None else None
 
     def restore(self) -> None:
         """Put back what was there, into the same containers."""
+        for container in filter(None, self._empty):
+            container.clear()
         for container, contents in self._seen.values():
             if not _same(container, contents):
                 container.clear()
@@ -103,4 +119,4 @@ def _same(container: Any, contents: Any) -> bool:
         return False
     now = container.values() if isinstance(contents, dict) else container
     then = contents.values() if isinstance(contents, dict) else contents
-    return all(a is b for a, b in zip(now, then, strict=True))
+    return list(map(id, now)) == list(map(id, then))

@@ -32,10 +32,13 @@ _CASTS = ("to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "c
 
 
 def written(before: Snapshot, modules: Mapping[nn.Module, str], world: FakeWorld) -> list[Place]:
-    """The attributes of these modules (by path) that are not what they were."""
+    """The attributes of these modules (by path) that are not what they were; of those, that
+    ``before`` has seen."""
     look = functools.partial(_same, before, world)
     found: list[Place] = []
     for module, path in modules.items():
+        if before.before(module.__dict__) is None:
+            continue
         groups = [module.__dict__, *(module.__dict__[name] for name in _TENSORS)]
         for group in groups:
             then = before.before(group)

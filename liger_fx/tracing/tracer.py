@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.errors import TraceError
@@ -38,7 +39,6 @@ from liger_fx.tracing.call import (
     Spec,
     UnsupportedCall,
     flat_inputs,
-    named_arguments,
 )
 from liger_fx.tracing.cleanup import erase_unread_nodes
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
@@ -171,10 +171,11 @@ class HFTracer(fx.Tracer, Recording):
         self.leaves = TransformersLeaves(self.recorder, root, self)
         self.calls = [ModuleCall(0, "", type(root), None)]
         self.stack: list[tuple[ModuleCall, nn.Module]] = [(self.calls[0], root)]
-        self.paths = {module: path for path, module in root.named_modules()}
+        modules = dict(root.named_modules())
+        self.paths = {module: path for path, module in modules.items()}
         self.reads: list[Read] = []
         self.numbers: dict[str, Read] = {}
-        self._named_tensors = named_tensors(root)
+        self._named_tensors = named_tensors(modules)
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
@@ -185,11 +186,12 @@ class HFTracer(fx.Tracer, Recording):
         forward = forward or type(root).forward
         # No size is tied to another because a contiguous tensor of these sizes was asked for.
         with self.world.mode, self.world.shape_env.suppress_guards():
-            for _, _, tensor, device in offloaded(root):
+            for _, _, tensor, device in offloaded(modules.values()):
                 self.world.place(tensor, device)
             arguments = self._placeholders(call, examples or {})
-        with attributes_kept(root) as before, patched(self):
-            self.hidden = HiddenState(before, dict(root.named_modules()), self.writes)
+        entered = None if self.plans.inside else _entered(root)
+        with attributes_kept(root, entered) as before, patched(self):
+            self.hidden = HiddenState(before, modules, self.writes)
             with self._symbolic_attributes():
                 result, output = self._run(forward, arguments)
             self.hidden.show(root)
@@ -411,7 +413,7 @@ class HFTracer(fx.Tracer, Recording):
             raise NeedsInside
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
-            arguments = named_arguments(block.block_class.forward, args, kwargs)
+            arguments = block.signature.named(args, kwargs)
             names = InnerNames(self.world)
             call = names.describe(arguments)
             values = flat_inputs(call.arguments, arguments)
@@ -638,6 +640,16 @@ def _let_collect(module: nn.Module, args: Any, result: Any) -> None:
     for hook in module._forward_hooks.values():
         if is_capturing(hook):
             hook(module, args, result)
+
+
+def _entered(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a trace may change: not what is below the layers that are blocks of their
+    own, which it does not enter. (In a deep model they are nearly all modules.)"""
+    pending = [root]
+    for module in pending:  # grows while it is walked
+        yield module
+        if module is root or not is_block(module) or isinstance(module, PreTrainedModel):
+            pending += module.children()
 
 
 def _symbol(path: str) -> str:

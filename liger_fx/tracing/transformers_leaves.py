@@ -116,7 +116,7 @@ class TransformersLeaves:
         owners = [
             (path.count("."), path)
             for path, module in self.root.named_modules()
-            if path and getattr(module, "config", None) is config
+            if path and module.__dict__.get("config") is config
         ]
         if owners:
             return self.recorder.owner.get_attr(min(owners)[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -253,7 +254,14 @@ def is_capturing(hook: Any) -> bool:
 
 def asks_mode(module: nn.Module) -> bool:
     """Whether the code of the module (PyTorch's own aside) uses its mode."""
-    return _code_mentions(type(module), "training")
+    kind = type(module)
+    found = _ASKS_MODE.get(kind)
+    if found is None:
+        found = _ASKS_MODE[kind] = _code_mentions(kind, "training")
+    return found
+
+
+_ASKS_MODE: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 def _code_mentions(cls: type, name: str) -> bool:
