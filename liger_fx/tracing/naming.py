@@ -109,6 +109,8 @@ class _Names(Namer):
             known = ("batch" if tensor.shape[:1] != (1,) else "", "sequence")
         elif self.hidden is not None:
             known = ("batch",)
+        if name == "position_ids" and tensor.ndim == 3:  # of several axes: time, height, width
+            known = ("", "batch", "sequence")
         known = (*known, *[""] * tensor.ndim)[: tensor.ndim]
         sizes = enumerate(zip(tensor.shape, known, strict=True))
         return tuple(self._size(name, dim, int(size), k, tensor) for dim, (size, k) in sizes)
