@@ -169,6 +169,20 @@ def test_a_block_inside_that_is_given_a_size_of_the_data_says_so() -> None:
     assert traced.layers[0].plans
 
 
+def test_an_image_of_the_size_that_the_config_names_is_of_that_size() -> None:
+    opt = liger_fx.optimize(tiny("internvl"))  # it takes the root of its number of patches
+    assert opt.report is not None and not opt.report.fallbacks
+    inputs = tiny_inputs(opt)
+    pixels = inputs["pixel_values"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        opt(**inputs)
+    assert len(opt.plans) == 1
+    for given, sizes in ((pixels, (16, 16)), (pixels[..., :8], (16, "pixel_values_3"))):
+        call = describe_call(opt, {**inputs, "pixel_values": given}, inner=False)
+        assert call.tensors["pixel_values"].sizes[2:] == sizes
+
+
 def test_positions_of_several_axes_are_no_batch_of_three() -> None:
     model = tiny("qwen2_vl").model.language_model
     arguments = {
