@@ -91,6 +91,8 @@ class InnerNames(Namer):
         expr = as_expr(size)
         if isinstance(expr, int):
             return expr
+        if size.node.hint is None:
+            raise CannotRecord(f"a block inside is given {name}, a size that only the data tell")
         if own:
             self.loose.add(name)
         else:

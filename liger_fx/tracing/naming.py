@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 
 from liger_fx.tracing.call import CallSpec, Namer, UnsupportedCall, is_mask
 
@@ -57,7 +58,7 @@ def describe_call(block: nn.Module, arguments: Mapping[str, Any], *, inner: bool
     """
     if is_transformers(block) and "is_causal" in arguments:
         raise UnsupportedCall("is_causal, which rewrites the config while the call lasts")
-    names = _Names(is_transformers(block))
+    names = _Names(is_transformers(block), _image_sizes(getattr(block, "config", None)))
     if inner:
         names.take_hidden(arguments)
     elif names.is_transformers:
@@ -68,12 +69,13 @@ def describe_call(block: nn.Module, arguments: Mapping[str, Any], *, inner: bool
 class _Names(Namer):
     """Names by what the inputs are called; a size whose name alone says nothing gets a hint.
 
-    values: what the named sizes are in this call.
+    values: what the named sizes are in this call. image_sizes: heights and widths that the config
+    names.
     """
 
-    def __init__(self, is_transformers: bool) -> None:
+    def __init__(self, is_transformers: bool, image_sizes: frozenset[int]) -> None:
         super().__init__()
-        self.is_transformers = is_transformers
+        self.is_transformers, self.image_sizes = is_transformers, image_sizes
         self.values: dict[str, int] = {}
         self.hidden: torch.Tensor | None = None
         self.has_cache = False
@@ -109,6 +111,8 @@ class _Names(Namer):
             known = ("batch" if tensor.shape[:1] != (1,) else "", "sequence")
         elif self.hidden is not None:
             known = ("batch",)
+        if name == "position_ids" and tensor.ndim == 3:  # of several axes: time, height, width
+            known = ("", "batch", "sequence")
         known = (*known, *[""] * tensor.ndim)[: tensor.ndim]
         sizes = enumerate(zip(tensor.shape, known, strict=True))
         return tuple(self._size(name, dim, int(size), k, tensor) for dim, (size, k) in sizes)
@@ -120,6 +124,8 @@ class _Names(Namer):
                 return known
         elif size == 1:  # perhaps a broadcast one (position_ids of all rows): taken as it is
             return 1
+        if name == "pixel_values" and dim >= tensor.ndim - 2 and size in self.image_sizes:
+            return size  # an image as the config has it: roots of it are taken, and remainders
         if tensor is self.hidden or (name in _TRANSFORMERS_SIZES and dim == 2):
             return size  # the width
         is_width = dim == tensor.ndim - 1 and tensor.is_floating_point() and tensor.ndim in (2, 3)
@@ -130,3 +136,10 @@ class _Names(Namer):
         if (is_mask(tensor) and dim > 1) or self.has_cache:
             self.loose.add(named)
         return named
+
+
+def _image_sizes(config: Any) -> frozenset[int]:
+    """The heights and widths of images that a config names, or one inside it."""
+    parts = (config, *vars(config).values()) if isinstance(config, PreTrainedConfig) else ()
+    found = [size for part in parts if (size := getattr(part, "image_size", None)) is not None]
+    return frozenset(s for size in found for s in ([size] if isinstance(size, int) else size))

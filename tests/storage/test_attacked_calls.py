@@ -83,6 +83,7 @@ CALLS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "nested output": ("model_output", {"args": ["transformers.modeling_outputs:a.b"]}, ""),
     "computed output": ("model_output", {"args": [{"node": "input_ids"}]}, ""),
+    "config's own": ("new_cache", {"kwargs": {"__class__": 1}}, ""),
     "mask builder": ("build_mask", {"args": ["os", {"node": "model"}]}, ""),
     "mask helper": ("build_mask", {"args": ["create_masks_for_generate", {"node": "model"}]}, ""),
     "cache method": ("cache_call", {"args": [{"node": "new_cache"}, "__reduce__"]}, ""),
