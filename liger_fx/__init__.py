@@ -7,7 +7,7 @@ be imported (liger_fx.kernels.rms_norm, say) without the rooms above it.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOME = {
     "optimize": "liger_fx.api",

@@ -2,6 +2,7 @@
 
     liger-fx optimize llama --layers 2               on the terminal
     liger-fx optimize ./my-model --report out.html   and in a file: .txt, .md, .json or .html
+    liger-fx optimize llama --layers 1 --graph       and the whole as one flat graph
 
 Exit codes: 0 done; 1 with --strict, if a site was missed or nothing was rewritten; 2 it could not
 be done, one sentence on standard error says why.
@@ -19,6 +20,7 @@ from liger_fx.commands.console import (
     save_report,
 )
 from liger_fx.commands.models import add_rewriting, load, optimized, start, strictly
+from liger_fx.model.flatten import flatten
 
 
 def add_parser(commands: Any) -> None:
@@ -26,6 +28,9 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "optimize", "rewrite a model and show the report", __doc__, run)
     add_rewriting(parser)
     parser.add_argument("--full", action="store_true", help="list every layer, fold none")
+    parser.add_argument(
+        "--graph", action="store_true", help="print the whole as one flat graph, too"
+    )
     parser.add_argument(
         "--report", metavar="FILE", help="write the report to a .txt, .md, .json or .html file, too"
     )
@@ -38,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_report_file(arguments.report)
     opt = optimized(load(arguments.model, arguments, weights=False), arguments)
     print(opt.report.text(full=arguments.full, color=colors_are_welcome()))
+    if arguments.graph:
+        print(flatten(opt).code)
     if arguments.report:
         save_report(opt.report, arguments.report)
     return strictly(arguments, opt.report)

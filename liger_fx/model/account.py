@@ -72,7 +72,7 @@ def _operators(root: Any, blocks: dict[str, Any], *, after: bool) -> dict[str, i
         return known[key]
 
     if root.plans:
-        total = count(root, 0)
+        total = count(root, root._block.alike.plans.index(root.plans[0]))
     else:
         total, counted = Counter(), list[str]()
         for path, block in blocks.items():
@@ -85,7 +85,10 @@ def _operators(root: Any, blocks: dict[str, Any], *, after: bool) -> dict[str, i
 def _sites(blocks: dict[str, Any]) -> Iterator[Site]:
     for path, block in blocks.items():
         told: dict[tuple[str, str], Site] = {}  # by the graphs of other kinds of calls
-        for site in (*block._block.alike.rewritten, *(s for p in block.plans for s in p.sites)):
+        called = {f"call_module {path}" for plan in block.plans for path in plan.modules}
+        # Also by graphs that serve no call any more, where those that do call what was put in.
+        before = (s for s in block._block.alike.sites() if s.after in called or not block.plans)
+        for site in (*before, *(s for p in block.plans for s in p.sites)):
             told.setdefault((site.rule, site.path), site)
         yield from (_below(site, path) for site in told.values())
 

@@ -15,7 +15,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -85,11 +85,15 @@ class BlockState:
 def _check(plan: Plan, block: nn.Module) -> Callable[[], bool]:
     modes_hold, owner = plan.guards.modes_hold, weakref.ref(block)
     states: list[TreeState] = []
+    called: list[tuple[BlockState, Alike]] = []
 
     def holds() -> bool:
         if not states:
             states.extend(plan.states_of(owner()))
-        if not modes_hold():
+            there: dict[str, Any] = dict(cast(Any, owner()).named_modules()) if plan.called else {}
+            inner = ((there.get(path), alike) for path, alike in plan.called.items())
+            called.extend((m._block, alike) for m, alike in inner if isinstance(m, Block))
+        if not modes_hold() or any(state.alike is not alike for state, alike in called):
             return False
         return all(state.holds() for state in states)
 
@@ -118,7 +122,8 @@ class Block(fx.GraphModule):
     @property
     def plans(self) -> list[Plan]:
         """A graph for each kind of call met so far; alike blocks share them."""
-        return [p for p in self._block.alike.plans if p.guards.holds_for_attributes(self)]
+        plans = self._block.alike.plans
+        return [p for p in plans if p.guards.holds_for_attributes(self) and p.stands(self)]
 
     @property
     def graph(self) -> fx.Graph:

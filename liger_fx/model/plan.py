@@ -33,7 +33,11 @@ class Plan:
     sites: what the rules rewrote and refused, paths below the block; nothing for a plain trace.
     operators: how often each operator stood in the graph before it was rewritten.
     result: what the graph returns, for the traces of blocks around; None if it was loaded.
+    called: the alike ones that each block belongs to that the graph calls, by path; where the plan
+        is one block's alone.
     """
+
+    called: Mapping[str, Any] = {}
 
     def __init__(self, trace: Trace, sites: tuple[Site, ...] = (), before: Operators | None = None):
         self.graph: fx.Graph = trace.graph
@@ -70,6 +74,24 @@ class Plan:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
 
+    def settle(self, block: Any) -> None:
+        """Take the blocks inside as they are grouped now: what they return was taken from plans of
+        theirs."""
+        if len(block._block.alike.members) == 1:
+            paths = [path for path, _ in self.inner]
+            self.called = {path: block.get_submodule(path)._block.alike for path in paths}
+
+    def stands(self, block: Any) -> bool:
+        """Whether the blocks that the graph calls are there, and grouped as they were."""
+        there = dict(block.named_modules()) if self.called else {}
+        if any(_alike_of(there.get(path)) is not alike for path, alike in self.called.items()):
+            return False
+        alone = [(path, n) for path, n in self.inner if self._is_alone(path)]
+        return all(self.called[path].plans[n].stands(there[path]) for path, n in alone)
+
+    def _is_alone(self, path: str) -> bool:
+        return path in self.called and len(self.called[path].members) == 1
+
     def fits(self, block: nn.Module) -> bool:
         """Whether the dtypes, devices and configs of the tree are those the graph was made for."""
         return self.state_of(block).is_as_traced()
@@ -93,6 +115,11 @@ class Plan:
             alike = inner._block.alike
             if len(alike.members) == 1 and number < len(alike.plans):
                 yield from alike.plans[number].states_of(inner)
+
+    @property
+    def modules(self) -> set[str]:
+        """The paths of all that the graph calls."""
+        return {str(node.target) for node in self.graph.find_nodes(op="call_module")}
 
     @property
     def inner(self) -> list[tuple[str, int]]:
@@ -162,6 +189,11 @@ class Plan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, graph=decode_graph(state["graph"]), result=None)
         self._prepare()
+
+
+def _alike_of(module: Any) -> Any:
+    state = getattr(module, "_block", None)
+    return None if state is None else state.alike
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:

@@ -190,6 +190,7 @@ class Planner:
             alike.ints = alike.shared(ints)
             for member in alike.members:  # earlier plans look at what is there now
                 member._block.states.clear()
+        plan.settle(block)
         alike.plans.append(plan)
         return len(alike.plans) - 1, plan
 

@@ -174,6 +174,9 @@ def _finished(saved: Saved, tree: nn.Module) -> Block:
             alike.plans.append(plan)
         groups.append((block.paths, alike))
     root = turn_into_blocks(tree, groups, planner)
+    for block in blocks_of(root).values():
+        for plan in block._block.alike.plans:
+            plan.settle(block)
     if not any(plan.fits(b) for b in blocks_of(root).values() for plan in b.plans):
         warnings.warn(
             f"{found.model.class_}: the saved graphs are for other dtypes or devices than the "

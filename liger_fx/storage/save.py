@@ -177,6 +177,7 @@ def usable_groups(opt: Block) -> list[Group]:
             number: plan
             for number, plan in enumerate(alike.plans)
             if plan.fits(first)
+            and plan.stands(first)
             and all(n in groups[f"{where[0]}.{p}".lstrip(".")].plans for p, n in plan.inner)
         }
         group = Group(where, alike.attributes, plans)
