@@ -24,7 +24,7 @@ from liger_fx.tracing.inner_blocks import rebuilt
 
 
 class _Found(threading.local):
-    """Where the plan found last is kept, on its way into what is compiled."""
+    """The name under which the plan found last is kept, on its way into what is compiled."""
 
     name: str | None = None
 
@@ -47,19 +47,36 @@ def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return plan.function(block, *inputs)
 
 
+@torch.compiler.assume_constant_result
+def _name_of_found(alike: int) -> str | None:
+    return _found.name
+
+
 def _outline(value: Any, leaves: list[Any], objects: list[Any]) -> Any:
     """What a tree of arguments is made of; its tensors and plain values, and what is neither, go
-    to lists."""
-    if isinstance(value, (torch.Tensor, *PLAIN)):
-        leaves.append(value)
-        return "leaf"
-    if isinstance(value, dict):
-        items = tuple([_outline(item, leaves, objects) for item in value.values()])
-        return type(value), tuple(value), items
-    if isinstance(value, (tuple, list)):
-        return type(value), None, tuple([_outline(item, leaves, objects) for item in value])
-    objects.append(value)
-    return "object"
+    to lists. Dynamo follows it for each block: a call an argument would cost more than the rest."""
+    is_mapping = isinstance(value, dict)
+    items: list[Any] = []
+    for item in value.values() if is_mapping else value:
+        if isinstance(item, (torch.Tensor, *PLAIN)):
+            leaves.append(item)
+            items.append("leaf")
+        elif isinstance(item, (dict, tuple, list)):
+            items.append(_outline(item, leaves, objects))
+        else:
+            objects.append(item)
+            items.append("object")
+    return type(value), tuple(value) if is_mapping else None, tuple(items)
+
+
+def _filled(outline: Any, leaves: Iterator[Any], objects: Iterator[Any]) -> Any:
+    """The tree of that outline with these in the places of its leaves."""
+    if outline == "leaf":
+        return next(leaves)
+    if outline == "object":
+        return next(objects)
+    kind, keys, items = outline
+    return rebuilt(kind, keys, [_filled(item, leaves, objects) for item in items])
 
 
 def _find_plan(context: Any) -> None:
@@ -72,25 +89,10 @@ def _find_plan(context: Any) -> None:
     _found.name = None if plan is None else block._block.alike.keep_compiled(plan)
 
 
-def _known_of(leaf: Any) -> Any:
-    """The fake tensor, or symbolic number, behind a value of the graph; what is plain as it is."""
-    return leaf.node.meta["example_value"] if isinstance(leaf, fx.Proxy) else leaf
-
-
 def _held_by(context: Any, name: str) -> Any:
     return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
 
 
-@torch.compiler.assume_constant_result
-def _name_of_found(alike: int) -> str | None:
-    return _found.name
-
-
-def _filled(outline: Any, leaves: Iterator[Any], objects: Iterator[Any]) -> Any:
-    """The tree of that outline with these in the places of its leaves."""
-    if outline == "leaf":
-        return next(leaves)
-    if outline == "object":
-        return next(objects)
-    kind, keys, items = outline
-    return rebuilt(kind, keys, [_filled(item, leaves, objects) for item in items])
+def _known_of(leaf: Any) -> Any:
+    """The fake tensor, or symbolic number, behind a value of the graph; what is plain as it is."""
+    return leaf.node.meta["example_value"] if isinstance(leaf, fx.Proxy) else leaf
