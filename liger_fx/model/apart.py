@@ -29,8 +29,8 @@ def in_the_midst() -> bool:
     return interpreter is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
-def apart(work: Callable[..., Any], *args: Any) -> Any:
-    """``work(*args)`` in a thread of its own with this thread's grad and autocast modes; nothing
+def apart(work: Callable[[], Any]) -> Any:
+    """``work()`` in a thread of its own with this thread's grad and autocast modes; nothing
     tells it that anything is compiled."""
     grad_enabled, device = torch.is_grad_enabled(), torch.get_default_device()
     accelerator = torch.accelerator.current_accelerator()
@@ -45,7 +45,7 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
         with contextlib.nullcontext() if device.type == "cpu" else device:
-            return work(*args)
+            return work()
 
     # The modes of torch.export's own dispatch key are those of the whole process.
     with _nothing_compiles(), _disable_current_modes(), ThreadPoolExecutor(1) as thread:

@@ -26,6 +26,7 @@ from liger_fx.model.alike import Alike
 from liger_fx.model.apart import apart, in_the_midst, of_plain_sizes
 from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.compiled import call_compiled
+from liger_fx.model.interpreted import graph_to_interpret
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Planner
 from liger_fx.report.blocks import FallbackRow
@@ -123,6 +124,8 @@ class Block(fx.GraphModule):
         To change it, edit it and call ``recompile()``: it serves the calls that it was traced for,
         in this block. Blocks alike keep theirs.
         """
+        if (graph := graph_to_interpret(self)) is not None:
+            return graph
         state, plan = self._block, self._first_plan
         if len(state.alike.members) < 2:
             return plan.graph
@@ -207,7 +210,7 @@ class Block(fx.GraphModule):
         try:
             refuse_tensor_subclasses(arguments)
             arguments = of_plain_sizes(arguments)
-            return self.serving(arguments) or apart(self._new_plan, arguments)
+            return self.serving(arguments) or apart(lambda: self._new_plan(arguments))
         except (UnsupportedCall, _NoGraph) as reason:
             self._tell(str(reason), arguments)
             return None
@@ -216,7 +219,7 @@ class Block(fx.GraphModule):
         try:
             refuse_tensor_subclasses(arguments)
             if in_the_midst():
-                plan = apart(self._new_plan, of_plain_sizes(arguments))
+                plan = apart(lambda: self._new_plan(of_plain_sizes(arguments)))
             else:
                 plan = self._new_plan(arguments)
         except (UnsupportedCall, _NoGraph) as reason:
