@@ -33,7 +33,7 @@ class Alike:
     attributes: paths of the ints in which they differ, read from each block as its graph runs.
     ints: the others, which they share. asking: calls whose numbers cannot be left open.
     rewritten: sites of plans that were made before the blocks were changed.
-    compiled: plans that torch.compile uses.
+    compiled: what torch.compile uses of the plans.
     """
 
     def __init__(self, key: Hashable, attributes: tuple[str, ...]) -> None:
@@ -58,14 +58,6 @@ class Alike:
     def is_like(self, key: Hashable, ints: dict[str, int]) -> bool:
         """Whether a block that is described so is one of these."""
         return key == self.key and self.shared(ints) == self.ints
-
-    def keep_compiled(self, plan: Plan) -> str:
-        """Keep a plan that torch.compile compiles under the name of an attribute, which Dynamo
-        looks up when it is asked for; a list it would read, and guard, as a whole."""
-        kept = vars(self.compiled)
-        name = next((name for name, known in kept.items() if known is plan), f"plan_{len(kept)}")
-        kept[name] = plan
-        return name
 
     def add(self, block: nn.Module) -> None:
         """Count a block in."""

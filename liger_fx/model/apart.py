@@ -4,13 +4,14 @@
     torch.export.export(opt, ...)       ... and no part of the program
 
 Transforms of torch.func, dispatch modes and what the compiler traces belong to a thread: a thread
-of its own has none of them. What such a thread is given of fake tensors are others, of plain sizes.
+of its own has none of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,8 +29,8 @@ def in_the_midst() -> bool:
     return interpreter is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
-def apart(work: Callable[..., Any], *args: Any) -> Any:
-    """``work(*args)`` in a thread of its own with this thread's grad and autocast modes; nothing
+def apart(work: Callable[[], Any]) -> Any:
+    """``work()`` in a thread of its own with this thread's grad and autocast modes; nothing
     tells it that anything is compiled."""
     grad_enabled, device = torch.is_grad_enabled(), torch.get_default_device()
     accelerator = torch.accelerator.current_accelerator()
@@ -44,7 +45,7 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
         with contextlib.nullcontext() if device.type == "cpu" else device:
-            return work(*map(_concrete, args))
+            return work()
 
     # The modes of torch.export's own dispatch key are those of the whole process.
     with _nothing_compiles(), _disable_current_modes(), ThreadPoolExecutor(1) as thread:
@@ -61,25 +62,24 @@ def _nothing_compiles() -> Iterator[None]:
         torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = flags
 
 
-def _concrete(value: Any) -> Any:
-    """A tree of values whose sizes are the numbers of the call that is traced or compiled: other
-    fake tensors, which guard nothing when they are asked."""
-    mode = FakeTensorMode()
+def of_plain_sizes(value: Any) -> Any:
+    """A tree of values with other fake tensors for those in it, whose sizes are the numbers of the
+    call that is traced or compiled: they guard nothing when they are asked."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value.node.hint
+    if isinstance(value, FakeTensor):
+        with _fakes():
+            shape, strides = map(tuple, map(of_plain_sizes, (value.shape, value.stride())))
+            made = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        return made.requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        items = [of_plain_sizes(item) for item in value.values()]
+        return rebuilt(type(value), tuple(value), items)
+    if isinstance(value, (tuple, list)):
+        return rebuilt(type(value), None, [of_plain_sizes(item) for item in value])
+    return value
 
-    def visit(value: Any) -> Any:
-        if isinstance(value, (torch.SymInt, torch.SymFloat)):
-            return value.node.hint
-        if isinstance(value, FakeTensor):
-            shape, strides = map(visit, value.shape), map(visit, value.stride())
-            with mode:
-                made = torch.empty_strided(
-                    tuple(shape), tuple(strides), dtype=value.dtype, device=value.device
-                )
-            return made.requires_grad_(value.requires_grad)
-        if isinstance(value, dict):
-            return rebuilt(type(value), tuple(value), [visit(item) for item in value.values()])
-        if isinstance(value, (tuple, list)):
-            return rebuilt(type(value), None, [visit(item) for item in value])
-        return value
 
-    return visit(value)
+@functools.cache
+def _fakes() -> FakeTensorMode:
+    return FakeTensorMode()

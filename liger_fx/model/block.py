@@ -23,9 +23,10 @@ from torch import fx, nn
 from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
 from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
-from liger_fx.model.apart import apart, in_the_midst
+from liger_fx.model.apart import apart, in_the_midst, of_plain_sizes
 from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.compiled import call_compiled
+from liger_fx.model.interpreted import graph_to_interpret
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Planner
 from liger_fx.report.blocks import FallbackRow
@@ -132,6 +133,8 @@ class Block(fx.GraphModule):
         To change it, edit it and call ``recompile()``: it serves the calls that it was traced for,
         in this block. Blocks alike keep theirs.
         """
+        if (graph := graph_to_interpret(self)) is not None:
+            return graph
         state, plan = self._block, self._first_plan
         if len(state.alike.members) < 2:
             return plan.graph
@@ -211,11 +214,12 @@ class Block(fx.GraphModule):
         return self._first_call(arguments, args, kwargs)
 
     def plan_for_compiler(self, arguments: dict[str, Any]) -> Plan | None:
-        """The plan that serves a call with stand-ins for these arguments, made if there is none;
-        None if the class's own forward must."""
+        """The plan that serves a call with these arguments, the compiler's fake tensors among
+        them; made if there is none, None if the class's own forward must run."""
         try:
             refuse_tensor_subclasses(arguments)
-            return apart(self._plan_of, arguments)
+            arguments = of_plain_sizes(arguments)
+            return self.serving(arguments) or apart(lambda: self._new_plan(arguments))
         except (UnsupportedCall, _NoGraph) as reason:
             self._tell(str(reason), arguments)
             return None
@@ -223,15 +227,15 @@ class Block(fx.GraphModule):
     def _first_call(self, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
         try:
             refuse_tensor_subclasses(arguments)
-            plan = apart(self._new_plan, arguments) if in_the_midst() else self._new_plan(arguments)
+            if in_the_midst():
+                plan = apart(lambda: self._new_plan(of_plain_sizes(arguments)))
+            else:
+                plan = self._new_plan(arguments)
         except (UnsupportedCall, _NoGraph) as reason:
             return self._run_original(str(reason), args, kwargs)
         inputs = plan.take(self, arguments)
         assert inputs is not None
         return plan.run(self, inputs)
-
-    def _plan_of(self, arguments: dict[str, Any]) -> Plan:
-        return self.serving(arguments) or self._new_plan(arguments)
 
     def _new_plan(self, arguments: dict[str, Any]) -> Plan:
         """A plan for a call that none served; _NoGraph says why there can be none."""

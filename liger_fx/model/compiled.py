@@ -2,34 +2,49 @@
 
     compiled = torch.compile(opt, fullgraph=True); compiled(input_ids=ids, use_cache=False)
  ->
-    at compile time   the plan for such a call, chosen as any call chooses it, on stand-ins
-    what is compiled  the plan's check of its arguments and its function, no graph break
+    at compile time   the plan for such a call, chosen as any call chooses it, on fake tensors
+    what is compiled  the plan's checks and its function, no graph break
 
-Dynamo guards what the check and the function read, and that the block still is like those that
+Dynamo guards what the checks and the function read, and that the block still is like those that
 share the plan. The other plans it does not see: a new one compiles nothing again.
+
+(Alike layers are not marked as regions to be compiled once, torch.compiler.nested_compile_region:
+PyTorch 2.13 computes wrong gradients there. Inductor gives the memory of a region's input to
+others, though the region saved that input for its backward.)
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import nn
 from torch._dynamo.comptime import comptime
 
+from liger_fx.model.dynamo import value_of
+from liger_fx.model.plan import Plan
 from liger_fx.tracing.call import PLAIN
-from liger_fx.tracing.inner_blocks import rebuilt
+from liger_fx.tracing.guards import attribute_text
+from liger_fx.tracing.inner_blocks import collected_in_compile, collects_inside, rebuilt
+from liger_fx.tracing.tree_state import asked_modes, plain_configs
 
 
 class _Found(threading.local):
-    """Where the plan found last is kept, on its way into what is compiled."""
+    """The name under which the plan found last is kept, on its way into what is compiled."""
 
     name: str | None = None
 
 
 _found = _Found()
+
+
+class _Kept:
+    """A plan that is compiled, and the check of what Dynamo does not guard by itself."""
+
+    def __init__(self, plan: Plan, block: nn.Module) -> None:
+        self.plan, self.holds = plan, _check(plan, block)
 
 
 def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -38,52 +53,38 @@ def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     leaves: list[Any] = []
     objects: list[Any] = []
     outline = _outline(arguments, leaves, objects)  # noqa: F841  (_find_plan reads it)
+    keys = collected_in_compile()  # noqa: F841
     comptime(_find_plan)
     name = _name_of_found(id(block._block.alike))  # the id is guarded
-    if name is None:
-        return block.block_class.forward(block, *args, **kwargs)
-    plan = getattr(block._block.alike.compiled, name)
-    inputs = plan.take(block, arguments)
-    return plan.function(block, *inputs)
-
-
-def _outline(value: Any, leaves: list[Any], objects: list[Any]) -> Any:
-    """What a tree of arguments is made of; its tensors and plain values, and what is neither, go
-    to lists."""
-    if isinstance(value, (torch.Tensor, *PLAIN)):
-        leaves.append(value)
-        return "leaf"
-    if isinstance(value, dict):
-        items = tuple([_outline(item, leaves, objects) for item in value.values()])
-        return type(value), tuple(value), items
-    if isinstance(value, (tuple, list)):
-        return type(value), None, tuple([_outline(item, leaves, objects) for item in value])
-    objects.append(value)
-    return "object"
-
-
-def _find_plan(context: Any) -> None:
-    """Runs while Dynamo compiles ``call_compiled``, whose locals ``context`` shows."""
-    block = _held_by(context, "block").value
-    leaves = map(_known_of, context.get_local("leaves").as_proxy())
-    objects = (variable.realize().value for variable in _held_by(context, "objects").items)
-    arguments = _filled(context.get_local("outline").as_python_constant(), leaves, objects)
-    plan = block.plan_for_compiler(arguments)
-    _found.name = None if plan is None else block._block.alike.keep_compiled(plan)
-
-
-def _known_of(leaf: Any) -> Any:
-    """The fake tensor, or symbolic number, behind a value of the graph; what is plain as it is."""
-    return leaf.node.meta["example_value"] if isinstance(leaf, fx.Proxy) else leaf
-
-
-def _held_by(context: Any, name: str) -> Any:
-    return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
+    if name is not None:
+        kept = getattr(block._block.alike.compiled, name)
+        if kept.holds(block):
+            inputs = kept.plan.take(block, arguments)
+            if inputs is not None:
+                return kept.plan.function(block, *inputs)
+    return block.block_class.forward(block, *args, **kwargs)
 
 
 @torch.compiler.assume_constant_result
 def _name_of_found(alike: int) -> str | None:
     return _found.name
+
+
+def _outline(value: Any, leaves: list[Any], objects: list[Any]) -> Any:
+    """What a tree of arguments is made of; its tensors and plain values, and what is neither, go
+    to lists. Dynamo follows it for each block: a call an argument would cost more than the rest."""
+    is_mapping = isinstance(value, dict)
+    items: list[Any] = []
+    for item in value.values() if is_mapping else value:
+        if isinstance(item, (torch.Tensor, *PLAIN)):
+            leaves.append(item)
+            items.append("leaf")
+        elif isinstance(item, (dict, tuple, list)):
+            items.append(_outline(item, leaves, objects))
+        else:
+            objects.append(item)
+            items.append("object")
+    return type(value), tuple(value) if is_mapping else None, tuple(items)
 
 
 def _filled(outline: Any, leaves: Iterator[Any], objects: Iterator[Any]) -> Any:
@@ -94,3 +95,47 @@ def _filled(outline: Any, leaves: Iterator[Any], objects: Iterator[Any]) -> Any:
         return next(objects)
     kind, keys, items = outline
     return rebuilt(kind, keys, [_filled(item, leaves, objects) for item in items])
+
+
+def _find_plan(context: Any) -> None:
+    """Runs while Dynamo compiles ``call_compiled``, whose locals ``context`` shows."""
+    block, leaves, objects, outline, keys = (
+        value_of(context, name) for name in ("block", "leaves", "objects", "outline", "keys")
+    )
+    plan = None
+    if not (keys and collects_inside(block, keys)):
+        arguments = _filled(outline, iter(leaves), iter(objects))
+        plan = block.plan_for_compiler(arguments)
+    _found.name = None if plan is None else _keep(plan, block)
+
+
+def _keep(plan: Plan, block: Any) -> str:
+    """The name of an attribute of ``alike.compiled`` that holds the plan: Dynamo looks an attribute
+    up when it is asked for; a list it would read, and guard, as a whole."""
+    known = vars(block._block.alike.compiled)
+    for name, kept in known.items():
+        if kept.plan is plan:
+            return name
+    name = f"plan_{len(known)}"
+    known[name] = _Kept(plan, block)
+    return name
+
+
+def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
+    """Whether modes and plain values of the config are those that the plan was made for, as code
+    that Dynamo can follow, and so guards.
+
+    (It leaves hooks unguarded, here as in any model; the rest it reads by itself.)
+    """
+    scope: dict[str, Any] = {}
+    conditions = ["True"]
+    for path, mode in asked_modes(block, plan.followed_modules(block), plan.guards):
+        conditions.append(f"{attribute_text(path)}.training is {mode}")
+    for path, values in plain_configs(block, plan.facts, plan.guards):
+        config = f"config_{len(scope)}"
+        scope[config] = values
+        read = f"{attribute_text(path)}.__dict__"
+        conditions += [f"{read}[{name!r}] == {config}[{name!r}]" for name in values]
+    text = " and ".join(conditions)
+    check: Callable[[nn.Module], bool] = eval(f"lambda block: {text}", scope)
+    return check

@@ -69,7 +69,7 @@ class Plan:
     def assume(self, block: nn.Module, kinds: Mapping[str, Kind] | None = None) -> None:
         """Take the tree as it is now for the one the graph was made for, but for the dtypes and
         devices in ``kinds``, if given."""
-        facts = TreeFacts.of(block, self._followed_modules(block))
+        facts = TreeFacts.of(block, self.followed_modules(block))
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
@@ -98,7 +98,7 @@ class Plan:
 
     def state_of(self, block: nn.Module) -> TreeState:
         """The check of one block's modes, hooks, dtypes, devices and configs."""
-        guards, modules = self.guards, self._followed_modules(block)
+        guards, modules = self.guards, self.followed_modules(block)
         return TreeState(block, modules, self.facts, guards, [path for path, _ in self.inner])
 
     def states_of(self, block: Any) -> Iterator[TreeState]:
@@ -140,7 +140,8 @@ class Plan:
             replace(s, reason=reasons.get((s.rule, s.path), s.reason)) for s in self.sites
         )
 
-    def _followed_modules(self, block: nn.Module) -> Modules:
+    def followed_modules(self, block: nn.Module) -> Modules:
+        """The modules of a block whose code the graph replaces, by path."""
         tree = dict(block.named_modules())
         return {path: tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])}
 

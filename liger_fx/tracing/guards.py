@@ -104,7 +104,7 @@ class Guards:
 
     def holds_for_attributes(self, block: nn.Module) -> bool:
         """Whether what the code asked of the block's own ints holds for this block's."""
-        places = {name: _attribute_text(path) for name, path in self.attributes.items()}
+        places = {name: attribute_text(path) for name, path in self.attributes.items()}
         scope = {"math": math, "block": block}
         sizes: set[Any] = {size for spec in self.call.tensors.values() for size in spec.sizes}
         sizes |= {spec.size for _, spec in self.call.leaves() if isinstance(spec, Number)}
@@ -160,7 +160,7 @@ class _TakeWriter:
         self.lines: list[str] = []
         self.conditions: list[str] = [f"len(arguments) == {len(guards.call.arguments)}"]
         self.inputs: list[str] = []
-        self.bound = {name: _attribute_text(path) for name, path in guards.attributes.items()}
+        self.bound = {name: attribute_text(path) for name, path in guards.attributes.items()}
         self._variables = 0
 
     def source(self) -> str:
@@ -264,12 +264,12 @@ def _steps_text(steps: tuple[tuple[Any, ...], ...]) -> str:
 
 
 def _step_value(value: Any) -> str:
-    return _attribute_text(value.path) if isinstance(value, Attribute) else repr(value)
+    return attribute_text(value.path) if isinstance(value, Attribute) else repr(value)
 
 
-def _attribute_text(path: str) -> str:
+def attribute_text(path: str) -> str:
     """The attribute below the variable ``block``; a number in the path is a child of a list."""
-    parts = path.split(".")
+    parts = path.split(".") if path else []
     return "block" + "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in parts)
 
 

@@ -11,7 +11,7 @@ trace starts again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,7 +245,14 @@ def collected() -> Mapping[str, Any]:
     return found or {}
 
 
-def collects_inside(block: nn.Module, keys: Mapping[str, Any]) -> bool:
+def collected_in_compile() -> tuple[str, ...]:
+    """The names of what is collected, in code that Dynamo follows: it cannot ask a context
+    variable, for which transformers then uses a global one."""
+    collector = output_capturing._active_collector
+    return tuple(collector.global_var or ()) if collector.compiling else ()
+
+
+def collects_inside(block: nn.Module, keys: Collection[str]) -> bool:
     """Whether a hook on a module inside the block collects something of that name."""
     return any(
         _key(hook) in keys

@@ -87,9 +87,9 @@ class TreeState:
         called: Iterable[str],
     ) -> None:
         followed = modules.values()
-        asking = {path: m for path, m in modules.items() if m is root or asks_mode(m)}
-        self.modes = [m.__dict__ for m in asking.values()]
-        self.wanted = [guards.training is not (path in guards.other_mode) for path in asking]
+        wanted = asked_modes(root, modules, guards)
+        self.modes = [modules[path].__dict__ for path, _ in wanted]
+        self.wanted = [mode for _, mode in wanted]
         # The root's own hooks run around the graph, as around any forward.
         below = [m for m in followed if m is not root]
         self.hooks = [*GLOBAL_HOOKS, *(hooks for m in below for hooks in hooks_of(m))]
@@ -150,6 +150,33 @@ class TreeState:
 
 
 _mode = operator.itemgetter("training")
+
+
+def asked_modes(root: nn.Module, modules: Modules, guards: Guards) -> list[tuple[str, bool]]:
+    """The modules whose code asks for their mode, by path, and what it must be."""
+    asking = (path for path, m in modules.items() if m is root or asks_mode(m))
+    return [(path, guards.training is not (path in guards.other_mode)) for path in asking]
+
+
+def plain_configs(
+    root: nn.Module, facts: TreeFacts, guards: Guards
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The root's own config, and those in it, by their attributes' path: the plain values that a
+    graph of it assumes."""
+    for (path, *steps), values in facts.configs.items():
+        if path == "" and all(map(_is_identifier, steps)):
+            unguarded = () if guards.attention_fixed else _ATTENTION
+            plain = (bool, int, float, str, type(None))
+            kept = {
+                name: value
+                for name, value in values.items()
+                if isinstance(value, plain) and name not in unguarded
+            }
+            yield ".".join(("config", *map(str, steps))), kept
+
+
+def _is_identifier(step: str | int) -> bool:
+    return isinstance(step, str) and step.isidentifier()
 
 
 def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
