@@ -59,10 +59,19 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """A linear layer whose weights are no floating-point numbers, adapters around it or not."""
-    held = (p.is_floating_point() or p.is_complex() for p in module.parameters())
-    return is_linear(module) and hasattr(module, "out_features") and not all(held)
+def _features(module: Any) -> int | None:
+    """How wide the result of a linear layer is whose code cannot run on fakes: a quantised one,
+    adapters around it or not, whose code looks at the data; a tensor-parallel one, whose hooks talk
+    to other processes. None for any other module."""
+    if not is_linear(module) or not hasattr(module, "out_features"):
+        return None
+    if not all(p.is_floating_point() or p.is_complex() for p in module.parameters()):
+        return int(module.out_features)
+    weight: Any = getattr(module, "weight", None)
+    if hasattr(weight, "to_local") and module._forward_hooks:
+        with unset_fake_temporarily(), torch.no_grad():
+            return int(weight.to_local().shape[0])
+    return None
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -79,26 +88,33 @@ def infer_leaf(recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concr
     if is_experts(module):
         hidden = args[0] if args else next(iter(kwargs.values()))
         return torch.empty_like(hidden)
-    if is_quantised(module):  # its code looks at the data of its weights
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        return hidden.new_empty((*hidden.shape[:-1], module.out_features))
+    if _features(module) is not None:
+        return run_on_fakes(module, args, kwargs)
     if concrete:
         return _infer_by_running(recorder, module, args, kwargs)
 
     # They are put back with the module's other attributes.
     for group, name, tensor, _ in offloaded(module.modules()):
         group[name] = recorder.world.of_real(tensor)
-    forward = _forward_of(module)
     args, kwargs = pytree.tree_map(_simulated, (args, kwargs))
 
     def run() -> Any:
-        return forward(*args, **kwargs)
+        return run_on_fakes(module, args, kwargs)
 
     try:
         key = _module_key(module)
     except Unknowable:
         return run_without_grad(run)
     return recorder.memo.infer(key, run, args, kwargs)
+
+
+def run_on_fakes(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What the module's own code makes of fakes, no hook on it run."""
+    features = _features(module)
+    if features is None:
+        return _forward_of(module)(*args, **kwargs)
+    hidden = args[0] if args else next(iter(kwargs.values()))
+    return hidden.new_empty((*hidden.shape[:-1], features))
 
 
 def _forward_of(module: Any) -> Any:

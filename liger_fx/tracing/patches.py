@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
+from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.recorder import CannotRecord, Recorder
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 
@@ -117,7 +118,7 @@ def _patch_modules(replace: Any) -> None:
             return tracer.trace_module_call(module, args, kwargs)
         if is_tracing():
             # Nothing is recorded, but no hook may see what a trace works with.
-            return type(module).forward(module, *args, **kwargs)
+            return run_on_fakes(module, args, kwargs)
         return original(module, *args, **kwargs)
 
     replace(nn.Module, "__call__", call)

@@ -1,4 +1,7 @@
-"""DDP, FSDP2 and tensor parallelism, two processes on the CPU: one process's gradients."""
+"""DDP, FSDP2 and tensor parallelism, two processes: one process's gradients.
+
+On the CPU, joined by gloo; with PROGRAMS_DEVICE=cuda on two GPUs, joined by NCCL.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 WORLD = 2
+DEVICE = os.environ.get("PROGRAMS_DEVICE", "cpu")  # cuda: a GPU for each process, joined by NCCL
 PATIENCE = 240  # seconds for one program, tracing included
 
 Work = Callable[..., None]
@@ -117,8 +118,10 @@ def joined(rank: int, store: str) -> Iterator[None]:
     import torch
     from torch import distributed
 
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo",
+        "nccl" if DEVICE == "cuda" else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=WORLD,
@@ -131,9 +134,16 @@ def joined(rank: int, store: str) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+def build(name: str, **options: Any) -> Any:
+    """A tiny model on the device of this process."""
+    from tests.programs import support
+
+    return support.build(name, **options).to(DEVICE)
+
+
 def batch(rank: int | None = None) -> dict[str, Any]:
     """Four rows; of a rank, its two."""
-    from tests.programs.support import build, make_inputs
+    from tests.programs.support import make_inputs
 
     inputs = make_inputs(build("llama"), 2 * WORLD, 9, labels=True)
     if rank is None:
@@ -143,7 +153,7 @@ def batch(rank: int | None = None) -> dict[str, Any]:
 
 def expected(name: str = "llama", checkpointing: bool = False, **options: Any) -> Any:
     """One process's loss and gradients of the whole batch."""
-    from tests.programs.support import build, train_step
+    from tests.programs.support import train_step
 
     model = build(name, **options).train()
     if checkpointing:
@@ -167,7 +177,7 @@ def ddp(
     """DistributedDataParallel around the optimised model."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from tests.programs.support import build, graph_runs, optimize, same, train_step
+    from tests.programs.support import graph_runs, optimize, same, train_step
 
     opt = optimize(build(name)).train()
     if checkpointing:
@@ -187,7 +197,7 @@ def ddp_accumulated(rank: int) -> None:
     """no_sync: gradients of two micro batches, summed up in the second."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from tests.programs.support import build, gradients, graph_runs, optimize, same
+    from tests.programs.support import gradients, graph_runs, optimize, same
 
     opt = optimize(build("llama")).train()
     theirs = expected()
@@ -207,7 +217,7 @@ def shard(model: Any, mixed: bool = False, reshard: bool = True) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {
-        "mesh": init_device_mesh("cpu", (WORLD,)),
+        "mesh": init_device_mesh(DEVICE, (WORLD,)),
         "reshard_after_forward": reshard,
     }
     if mixed:
@@ -230,7 +240,7 @@ def fsdp(
     reshard: bool = True,
 ) -> None:
     """FSDP2. With mixed precision the original, sharded likewise, is what to compare with."""
-    from tests.programs.support import build, graph_runs, optimize, same, train_step
+    from tests.programs.support import graph_runs, optimize, same, train_step
 
     def prepared(model: Any) -> Any:
         model.train()
@@ -259,7 +269,7 @@ def fsdp_steps(rank: int) -> None:
     import torch
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    from tests.programs.support import build, graph_runs, optimize, same, train_step
+    from tests.programs.support import graph_runs, optimize, same, train_step
 
     def trained(model: Any, inputs: dict[str, Any]) -> Any:
         model.train()
@@ -282,7 +292,7 @@ def fsdp_steps(rank: int) -> None:
 @program
 def fsdp_generate(rank: int) -> None:
     """generate() of a sharded model: the layers gather their weights at each step."""
-    from tests.programs.support import build, graph_runs, make_inputs, optimize, same
+    from tests.programs.support import graph_runs, make_inputs, optimize, same
 
     inputs = make_inputs(build("llama"), 2, 5)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -295,7 +305,7 @@ def fsdp_generate(rank: int) -> None:
 @program
 def fsdp_accumulated(rank: int) -> None:
     """set_requires_gradient_sync(False) for the first of two micro batches."""
-    from tests.programs.support import build, gradients, graph_runs, optimize, same
+    from tests.programs.support import gradients, graph_runs, optimize, same
 
     theirs = expected()
     opt = shard(optimize(build("llama")).train())
@@ -315,7 +325,7 @@ def fsdp_of_an_empty_model(rank: int) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from transformers import AutoModelForCausalLM
 
-    from tests.programs.support import build, graph_runs, optimize, same, train_step
+    from tests.programs.support import graph_runs, optimize, same, train_step
     from tests.support.families import config
 
     original = build("llama").train()
@@ -323,7 +333,7 @@ def fsdp_of_an_empty_model(rank: int) -> None:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config("llama"))
     opt = shard(optimize(empty).train())
-    opt.to_empty(device="cpu")
+    opt.to_empty(device=DEVICE)
     for ours, value in zip(opt.buffers(), original.buffers(), strict=True):
         ours.copy_(value)
     set_model_state_dict(opt, original.state_dict(), options=StateDictOptions(full_state_dict=True))
@@ -336,7 +346,7 @@ def fsdp_of_an_empty_model(rank: int) -> None:
 def optimised_after_sharding(rank: int) -> None:
     """optimize() of a sharded model: it works, or one sentence says why not."""
     import liger_fx
-    from tests.programs.support import CHECK, build, graph_runs, optimize, same, train_step
+    from tests.programs.support import CHECK, graph_runs, optimize, same, train_step
 
     theirs = expected()
     sharded = shard(build("llama").train())
@@ -364,7 +374,7 @@ def tensor_parallel(rank: int) -> None:
         parallelize_module,
     )
 
-    from tests.programs.support import build, graph_runs, make_inputs, optimize, same
+    from tests.programs.support import graph_runs, make_inputs, optimize, same
 
     inputs = make_inputs(build("llama"), 2, 9)
     plan: dict[str, Any] = {}
@@ -374,7 +384,7 @@ def tensor_parallel(rank: int) -> None:
     plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
 
     def parallel(model: Any) -> Any:
-        mesh = init_device_mesh("cpu", (WORLD,))
+        mesh = init_device_mesh(DEVICE, (WORLD,))
         for layer in model.model.layers:
             parallelize_module(layer, mesh, dict(plan))
         return model
@@ -392,7 +402,7 @@ def fsdp_with_lora(rank: int) -> None:
     import peft
     import torch
 
-    from tests.programs.support import build, graph_runs, optimize, same, train_step
+    from tests.programs.support import graph_runs, optimize, same, train_step
 
     def adapted(model: Any) -> Any:
         torch.manual_seed(5)
