@@ -152,6 +152,16 @@ class Transplant:
         self.new = {path: m for path, m in now.items() if before.get(path) is not m}
         self.new = {p: m for p, m in self.new.items() if p.rpartition(".")[0] not in self.new}
 
+    def undo(self, block: nn.Module) -> None:
+        """Put the modules back that stood in the rewritten block."""
+        own = places(block)
+        for path in self.new:
+            owner, _, name = path.rpartition(".")
+            if path in self.before:
+                own[owner].add_module(name, self.before[path])
+            else:
+                delattr(own[owner], name)
+
     def onto(self, block: nn.Module) -> None:
         """Give ``block`` modules like the new ones, around its own parameters and modules."""
         if not self.new:

@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from liger_fx.tracing.call import UnsupportedCall
 from liger_fx.tracing.inner_blocks import rebuilt
 
 
@@ -64,8 +65,11 @@ def _nothing_compiles() -> Iterator[None]:
 
 def of_plain_sizes(value: Any) -> Any:
     """A tree of values with other fake tensors for those in it, whose sizes are the numbers of the
-    call that is traced or compiled: they guard nothing when they are asked."""
+    call that is traced or compiled: they guard nothing when they are asked. UnsupportedCall for a
+    size that data decides."""
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        if value.node.hint is None:
+            raise UnsupportedCall("a size that depends on data")
         return value.node.hint
     if isinstance(value, FakeTensor):
         with _fakes():

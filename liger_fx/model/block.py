@@ -28,7 +28,7 @@ from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.compiled import call_compiled
 from liger_fx.model.interpreted import graph_to_interpret
 from liger_fx.model.plan import Plan
-from liger_fx.model.planner import Planner
+from liger_fx.model.planner import NotNow, Planner
 from liger_fx.report.blocks import FallbackRow
 from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.call import (
@@ -214,11 +214,10 @@ class Block(fx.GraphModule):
         return self._first_call(arguments, args, kwargs)
 
     def plan_for_compiler(self, arguments: dict[str, Any]) -> Plan | None:
-        """The plan that serves a call with these arguments, the compiler's fake tensors among
-        them; made if there is none, None if the class's own forward must run."""
+        """The plan that serves a call with fake tensors for its own; made if there is none, None if
+        the class's own forward must run."""
         try:
             refuse_tensor_subclasses(arguments)
-            arguments = of_plain_sizes(arguments)
             return self.serving(arguments) or apart(lambda: self._new_plan(arguments))
         except (UnsupportedCall, _NoGraph) as reason:
             self._tell(str(reason), arguments)
@@ -257,7 +256,8 @@ class Block(fx.GraphModule):
                 examples = examples_of(call, values)
                 return state.planner.plan_for(self, call, arguments, examples)
             except (UnsupportedCall, LigerFxError) as reason:
-                state.alike.refusals.remember(self, arguments, str(reason))
+                if not isinstance(reason, NotNow):
+                    state.alike.refusals.remember(self, arguments, str(reason))
                 raise _NoGraph(reason) from reason
 
     def serving(self, arguments: dict[str, Any]) -> Plan | None:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from liger_fx.model.apart import of_plain_sizes
+
 
 def value_of(context: Any, name: str) -> Any:
-    """What a local variable stands for: tensors as fake ones, objects as they are at this point of
-    what is compiled, or copies of them."""
+    """What a local variable stands for: tensors as fake ones of plain sizes, objects as they are
+    at this point of what is compiled, or copies of them. UnsupportedCall for a size that nobody
+    knows yet."""
     output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
     record = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
     return _value(record, output.side_effects.store_attr_mutations)
@@ -26,7 +29,7 @@ def _value(record: Any, changed: Any) -> Any:
     if record.is_python_constant():
         return record.as_python_constant()
     if hasattr(record, "proxy"):  # a tensor, a symbolic number
-        return record.as_proxy().node.meta["example_value"]
+        return of_plain_sizes(record.as_proxy().node.meta["example_value"])
     items = getattr(record, "items", None)
     if isinstance(items, (list, tuple)):
         return record.python_type()(_value(item, changed) for item in items)

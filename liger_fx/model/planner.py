@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_fx.engine.counts import count_operators
 from liger_fx.engine.rewriter import rewrite
@@ -41,6 +42,10 @@ from liger_fx.tracing.tracer import Plans
 # Each kind of call costs a trace and a graph; a block called in more ways than this has a
 # plain argument that changes at every call.
 MAX_PLANS = 16
+
+
+class NotNow(UnsupportedCall):
+    """A call that may have a plan at another time."""
 
 
 class Planner:
@@ -173,15 +178,10 @@ class Planner:
                 plan.result = traced.result
                 return number, plan
         before = places(block)
-        if self.selection is None:
-            plan = Plan(traced)
-        else:
-            operators = count_operators(traced.graph, block)
-            rewriting = rewrite(traced, discover(), self.selection.below(block._block.path))
-            plan = Plan(traced, tuple(rewriting.sites), operators)
+        plan = self._rewritten(block, traced, before)
+        transplant = Transplant(block, before)
         if plan.guards.attributes:
             self._split(alike, block, plan)
-        transplant = Transplant(block, before)
         for other in alike.members:
             if other is not block:
                 transplant.onto(other)
@@ -193,6 +193,27 @@ class Planner:
         plan.settle(block)
         alike.plans.append(plan)
         return len(alike.plans) - 1, plan
+
+    def _rewritten(self, block: Any, trace: Trace, before: dict[str, nn.Module]) -> Plan:
+        """NotNow where named modules would have to be made around parameters that are stand-ins:
+        they would keep them."""
+        if self.selection is None:
+            return Plan(trace)
+        operators = count_operators(trace.graph, block)
+        selection = self.selection.below(block._block.path)
+        if _holds_its_own(block):
+            return Plan(trace, tuple(rewrite(trace, discover(), selection).sites), operators)
+        try:
+            rewriting = rewrite(trace, discover(), selection)
+        except AttributeError:  # what should be a parameter is none
+            rewriting = None
+        made = Transplant(block, before)
+        if rewriting is None or made.new:
+            made.undo(block)
+            raise NotNow(
+                "at its first call its parameters were stand-ins (torch.func, torch.export)"
+            )
+        return Plan(trace, tuple(rewriting.sites), operators)
 
     def traced(
         self,
@@ -228,6 +249,8 @@ class Planner:
             try:
                 self.plan(block, needed.call, needed.examples, exact=exact)
                 return
+            except NotNow:
+                raise
             except (LigerFxError, UnsupportedCall) as error:
                 first = first or error
         block._block.failed.append((needed.call.arguments, first))
@@ -303,6 +326,12 @@ class Planner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["selection"])  # type: ignore[misc]
         self.__dict__.update(state)
+
+
+def _holds_its_own(block: nn.Module) -> bool:
+    return all(
+        isinstance(p, nn.Parameter) and not isinstance(p, FakeTensor) for p in block.parameters()
+    )
 
 
 def _trace(*args: Any, **kwargs: Any) -> Trace | NeedsPlan:

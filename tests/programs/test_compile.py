@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import fx
 from torch._dynamo.backends import registry
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.programs.models import tiny, tiny_inputs
 from tests.programs.support import (
@@ -239,6 +241,86 @@ def test_generate_with_a_compiled_forward() -> None:
     seen.judge(opt, breaks=None)
 
 
+def calls(m: Any, model: Any, compiled: Callable[[Any], Any]) -> dict[str, Any]:
+    """A compiled call, what is changed then, and what the call gives after that."""
+    inputs = make_inputs(model, 2, 9)
+    call = compiled(m)
+
+    def train_mode() -> Any:
+        model.train()
+        call(**inputs)
+        model.eval()
+        return call(**inputs).logits
+
+    def one_mode() -> Any:
+        model.train()
+        call(**inputs)
+        for layer in model.model.layers:
+            layer.self_attn.eval()
+        return call(**inputs).logits
+
+    def no_cache() -> Any:
+        first = call(**inputs)
+        model.config.use_cache = False
+        return first, call(**inputs)
+
+    def hidden_states() -> Any:
+        first = call(**inputs)
+        model.config.output_hidden_states = True
+        return first, call(**inputs), call(**inputs, output_attentions=False)
+
+    def implementation() -> Any:
+        first = call(**inputs).logits
+        model.set_attn_implementation("eager")
+        return first, call(**inputs).logits
+
+    def in_between() -> Any:
+        first = call(**inputs).logits
+        return first, m(**inputs, use_cache=False), call(**inputs).logits
+
+    return {f.__name__.replace("_", " "): f for f in (
+        train_mode, one_mode, no_cache, hidden_states, implementation, in_between)}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what",
+    ["train mode", "one mode", "no cache", "hidden states", "implementation", "in between"],
+)
+def test_changed_after_it_was_compiled(what: str) -> None:
+    """What a graph took for granted of modes and configs is guarded in what is compiled, too."""
+    model = build("llama", attention_dropout=0.5 if "mode" in what else 0.0)
+    twin_of = copy.deepcopy(model)
+    with torch.no_grad():
+        theirs = calls(twin_of, twin_of, lambda m: m)[what]()
+        opt = optimize(model)
+        with Operators() as seen:
+            ours = calls(opt, opt, lambda m: torch.compile(m, backend=seen))[what]()
+    same(ours, theirs)
+    seen.judge(opt, breaks=0 if what == "in between" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_cache_made_in_what_is_compiled(dynamic: bool | None) -> None:
+    """Blocks are handed a cache that exists nowhere yet, then one that holds keys."""
+    model, twin_of = build("llama"), build("llama")
+    ids = make_inputs(model, 2, 9)["input_ids"]
+
+    def program(m: Any, ids: torch.Tensor) -> Any:
+        cache = DynamicCache(config=m.config)
+        first = m(input_ids=ids, past_key_values=cache).logits
+        return first, m(input_ids=ids[:, :3], past_key_values=cache).logits
+
+    with torch.no_grad():
+        theirs = program(twin_of, ids)
+        opt = optimize(model)
+        with Operators() as seen:
+            compiled = torch.compile(program, backend=seen, fullgraph=True, dynamic=dynamic)
+            same(compiled(opt, ids), theirs)
+    seen.judge(opt, rotary=4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_inductor(dynamic: bool | None) -> None:
@@ -340,6 +422,30 @@ def test_functional_call() -> None:
         return out, m(**inputs).logits
 
     compare(model, program, calls=2)
+
+
+class TwoNorms(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = LlamaRMSNorm(16), LlamaRMSNorm(16)
+
+    def forward(self, x: torch.Tensor, second: bool = False) -> torch.Tensor:
+        return (self.second if second else self.first)(x)
+
+
+def test_functional_call_leaves_no_weights_behind() -> None:
+    """Where a call with other weights is the first of its kind, no named module keeps them."""
+    model = TwoNorms()
+    x = torch.randn(2, 3, 16)
+    opt = optimize(model, {"x": x})
+    other = {name: p.detach() * 2 for name, p in model.named_parameters()}
+    with torch.no_grad():
+        once = torch.func.functional_call(opt, other, (x,), {"second": True})
+        same(once, model(x, True) * 2)
+        same(opt(x, second=True), model(x, True))
+    assert dict(opt.named_parameters())["second.weight"] is model.second.weight
+    if CHECK == "graphs":
+        assert type(opt.second).__name__ == "LigerRMSNorm"
 
 
 @pytest.mark.slow
