@@ -20,7 +20,6 @@ from liger_fx.commands.console import (
     save_report,
 )
 from liger_fx.commands.models import add_rewriting, load, optimized, start, strictly
-from liger_fx.model.flatten import flatten
 
 
 def add_parser(commands: Any) -> None:
@@ -44,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     opt = optimized(load(arguments.model, arguments, weights=False), arguments)
     print(opt.report.text(full=arguments.full, color=colors_are_welcome()))
     if arguments.graph:
+        from liger_fx.model.flatten import flatten
+
         print(flatten(opt).code)
     if arguments.report:
         save_report(opt.report, arguments.report)

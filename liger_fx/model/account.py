@@ -15,6 +15,7 @@ from torch import nn
 from liger_fx.engine.counts import count_operators
 from liger_fx.engine.rule import discover
 from liger_fx.engine.site import Site
+from liger_fx.model.alike import told_once
 from liger_fx.model.plan import Plan
 from liger_fx.report.blocks import BlockRow
 from liger_fx.report.facts import Side, tree_rows
@@ -84,13 +85,11 @@ def _operators(root: Any, blocks: dict[str, Any], *, after: bool) -> dict[str, i
 
 def _sites(blocks: dict[str, Any]) -> Iterator[Site]:
     for path, block in blocks.items():
-        told: dict[tuple[str, str], Site] = {}  # by the graphs of other kinds of calls
         called = {f"call_module {path}" for plan in block.plans for path in plan.modules}
         # Also by graphs that serve no call any more, where those that do call what was put in.
-        before = (s for s in block._block.alike.sites() if s.after in called or not block.plans)
-        for site in (*before, *(s for p in block.plans for s in p.sites)):
-            told.setdefault((site.rule, site.path), site)
-        yield from (_below(site, path) for site in told.values())
+        old = [s for s in block._block.alike.sites() if s.after in called or not block.plans]
+        groups = [*(plan.sites for plan in block.plans), old]
+        yield from (_below(site, path) for site in told_once(groups))
 
 
 def _below(site: Site, path: str) -> Site:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,8 +48,8 @@ class Alike:
 
     def sites(self) -> tuple[Site, ...]:
         """What was rewritten in these blocks."""
-        own = (site for plan in self.plans for site in plan.sites if site.after)
-        return tuple({(s.rule, s.path): s for s in (*self.rewritten, *own)}.values())
+        found = told_once([self.rewritten, *(plan.sites for plan in self.plans)])
+        return tuple(site for site in found if site.after)
 
     def shared(self, ints: dict[str, int]) -> dict[str, int]:
         """Those of a block's ints that all of these blocks share."""
@@ -79,6 +79,16 @@ class Alike:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(None, state["attributes"])  # type: ignore[misc]
         self.__dict__.update(state)
+
+
+def told_once(groups: Iterable[Iterable[Site]]) -> Iterator[Site]:
+    """The sites that several graphs of a block tell of: those of each, but where one before it told
+    of that rule at that path."""
+    told = set[tuple[str, str]]()
+    for group in groups:
+        new = [site for site in group if (site.rule, site.path) not in told]
+        told.update((site.rule, site.path) for site in new)
+        yield from new
 
 
 def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:

@@ -307,6 +307,7 @@ class Block(fx.GraphModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._block.alike.add(self)
+        self._block.planner.know(self._block.alike)
 
 
 def bare_block(block_class: type[nn.Module]) -> Any:

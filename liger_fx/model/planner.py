@@ -97,25 +97,33 @@ class Planner:
         )
 
     def regroup(self, block: Any) -> None:
-        """Let a block that was changed share the plans of those that it is like now."""
+        """Let the blocks alike to one that was changed share plans with those that they are like
+        now; where all were changed likewise, they stay together."""
         alike: Alike = block._block.alike
         if len(alike.members) < 2:
             return
-        key, ints = self._key(block._block.path, block)
-        if alike.key is None:  # of a copied model: nothing was changed since
-            alike.key, alike.ints = key, alike.shared(ints)
+        described = [(member, *self._key(member._block.path, member)) for member in alike.members]
+        if not any(alike.is_like(key, ints) for _, key, ints in described):
+            (alike.key, _), *_ = Counter(key for _, key, _ in described).most_common()
+            alike.ints = alike.shared(next(i for _, key, i in described if key == alike.key))
+        for member, key, ints in described:
+            if alike.is_like(key, ints):
+                continue
+            alike.remove(member)
+            found = next((other for other in self._alike if other.is_like(key, ints)), None)
+            if found is None:
+                found = Alike(key, tuple(p for p in alike.attributes if p in ints))
+                found.ints = found.shared(ints)
+                found.rewritten = alike.sites()
+                self._alike.append(found)
+            found.add(member)
+            member._block.alike = found
+            member._block.states.clear()
+
+    def know(self, alike: Alike) -> None:
+        """Count in the group of a block that was copied."""
+        if alike not in self._alike:
             self._alike.append(alike)
-        if alike.is_like(key, ints):
-            return
-        alike.remove(block)
-        found = next((other for other in self._alike if other.is_like(key, ints)), None)
-        if found is None:
-            found = Alike(key, tuple(p for p in alike.attributes if p in ints))
-            found.ints = found.shared(ints)
-            found.rewritten = alike.sites()
-            self._alike.append(found)
-        found.add(block)
-        block._block.alike = found
 
     def part(self, block: Any, edited: Plan) -> None:
         """Let a block go its own way, with another plan in the place of its first."""
@@ -126,8 +134,16 @@ class Planner:
         own.plans = [edited if plan is first else plan for plan in alike.plans]
         alike.remove(block)
         own.add(block)
+        self._alike.append(own)
         block._block.alike = own
         block._block.states.clear()
+        for other in self._alike:  # graphs that call it go on to
+            for around in other.members:
+                around._block.states.clear()
+                there = dict(around.named_modules())
+                for plan in other.plans:
+                    at = [p for p in plan.called if there.get(p) is block]
+                    plan.called = {**plan.called, **dict.fromkeys(at, own)}
 
     def _split(self, alike: Alike, block: Any, plan: Plan) -> None:
         """The code of ``block`` asks for ints that the others do not all share: those that hold
@@ -245,6 +261,7 @@ class Planner:
 
     def _plan_inside(self, needed: NeedsPlan) -> None:
         block, first = needed.block, None
+        self.regroup(block)
         for exact in (False, True):
             try:
                 self.plan(block, needed.call, needed.examples, exact=exact)

@@ -44,12 +44,14 @@ def attributes_kept(
     root: nn.Module, modules: Iterable[nn.Module] | None = None
 ) -> Iterator[Snapshot]:
     """Models store things on themselves during forward; none of it stays after the block.
-    ``modules`` are those whose attributes are looked at, all of ``root`` by default.
+    ``modules`` are those whose attributes are looked at, all of ``root`` by default; of the others
+    it is the hooks after their forward, which transformers puts on when outputs are collected.
 
     A second thread that wants to trace waits: it must not take the first one's fakes for its own.
     """
     with _alone:
-        before = Snapshot(root.modules() if modules is None else modules)
+        entered = dict.fromkeys(root.modules() if modules is None else modules)
+        before = Snapshot(entered, [m for m in root.modules() if m not in entered])
         try:
             yield before
         finally:
@@ -57,10 +59,11 @@ def attributes_kept(
 
 
 class Snapshot:
-    """All attributes of some modules: parameters, buffers, children, plain values, and
-    what is in the dictionaries, lists and sets among them. No tensor's data is copied."""
+    """All attributes of some modules: parameters, buffers, children, plain values, and what is in
+    the dictionaries, lists and sets among them; of others, ``hooked``, the hooks after their
+    forward. No tensor's data is copied."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], hooked: Iterable[nn.Module] = ()) -> None:
         self._seen: dict[int, tuple[Any, Any]] = {}
         self._empty: list[Any] = []
         for module in modules:
@@ -71,6 +74,8 @@ class Snapshot:
                     self._empty.append(value)
                 else:
                     self._take(value)
+        for module in hooked:
+            self._take(module._forward_hooks)
         self._were_empty = set(map(id, self._empty))
 
     def _take(self, value: Any) -> None:

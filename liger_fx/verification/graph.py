@@ -84,9 +84,10 @@ def check_graph(model: nn.Module, opt: nn.Module, calls: Sequence[Call]) -> Grap
 
 
 def _first(opt: Block, path: str) -> Plan:
+    """The graph that was made of the block as it was given, whether it is used any more or not."""
     block: Any = opt.get_submodule(path)
-    plan: Plan = block.plans[0]
-    return plan
+    plans: list[Plan] = block._block.alike.plans
+    return next(plan for plan in plans if plan.guards.holds_for_attributes(block))
 
 
 def _has_sites(plan: Plan) -> bool:
@@ -177,9 +178,8 @@ class _Checker:
         examples = {name: _as_now(value) for name, value in examples.items()}
         plain: Any = self.plain.get_submodule(path)
         _, before = plain._block.planner.plan(plain, call, examples)
-        block: Any = self.opt.get_submodule(path)
         after = plan.graph
-        if plan is not block.plans[0]:
+        if plan is not _first(self.opt, path):
             after = self._rewritten_anew(path, plan, examples)
         prefix = f"{path}." if path else ""
         self.checks.run(plain, before.graph, after, prefix, [inputs])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 _SHORTER = (torch.float32, torch.bfloat16, torch.float16)
 _SHORTENING = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
@@ -56,7 +57,7 @@ def exact() -> Iterator[None]:
 def in_float64(module: Module) -> Module:
     """A copy in float64 that shares nothing with `module` (8 bytes a parameter)."""
     copied = copy.deepcopy(module).double()
-    config = getattr(copied, "config", None)
+    config = getattr(copied, "config", None) if isinstance(copied, PreTrainedModel) else None
     if getattr(config, "_experts_implementation", None) == "grouped_mm":
         copied.set_experts_implementation("eager")  # type: ignore[operator]
     if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):

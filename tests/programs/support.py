@@ -27,12 +27,23 @@ from unittest import mock
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
 
 import liger_fx
 from liger_fx.errors import FallbackWarning
 from liger_fx.model.block import Block
 from liger_fx.modules.rotary import LigerRotaryEmbedding
 from tests.support.families import build, make_inputs
+
+if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # before transformers 5.20
+
+    def _enable(model: Any, activation_checkpointing_kwargs: Any = None) -> None:
+        model.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    PreTrainedModel.activation_checkpointing_enable = _enable
+    PreTrainedModel.activation_checkpointing_disable = (
+        PreTrainedModel.gradient_checkpointing_disable
+    )
 
 CHECK = os.environ.get("PROGRAMS_CHECK", "graphs")
 assert CHECK in ("graphs", "results", "originals"), CHECK
