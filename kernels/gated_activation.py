@@ -31,7 +31,7 @@ from liger_fx.kernels.launch import (
     power_of_two,
     uses_triton,
 )
-from liger_fx.kernels.layout import Tensors, as_rows, empty_rows_like, laid_out
+from liger_fx.kernels.layout import Tensors, as_rows, as_wide, empty_rows_like, laid_out
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 
@@ -70,8 +70,8 @@ def gated_activation_reference(
 ) -> torch.Tensor:
     """What `gated_activation` computes, in PyTorch's own operations."""
     dtype = compute_dtype(gate, up)
-    y = apply_activation(gate.to(dtype), activation) * up.to(dtype)
-    return y.to(torch.result_type(gate, up))
+    y = apply_activation(as_wide(gate, dtype), activation) * as_wide(up, dtype)
+    return as_wide(y, gate.dtype if gate.dtype is up.dtype else torch.result_type(gate, up))
 
 
 def packed_gated_activation_reference(
@@ -158,9 +158,9 @@ def _launch(kernel: Any, name: str, inputs: Tensors, outputs: Tensors) -> None:
 
 
 def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    y = _fake(gate, up, activation)
     if not uses_triton(gate, up):
-        return laid_out(gated_activation_reference(gate, up, activation), y)
+        return laid_out(gated_activation_reference(gate, up, activation), gate)
+    y = _fake(gate, up, activation)
     _launch(_forward_kernel, activation, (gate, up), (y,))
     return y
 
@@ -168,10 +168,10 @@ def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Ten
 def _backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grads = _backward_fake(dy, gate, up, activation)
     if not uses_triton(dy, gate, up):
         plain = gated_activation_backward_reference(dy, gate, up, activation)
-        return laid_out(plain[0], grads[0]), laid_out(plain[1], grads[1])
+        return laid_out(plain[0], gate), laid_out(plain[1], gate)
+    grads = _backward_fake(dy, gate, up, activation)
     _launch(_backward_kernel, activation, (dy, gate, up), grads)
     return grads
 

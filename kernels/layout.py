@@ -33,12 +33,20 @@ def empty_rows_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
     return out
 
 
-def laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`value` in the strides of `like`, an uninitialised tensor: `like` itself, filled, if need be.
+def laid_out(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`value` in the strides of `empty_rows_like(x)`, copied if need be.
 
     PyTorch's own operations choose strides by all their operands; a fake cannot foresee that.
     """
+    if value.stride() == x.stride() and x.is_contiguous():
+        return value
+    like = empty_rows_like(x, value.dtype)
     return value if value.stride() == like.stride() else like.copy_(value)
+
+
+def as_wide(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in that dtype. (Asking first takes a fifth of the time of a `.to` without effect.)"""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def as_rows(inputs: Tensors, outputs: Tensors, levels: int) -> Rows:

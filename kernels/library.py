@@ -3,22 +3,63 @@
     define_op("f(Tensor x) -> Tensor", run, fake)      the operator, with what fake tensors see
     differentiate(op, Function, reference)             its derivatives
 
-torch.compile and torch.export see each operator as one node. The derivative is registered by hand
-on the Autograd key: torch.library.register_autograd does the same and costs 12 microseconds more
-per forward and backward, which is longer than a small kernel runs.
+torch.compile and torch.export see each operator as one node. Nothing of that is wanted where plain
+tensors are computed at once, and PyTorch's dispatcher takes 14 microseconds to a Python operator
+and back, longer than a small kernel runs: there the operator's own code is called.
+
+The derivative is registered by hand on the Autograd key: torch.library.register_autograd does the
+same and costs 12 microseconds more per forward and backward.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
+# What takes no part in the dispatch: no subclass of a tensor, no symbolic number.
+_PLAIN = frozenset((torch.Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype))
 
 
-def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define torch.ops.liger_fx.<name of schema> and return its overload.
+class Op:
+    """An operator: called with plain tensors it computes, else PyTorch dispatches it.
+
+    overload: torch.ops.liger_fx.<name>.default. run: what computes. function: its derivative.
+    """
+
+    def __init__(self, overload: Any, run: Callable[..., Any]) -> None:
+        self.overload, self.run = overload, run
+        self.function: type[torch.autograd.Function] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _at_once(args):
+            return self.overload(*args)
+        if self.function is not None and torch.is_grad_enabled() and _asks_gradient(args):
+            return self.function.apply(*args)
+        return self.run(*args)
+
+
+def _at_once(args: tuple[Any, ...]) -> bool:
+    """Whether nothing stands between these arguments and what computes: no mode, no transform of
+    torch.func, no forward mode, no trace."""
+    return (
+        _PLAIN.issuperset(map(type, args))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _asks_gradient(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+
+
+def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Op:
+    """Define torch.ops.liger_fx.<name of schema>.
 
     `run` computes on every device; `fake` makes empty results of the same shapes, strides and
     dtypes. Schemas here have neither defaults nor keyword-only arguments, so that both are always
@@ -28,17 +69,19 @@ def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"liger_fx::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.liger_fx, name).default
+    return Op(getattr(torch.ops.liger_fx, name).default, run)
 
 
-def below_autograd(op: Any, *args: Any) -> Any:
+def below_autograd(op: Op, *args: Any) -> Any:
     """Call `op` without recording it: what the forward of its autograd.Function does."""
+    if not torch.compiler.is_compiling() and _at_once(args):
+        return op.run(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return op.overload(*args)
 
 
 def differentiate(
-    op: Any, function: type[torch.autograd.Function], reference: Callable[..., Any]
+    op: Op, function: type[torch.autograd.Function], reference: Callable[..., Any]
 ) -> None:
     """Run `function` (whose forward takes `op`'s arguments) where `op` is to be differentiated.
 
@@ -51,12 +94,11 @@ def differentiate(
     def autograd(*args: Any) -> Any:
         if forward_ad._current_level >= 0:  # forward mode does not ask for requires_grad
             return reference(*args)
-        if torch.is_grad_enabled():
-            for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                    return function.apply(*args)
+        if torch.is_grad_enabled() and _asks_gradient(args):
+            return function.apply(*args)
         return below_autograd(op, *args)
 
-    _LIBRARY.impl(op, autograd, "Autograd")
+    op.function = function
+    _LIBRARY.impl(op.overload, autograd, "Autograd")
     # This key is asked first of all while a transform of torch.func is active, and never else.
-    _LIBRARY.impl(op, reference, "FuncTorchDynamicLayerFrontMode")
+    _LIBRARY.impl(op.overload, reference, "FuncTorchDynamicLayerFrontMode")

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
@@ -28,7 +29,7 @@ from liger_fx.kernels.launch import (
     power_of_two,
     uses_triton,
 )
-from liger_fx.kernels.layout import as_rows, empty_rows_like, laid_out
+from liger_fx.kernels.layout import as_rows, as_wide, empty_rows_like, laid_out
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 MAX_WIDTH = 65_536  # a row is held in the registers of one program; wider ones use PyTorch
@@ -70,6 +71,22 @@ def rms_norm_reference(
     if weight is not None:
         y = y * (weight.to(dtype) + offset)
     return y.to(out_dtype or x.dtype)
+
+
+def _by_pytorch(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """The same by PyTorch's rms_norm, which torch.func cannot differentiate on every device."""
+    dtype = compute_dtype(x, weight)
+    if weight is not None:
+        weight = as_wide(weight, dtype)
+        weight = weight + offset if offset else weight
+    y = F.rms_norm(as_wide(x, dtype), x.shape[-1:], weight, eps)
+    return as_wide(y, out_dtype or x.dtype)
 
 
 def rms_norm_backward_reference(
@@ -193,9 +210,9 @@ def _forward(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    y = empty_rows_like(x, out_dtype)
     if not uses_triton(x, weight) or x.shape[-1] > MAX_WIDTH:
-        return laid_out(rms_norm_reference(x, weight, eps, offset, out_dtype), y)
+        return laid_out(_by_pytorch(x, weight, eps, offset, out_dtype), x)
+    y = empty_rows_like(x, out_dtype)
     if not y.numel():
         return y
     width = x.shape[-1]
@@ -223,7 +240,7 @@ def _backward(
     dx, dw = _backward_fake(dy, x, weight, eps, offset, weight_grad)
     if not uses_triton(dy, x, weight) or x.shape[-1] > MAX_WIDTH:
         plain, plain_dw = rms_norm_backward_reference(dy, x, weight, eps, offset)
-        return laid_out(plain, dx), plain_dw if plain_dw is not None and weight_grad else dw
+        return laid_out(plain, x), plain_dw if plain_dw is not None and weight_grad else dw
     if not dx.numel():
         return dx, dw.zero_()
     width = x.shape[-1]

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
-from liger_fx.kernels.layout import empty_rows_like, laid_out
+from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -246,12 +246,14 @@ def _run(
     dtypes: tuple[torch.dtype | None, ...],
 ) -> tuple[torch.Tensor, ...]:
     """One or two tensors turned, in x's order of dimensions in memory."""
-    outs = tuple(_fake(x, cos, dtype) for x, dtype in zip(tensors, dtypes, strict=True))
     if not uses_triton(*tensors, cos, sin):
+        if form == Form() and all(x.shape[-1] == cos.shape[-1] for x in tensors):
+            return _whole_heads_turned(tensors, cos, sin, dtypes)
         return tuple(
-            laid_out(rope_reference(x, cos, sin, form, out.dtype), out)
-            for out, x in zip(outs, tensors, strict=True)
+            laid_out(rope_reference(x, cos, sin, form, dtype), x)
+            for x, dtype in zip(tensors, dtypes, strict=True)
         )
+    outs = tuple(_fake(x, cos, dtype) for x, dtype in zip(tensors, dtypes, strict=True))
     batch, _, tokens, _ = outs[0].shape
     if batch * tokens:
         tensors = tuple(
@@ -262,6 +264,23 @@ def _run(
             cos, sin = cos.contiguous(), sin.contiguous()
         _launch(tensors, outs, cos, sin, form)
     return outs
+
+
+def _whole_heads_turned(
+    tensors: tuple[torch.Tensor, ...],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[torch.Tensor, ...]:
+    """The common form in PyTorch's own operations: (a, b) * cos + (b, a) * (-sin_a, sin_b)."""
+    dtype = compute_dtype(*tensors, cos, sin)
+    half = cos.shape[-1] // 2
+    to = tuple(out or torch.promote_types(x.dtype, cos.dtype) for x, out in zip(tensors, dtypes))  # noqa: B905
+    cos, sin = as_wide(cos, dtype).unsqueeze(1), as_wide(sin, dtype)
+    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(1)
+    wide = [as_wide(x, dtype) for x in tensors]
+    turned = [torch.addcmul(x * cos, x.roll(half, -1), signed) for x in wide]
+    return tuple(laid_out(as_wide(y, t), x) for y, t, x in zip(turned, to, tensors))  # noqa: B905
 
 
 def _launch(
