@@ -48,11 +48,13 @@ class TreeFacts:
     configs: the values of each config. A config in another has a place of its own.
     checkpointed: whether gradient checkpointing is on, which the code of a model asks. (A layer
     that is checkpointed is called as it is.)
+    classes: those of the modules whose code the graph replaces.
     """
 
     kinds: dict[str, Kind]
     configs: dict[Place, dict[str, Any]]
     checkpointed: dict[str, bool] = field(default_factory=dict)
+    classes: dict[str, type] = field(default_factory=dict)
 
     @classmethod
     def of(cls, root: nn.Module, modules: Modules) -> TreeFacts:
@@ -68,7 +70,8 @@ class TreeFacts:
             if hasattr(module, "gradient_checkpointing")
             and not isinstance(module, GradientCheckpointingLayer)
         }
-        return cls(kinds, configs, checkpointed)
+        classes = {path: class_of(module) for path, module in modules.items()}
+        return cls(kinds, configs, checkpointed, classes)
 
 
 class TreeState:
@@ -110,7 +113,10 @@ class TreeState:
         self.kinds = list(facts.kinds.values())
         unguarded = () if guards.attention_fixed else _ATTENTION
         now = configs_of(modules)
-        self.is_another_tree = None in self.there or not now.keys() >= facts.configs.keys()
+        classes = {path: class_of(module) for path, module in modules.items()}
+        self.is_another_tree = (
+            None in self.there or classes != facts.classes or not now.keys() >= facts.configs.keys()
+        )
         self.configs = [
             _ConfigState(now[place], then, unguarded)
             for place, then in facts.configs.items()
@@ -177,6 +183,12 @@ def plain_configs(
 
 def _is_identifier(step: str | int) -> bool:
     return isinstance(step, str) and step.isidentifier()
+
+
+def class_of(module: Any) -> type:
+    """The class whose code runs when the module is called, of a block the original's."""
+    found: type = getattr(module, "block_class", type(module))
+    return found
 
 
 def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from tests.programs.support import (
     build,
@@ -17,6 +19,7 @@ from tests.programs.support import (
     train_step,
 )
 
+ENABLE = PreTrainedModel.activation_checkpointing_enable
 KINDS = {"reentrant": True, "not reentrant": False}
 
 
@@ -92,6 +95,11 @@ def test_by_its_older_name() -> None:
     compare(build("llama"), program, calls=2)
 
 
+@pytest.mark.skipif(
+    "every_n_layers"
+    not in inspect.signature(PreTrainedModel.activation_checkpointing_enable).parameters,
+    reason="this transformers cannot",
+)
 def test_every_second_layer() -> None:
     def program(m: Any) -> Any:
         return train_step(switch_on(m, False, every_n_layers=2), inputs_of(m))
