@@ -117,9 +117,8 @@ FAULTS: dict[str, tuple[str, Plant]] = {
 DTYPES = {"norm rounds through bfloat16": torch.float32}
 
 
-@functools.lru_cache
 def pair(arch: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A model and its optimised twin; who changes one puts it back."""
+    """A model and its optimised twin."""
     model = tiny_model(arch, layers=2).to(dtype)
     opt = liger_fx.optimize(model)
     opt(**example_inputs(model, 2, 5))  # the graph with labels, before any fault is planted
