@@ -1,7 +1,7 @@
 """What runs the rewritten graph in everyday programs of other libraries: docs/ecosystem.md.
 
     python tools/ecosystem.py                      all of tests/programs
-    python tools/ecosystem.py -m "not slow"        whatever follows is handed to pytest
+    python tools/ecosystem.py -n 8                 whatever follows is handed to pytest
 
 One row a program: "graph" where the results are equal and graphs computed them, "fallback" where
 they are equal and the original forward did, "failed" where they differ or something was raised.
@@ -84,13 +84,11 @@ class Collector:
 
     programs: dict[str, Program] = field(default_factory=dict)
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
-        """Called after a test's setup, call and teardown; the worst of the three counts."""
-        outcome = yield
-        report = outcome.get_result()
-        before = self.programs.get(item.nodeid)
-        if report.passed and (call.when != "call" or before is not None):
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Called after a test's setup, call and teardown, wherever it ran; the worst of the three
+        counts."""
+        before = self.programs.get(report.nodeid)
+        if report.passed and (report.when != "call" or before is not None):
             return
         if before is not None and before.result == "failed":
             return
@@ -98,13 +96,13 @@ class Collector:
         if report.skipped:
             result, why = "not run", skipped(report)
         elif report.failed:
-            error = call.excinfo.value
-            result = "fallback" if type(error).__name__ == "NoGraph" else "failed"
-            name = "" if result == "fallback" else f"{type(error).__name__}: "
-            why = name + " ".join(str(error).split())
-        file = Path(str(item.fspath)).stem
-        name = item.nodeid.rpartition("::")[2]
-        self.programs[item.nodeid] = Program(file, name, result, why)
+            crash = getattr(report.longrepr, "reprcrash", None)
+            error = crash.message if crash is not None else str(report.longrepr)
+            kind, _, text = " ".join(error.split()).partition(": ")
+            result = "fallback" if kind.endswith("NoGraph") else "failed"
+            why = text if result == "fallback" else f"{kind.rpartition('.')[2]}: {text}"
+        file, _, name = report.nodeid.rpartition("::")
+        self.programs[report.nodeid] = Program(Path(file).stem, name, result, why)
 
     def pytest_collectreport(self, report: Any) -> None:
         """A whole file that was not run: a library that is not there, or an error."""
@@ -202,12 +200,25 @@ def main() -> int:
     collector = Collector()
     where = [] if any(Path(a.partition("::")[0]).exists() for a in chosen) else [str(PROGRAMS)]
     warnings.simplefilter("ignore")
-    options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", f"--rootdir={ROOT}"]
+    options = [
+        "-q",
+        "--tb=short",
+        "--no-summary",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        f"--rootdir={ROOT}",
+    ]
     code = pytest.main([*options, *where, *chosen], plugins=[collector])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         print(f"pytest ended with {code!r}: nothing was written", file=sys.stderr)
         return 2
-    arguments.out.write_text(page(list(collector.programs.values()), chosen))
+    side_by_side = [
+        a for pair in zip(chosen, chosen[1:], strict=False) if pair[0] == "-n" for a in pair
+    ]
+    named = [a for a in chosen if a not in side_by_side]
+    arguments.out.write_text(page(list(collector.programs.values()), named))
     print(f"wrote {arguments.out}")
     return 0
 
