@@ -69,7 +69,9 @@ class Plan:
     def assume(self, block: nn.Module, kinds: Mapping[str, Kind] | None = None) -> None:
         """Take the tree as it is now for the one the graph was made for, but for the dtypes and
         devices in ``kinds``, if given."""
-        facts = TreeFacts.of(block, self.followed_modules(block))
+        tree = dict(block.named_modules())
+        there = {path: tree[path] for path in self.paths if path in tree}
+        facts = TreeFacts.of(block, {p: m for p, m in there.items() if not is_leaf(m)})
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
@@ -143,7 +145,7 @@ class Plan:
     def followed_modules(self, block: nn.Module) -> Modules:
         """The modules of a block whose code the graph replaces, by path."""
         tree = dict(block.named_modules())
-        return {path: tree[path] for path in self.paths if path in tree and not is_leaf(tree[path])}
+        return {path: tree[path] for path in self.facts.classes if path in tree}
 
     def run(self, block: Any, inputs: tuple[Any, ...]) -> Any:
         """The graph's result for inputs that ``take`` handed out.

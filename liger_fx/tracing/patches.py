@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -37,7 +37,6 @@ class Tracing(Protocol):
     root: nn.Module
     recorder: Recorder
     leaves: TransformersLeaves
-    writes: Any
 
     def trace_module_call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What ``module(*args, **kwargs)`` does during the trace."""
@@ -50,6 +49,31 @@ class Tracing(Protocol):
 
     def leave_autocast(self, region: torch.autocast) -> None:
         """Record its end."""
+
+
+class Aside(NamedTuple):
+    """An int of a module that is symbolic in the thread that traces, and itself in all others."""
+
+    value: int
+    size: Any
+
+
+_aside: dict[tuple[int, str], Aside] = {}
+
+
+@contextmanager
+def put_aside(module: nn.Module, name: str, size: Any) -> Iterator[None]:
+    """Within ``patched``, the attribute is ``size`` to this thread's code; others may run the
+    module meanwhile."""
+    place = id(module), name
+    value = module.__dict__[name]
+    _aside[place] = Aside(value, size)
+    del module.__dict__[name]
+    try:
+        yield
+    finally:
+        module.__dict__.setdefault(name, value)
+        del _aside[place]
 
 
 def recording_tracer() -> Tracing | None:
@@ -79,8 +103,7 @@ def patched(tracer: Tracing) -> Iterator[None]:
             _thread.tracer = tracer
             _patch_modules(replace)
             _patch_questions(replace)
-            if tracer.writes:
-                _patch_attributes(replace)
+            _patch_attributes(replace)
             _patch_autocast(replace)
             _patch_attention(replace)
             _patch_caches(replace)
@@ -157,6 +180,9 @@ def _patch_attributes(replace: Any) -> None:
             # No AttributeError: hasattr would take it for an answer.
             owner = type(module).__name__
             raise CannotRecord(f"{name} of a {owner}, whose forward changes it, is read outside")
+        aside = _aside.get((id(module), name))
+        if aside is not None:
+            return aside.size if is_tracing() else aside.value
         return original(module, name)
 
     replace(nn.Module, "__getattr__", look_up)

@@ -66,7 +66,7 @@ from liger_fx.tracing.leaf_modules import (
     offloaded,
 )
 from liger_fx.tracing.numbers import traced_number
-from liger_fx.tracing.patches import patched
+from liger_fx.tracing.patches import patched, put_aside
 from liger_fx.tracing.recorder import CannotRecord, Recorder, Recording
 from liger_fx.tracing.root_state import (
     Snapshot,
@@ -283,7 +283,7 @@ class HFTracer(fx.Tracer, Recording):
     @contextlib.contextmanager
     def _symbolic_attributes(self) -> Iterator[None]:
         """The ints that alike blocks do not share are sizes, as long as the trace lasts."""
-        held = []
+        stack = contextlib.ExitStack()
         for path, value in self.plans.attributes.items():
             owner, _, name = path.rpartition(".")
             module = self.root.get_submodule(owner)
@@ -292,14 +292,9 @@ class HFTracer(fx.Tracer, Recording):
             self.world.symbols[symbol] = size
             self._attribute_names[symbol] = path
             self.recorder.sizes.define_later(size, functools.partial(self.get_attr, path))
-            module.__dict__[name] = size
-            held.append((module, name, size, value))
-        try:
+            stack.enter_context(put_aside(module, name, size))
+        with stack:
             yield
-        finally:
-            for module, name, size, value in held:
-                if module.__dict__.get(name) is size:
-                    module.__dict__[name] = value
 
     def ask(self, number: torch.SymInt, read: Read) -> None:
         """Note how a number can be read before the graph runs, should the code compare it."""
