@@ -114,7 +114,8 @@ class Planner:
             if found is None:
                 found = Alike(key, tuple(p for p in alike.attributes if p in ints))
                 found.ints = found.shared(ints)
-                found.rewritten = alike.sites()
+                # Each plan checks what it needs: a change may not touch that.
+                found.plans, found.rewritten = list(alike.plans), alike.rewritten
                 self._alike.append(found)
             found.add(member)
             member._block.alike = found
