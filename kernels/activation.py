@@ -17,6 +17,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.launch import Launch, ceil_div, compute_dtype, launch, uses_triton
+from liger_fx.kernels.layout import in_strides_of
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -132,8 +133,7 @@ def _launch(kernel: Any, name: str, out: torch.Tensor, *tensors: torch.Tensor) -
 def _forward(x: torch.Tensor, name: str) -> torch.Tensor:
     y = torch.empty_like(x)
     if not uses_triton(x):
-        plain = activation_reference(x, name)
-        return plain if plain.stride() == y.stride() else y.copy_(plain)
+        return in_strides_of(y, activation_reference(x, name))
     return _launch(_forward_kernel, name, y, x)
 
 
@@ -142,7 +142,7 @@ def _backward(dy: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
     if not uses_triton(dy, x):
         dtype = compute_dtype(x)
         plain = dy.to(dtype) * activation_slope(x.to(dtype), name)
-        return dx.copy_(plain)
+        return in_strides_of(dx, plain.to(x.dtype))
     return _launch(_backward_kernel, name, dx, dy, x)
 
 

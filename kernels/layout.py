@@ -40,7 +40,11 @@ def laid_out(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """
     if value.stride() == x.stride() and x.is_contiguous():
         return value
-    like = empty_rows_like(x, value.dtype)
+    return in_strides_of(empty_rows_like(x, value.dtype), value)
+
+
+def in_strides_of(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` if it has the strides of `like`, an uninitialised tensor; else `like`, filled."""
     return value if value.stride() == like.stride() else like.copy_(value)
 
 

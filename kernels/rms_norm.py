@@ -265,16 +265,6 @@ def _backward(
     return dx, dw
 
 
-def _forward_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    out_dtype: torch.dtype | None,
-) -> torch.Tensor:
-    return empty_rows_like(x, out_dtype)
-
-
 def _backward_fake(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -290,7 +280,7 @@ def _backward_fake(
 _rms_norm = define_op(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, ScalarType? out_dtype) -> Tensor",
     _forward,
-    _forward_fake,
+    lambda x, weight, eps, offset, out_dtype: empty_rows_like(x, out_dtype),
 )
 _rms_norm_backward = define_op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset,"

@@ -275,12 +275,15 @@ def _whole_heads_turned(
     """The common form in PyTorch's own operations: (a, b) * cos + (b, a) * (-sin_a, sin_b)."""
     dtype = compute_dtype(*tensors, cos, sin)
     half = cos.shape[-1] // 2
-    to = tuple(out or torch.promote_types(x.dtype, cos.dtype) for x, out in zip(tensors, dtypes))  # noqa: B905
+    to = tuple(
+        out or torch.promote_types(x.dtype, cos.dtype)
+        for x, out in zip(tensors, dtypes, strict=True)
+    )
     cos, sin = as_wide(cos, dtype).unsqueeze(1), as_wide(sin, dtype)
     signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(1)
     wide = [as_wide(x, dtype) for x in tensors]
     turned = [torch.addcmul(x * cos, x.roll(half, -1), signed) for x in wide]
-    return tuple(laid_out(as_wide(y, t), x) for y, t, x in zip(turned, to, tensors))  # noqa: B905
+    return tuple(laid_out(as_wide(y, t), x) for y, t, x in zip(turned, to, tensors, strict=True))
 
 
 def _launch(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from liger_fx.model.tree import copy_tree
+from liger_fx.model.tree import copy_tree, plain_module
 
 Tensors = dict[str, torch.Tensor]
 _GRID = 4  # patches along each side of an image that may be of any size
@@ -94,7 +94,7 @@ def tokens_an_image(model: nn.Module, given: Tensors, batch: int) -> int | None:
     Its own code is asked, on a copy around the same weights: what is left of an image after
     patches, merging, pooling and cropping is no field of a config.
     """
-    twin = copy_tree(model, _plain).eval()
+    twin = copy_tree(model, plain_module).eval()
     find = getattr(twin, "get_image_features", None)
     if find is None or any(p.is_meta for p in model.parameters()):
         return None
@@ -108,12 +108,6 @@ def tokens_an_image(model: nn.Module, given: Tensors, batch: int) -> int | None:
     features = found if isinstance(found, (list, tuple)) else [found]
     count: int = sum(f.shape[:-1].numel() for f in features)
     return None if count % batch else count // batch
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    cls = getattr(module, "block_class", type(module))
-    made: nn.Module = cls.__new__(cls)
-    return made
 
 
 def sounds(model: Any, batch: int, length: int, generator: torch.Generator) -> Tensors:

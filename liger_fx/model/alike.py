@@ -20,7 +20,7 @@ from liger_fx.model.plan import Plan
 from liger_fx.model.refusals import Refusals
 from liger_fx.model.tree import copy_tree
 from liger_fx.tracing.call import PLAIN, CallSpec
-from liger_fx.tracing.tree_state import hooks_of, is_capturing
+from liger_fx.tracing.tree_state import class_of, hooks_of, is_capturing
 
 _INTERNALS = frozenset(vars(nn.Module()))
 # What no graph of a block depends on: a checkpointed layer is called as it is.
@@ -112,10 +112,9 @@ def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:
             for group in (module._parameters, module._buffers)
             for name, t in group.items()
         )
-        kind = getattr(module, "block_class", type(module))
         hooks = [hook for hooks in hooks_of(module) for hook in hooks.values()] if path else []
         is_hooked = not all(map(is_capturing, hooks))
-        parts.append((path, kind, tuple(plain), tensors, is_hooked))
+        parts.append((path, class_of(module), tuple(plain), tensors, is_hooked))
     return tuple(parts), ints
 
 

@@ -9,8 +9,7 @@ Dynamo guards what the checks and the function read, and that the block still is
 share the plan. The other plans it does not see: a new one compiles nothing again.
 
 (Alike layers are not marked as regions to be compiled once, torch.compiler.nested_compile_region:
-PyTorch 2.13 computes wrong gradients there. Inductor gives the memory of a region's input to
-others, though the region saved that input for its backward.)
+PyTorch 2.13 computes wrong gradients there, at least where the weights of one region are frozen.)
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from liger_fx.errors import UsageError
 from liger_fx.model.block import Block
 from liger_fx.model.build import build
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Planner
-from liger_fx.model.tree import copy_tree
+from liger_fx.model.tree import copy_tree, plain_module
 from liger_fx.tracing import leaves
 from liger_fx.tracing.call import LEAVES, CallSpec, Items, Spec, named_arguments
 
@@ -126,10 +126,5 @@ def flat_plan(opt: Block, call: CallSpec) -> tuple[Block, Plan]:
     What stays the model's own is shared with ``opt``; TraceError as ``optimize`` has it.
     """
     planner = Planner(opt._block.planner.selection)
-    root = build(copy_tree(opt, _plain), [""], planner)
+    root = build(copy_tree(opt, plain_module), [""], planner)
     return root, planner.plan(root, call)[1]
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    kind: type[nn.Module] = getattr(module, "block_class", type(module))
-    return kind.__new__(kind)

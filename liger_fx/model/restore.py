@@ -13,8 +13,8 @@ from torch import nn
 
 from liger_fx.errors import UsageError
 from liger_fx.model.block import Block
-from liger_fx.model.tree import copy_tree
-from liger_fx.modules.origin import is_named, origins
+from liger_fx.model.tree import copy_tree, plain_module
+from liger_fx.modules.origin import NamedModule, origins
 
 _OWN = ("_block", "_origins")
 
@@ -28,21 +28,15 @@ def restore(opt: nn.Module) -> Any:
     """
     if not isinstance(opt, Block):
         raise UsageError(f"A {type(opt).__name__} is no result of liger_fx.optimize or load.")
-    root: nn.Module = copy_tree(opt, _plain)
+    root: nn.Module = copy_tree(opt, plain_module)
     for path, module in list(root.named_modules(remove_duplicate=False)):
-        if is_named(module):
+        if isinstance(module, NamedModule):
             owner, _, name = path.rpartition(".")
             _put_back(root.get_submodule(owner), name, module)
     for module in root.modules():
         for name in _OWN:
             module.__dict__.pop(name, None)
     return root
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    cls = getattr(module, "block_class", type(module))
-    made: nn.Module = cls.__new__(cls)
-    return made
 
 
 def _put_back(owner: nn.Module, name: str, named: nn.Module) -> None:

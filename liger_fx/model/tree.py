@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import nn
 
+from liger_fx.tracing.tree_state import class_of
+
 _PLAIN_DICTS = (dict, OrderedDict)  # copy.copy takes many times as long
 Bare = Callable[[nn.Module], nn.Module]
 
@@ -26,6 +28,13 @@ Bare = Callable[[nn.Module], nn.Module]
 def bare_module(module: nn.Module) -> nn.Module:
     """A module of the same class without any attributes."""
     return module.__class__.__new__(module.__class__)
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """The same, of the original's class for a block."""
+    kind = class_of(module)
+    made: nn.Module = kind.__new__(kind)
+    return made
 
 
 def copy_tree(

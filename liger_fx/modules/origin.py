@@ -78,11 +78,6 @@ def origins(named: nn.Module) -> tuple[Origin, ...]:
     return found
 
 
-def is_named(module: nn.Module) -> bool:
-    """Whether it is one of the named modules, in another's place or mounted beside."""
-    return isinstance(module, NamedModule)
-
-
 def plain_attributes(held: dict[str, Any]) -> dict[str, Any]:
     """Of a module's ``__dict__``, what is no tensor, no module and nothing of PyTorch's own."""
     return {

@@ -95,10 +95,9 @@ class LigerRotaryEmbedding(_Rotary):
         """
         if q.dtype != k.dtype:
             return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
-        second = self.heads_dim == 2
         new_q, new_k = rope_pair(
-            q.transpose(1, 2) if second else q,
-            k.transpose(1, 2) if second else k,
+            self._heads_first(q),
+            self._heads_first(k),
             cos,
             sin,
             interleaved_in=self.interleaved_in,
@@ -106,7 +105,7 @@ class LigerRotaryEmbedding(_Rotary):
             half_tables=self.half_tables,
             out_dtype=result_dtype(self.cast, q, cos),
         )
-        return (new_q.transpose(1, 2), new_k.transpose(1, 2)) if second else (new_q, new_k)
+        return self._heads_first(new_q), self._heads_first(new_k)
 
 
 class LigerSingleRotaryEmbedding(_Rotary):

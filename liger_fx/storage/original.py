@@ -18,6 +18,7 @@ from liger_fx.storage.facts import Describer, Indescribable
 from liger_fx.storage.model_code import ModelCode, full_name
 from liger_fx.storage.named_modules import is_named
 from liger_fx.storage.records import Module
+from liger_fx.tracing.tree_state import class_of
 
 # Set while a model is used, or where it was read from: no part of what it computes.
 _PASSING = {
@@ -120,11 +121,6 @@ def _no_text(part: Origin, name: str, kind: Indescribable) -> SaveError:
         f"The attribute {name} of {where} ({part.cls.__name__}) is a {kind}: nothing tells whether "
         "it is the same when the graph is loaded. Make it a number, a function or a dataclass."
     )
-
-
-def class_of(module: nn.Module) -> type[nn.Module]:
-    """The module's class; of an optimised model, the class of the model it was made from."""
-    return getattr(module, "block_class", type(module))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from liger_fx.model.tree import copy_tree
 from liger_fx.storage import config, fingerprint, leaf_calls, model_class, named_modules
 from liger_fx.storage.calls import check_arguments, own_numbers
 from liger_fx.storage.files import CONFIG, GENERATION_CONFIG, GRAPH
-from liger_fx.storage.original import Original, class_of, compare_modules
+from liger_fx.storage.original import Original, compare_modules
 from liger_fx.storage.plans import SavedBlock
 from liger_fx.storage.records import TensorKind
 from liger_fx.storage.saved import Saved
 from liger_fx.storage.weights import CONSTANT, IN_CHECKPOINT, Slot, Tensor, slots
 from liger_fx.storage.writes import check_writes
+from liger_fx.tracing.tree_state import class_of
 
 T = TypeVar("T")
 

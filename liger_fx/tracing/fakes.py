@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import sympy
@@ -128,8 +128,8 @@ class FakeWorld:
             return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
 
         with unset_fake_temporarily():
-            tensors = _tensors_in(example, {})
-        memo: dict[int, Any] = {key: fake(tensor) for key, tensor in tensors.items()}
+            tensors = list(tensors_in(example))
+        memo: dict[int, Any] = {id(tensor): fake(tensor) for tensor in tensors}
         return copy.deepcopy(example, memo)
 
     def metadata(self, tensor: torch.Tensor) -> Metadata:
@@ -210,19 +210,18 @@ def _settled(size: int | sympy.Expr, settled: dict[sympy.Expr, Any]) -> int | sy
     return int(expr) if expr.is_number else expr
 
 
-def _tensors_in(value: Any, found: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """The tensors that an object holds, in its attributes and containers, by identity."""
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors that an object holds, in its attributes and containers."""
     if isinstance(value, torch.Tensor):
-        found[id(value)] = value
+        yield value
     elif isinstance(value, dict):
         for item in value.values():
-            _tensors_in(item, found)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _tensors_in(item, found)
+            yield from tensors_in(item)
     elif hasattr(value, "__dict__") and not isinstance(value, type):
-        _tensors_in(vars(value), found)
-    return found
+        yield from tensors_in(vars(value))
 
 
 def set_node(value: Any, node: Any) -> None:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from liger_fx.tracing.memo import Unknowable, run_without_grad
 from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import origin_of
+from liger_fx.tracing.tree_state import class_of
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 
@@ -123,7 +124,7 @@ def _forward_of(module: Any) -> Any:
     own = module.__dict__.get("forward")
     if own is not None and not hasattr(module, "_hf_hook"):
         return own
-    return MethodType(getattr(module, "block_class", type(module)).forward, module)
+    return MethodType(class_of(module).forward, module)
 
 
 def offloaded(

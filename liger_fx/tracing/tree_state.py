@@ -185,10 +185,9 @@ def _is_identifier(step: str | int) -> bool:
     return isinstance(step, str) and step.isidentifier()
 
 
-def class_of(module: Any) -> type:
-    """The class whose code runs when the module is called, of a block the original's."""
-    found: type = getattr(module, "block_class", type(module))
-    return found
+def class_of(module: Any) -> Any:
+    """The module's class; of a block, the class of the module that it was made from."""
+    return getattr(module, "block_class", type(module))
 
 
 def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ Block, calls   ->   a check of each named module; faults; what was not looked at
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from liger_fx.model.build import build
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import Planner
 from liger_fx.tracing.call import UnsupportedCall, flat_inputs, named_arguments
+from liger_fx.tracing.fakes import tensors_in
 from liger_fx.tracing.inner_blocks import examples_of
 from liger_fx.verification.calls import Call, called_as
 from liger_fx.verification.sites import SiteCheck, SiteChecks
@@ -136,21 +137,8 @@ def _as_now(value: Any) -> Any:
         return value.detach().clone().requires_grad_(value.requires_grad)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    tensors = {id(t): t.detach().clone() for t in _tensors_of(value) if isinstance(t, torch.Tensor)}
+    tensors = {id(t): t.detach().clone() for t in tensors_in(value)}
     return copy.deepcopy(value, dict(tensors))
-
-
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_of(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_of(item)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors_of(vars(value))
 
 
 def _served(opt: Block, arrivals: list[tuple[str, Arguments]]) -> list[tuple[str, Plan, Arguments]]:
