@@ -64,6 +64,9 @@ class FakeWorld:
             allow_dynamic_output_shape_ops=True,
         )
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        # PyTorch's cache of what fake kernels answered is the process's, and would keep the sizes
+        # of every trace for good; what recurs in one, ``Memo`` knows.
+        self.mode.cache_enabled = False
         self.symbols: dict[str, torch.SymInt] = {}
         self._fresh: list[Any] = []
         self._hints: set[int] = set()
