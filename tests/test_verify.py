@@ -139,11 +139,7 @@ def put_back(module: nn.Module) -> Iterator[None]:
             part._parameters.update(parameters)
 
 
-# Each makes a model of its own: every other one is run with the slow tests.
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(f, marks=[pytest.mark.slow] * (i % 2)) for i, f in enumerate(FAULTS)],
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_named(fault: str) -> None:
     path, plant = FAULTS[fault]
     model, opt = pair("llama", DTYPES.get(fault, torch.bfloat16))
