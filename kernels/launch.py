@@ -34,14 +34,22 @@ def uses_triton(*tensors: torch.Tensor | None) -> bool:
 
     It takes CUDA tensors (any tensors under Triton's interpreter) of float32, bfloat16 or float16.
     """
-    given = [t for t in tensors if t is not None]
-    return all(t.dtype in TRITON_DTYPES for t in given) and (given[0].is_cuda or INTERPRETED)
+    on_gpu = INTERPRETED
+    for t in tensors:
+        if t is not None:
+            if not (on_gpu := on_gpu or t.is_cuda):
+                return False
+            if t.dtype not in TRITON_DTYPES:
+                return False
+    return on_gpu
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """What the maths is done in: float64 if a tensor is, float32 otherwise."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def power_of_two(n: int) -> int:

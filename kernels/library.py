@@ -21,6 +21,12 @@ from torch.autograd import forward_ad
 _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
 # What takes no part in the dispatch: no subclass of a tensor, no symbolic number.
 _PLAIN = frozenset((torch.Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype))
+_dispatch_modes, _function_modes, _transforms, _jit_trace = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._get_tracing_state,
+)
 
 
 class Op:
@@ -46,11 +52,11 @@ def _at_once(args: tuple[Any, ...]) -> bool:
     torch.func, no forward mode, no trace."""
     return (
         _PLAIN.issuperset(map(type, args))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _transforms() is None
         and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and _jit_trace() is None
     )
 
 

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
@@ -80,12 +79,17 @@ def _by_pytorch(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """The same by PyTorch's rms_norm, which torch.func cannot differentiate on every device."""
+    """The same in fewer passes, which nothing differentiates. (F.rms_norm takes twice the time of a
+    short row's.)"""
     dtype = compute_dtype(x, weight)
+    wide = as_wide(x, dtype)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    per = 1 / max(x.shape[-1], 1)
+    mean = torch.rsub(norm.square_(), eps, alpha=-per)  # norm^2 * per + eps
+    y = wide * mean.rsqrt_()
     if weight is not None:
         weight = as_wide(weight, dtype)
-        weight = weight + offset if offset else weight
-    y = F.rms_norm(as_wide(x, dtype), x.shape[-1:], weight, eps)
+        y.mul_(weight + offset if offset else weight)
     return as_wide(y, out_dtype or x.dtype)
 
 

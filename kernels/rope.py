@@ -59,10 +59,10 @@ def rope_pair(
     memory, in `out_dtype` (by default what x * cos has); float64 is computed in float64.
     Where cos or sin require a gradient, PyTorch's own operations run. ValueError for other shapes.
     """
-    _check(q, cos, sin, half_tables)
-    _check(k, cos, sin, half_tables)
-    form = Form(interleaved_in, interleaved_out, half_tables)
+    _check(cos, sin, half_tables, q, k)
+    form = (interleaved_in, interleaved_out, half_tables, False)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        form = Form(*form)
         return (
             rope_reference(q, cos, sin, form, out_dtype),
             rope_reference(k, cos, sin, form, out_dtype),
@@ -81,7 +81,7 @@ def rope(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """What `rope_pair` does, to one tensor."""
-    _check(x, cos, sin, half_tables)
+    _check(cos, sin, half_tables, x)
     form = Form(interleaved_in, interleaved_out, half_tables)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return rope_reference(x, cos, sin, form, out_dtype)
@@ -124,18 +124,21 @@ def _ends(table: torch.Tensor, form: Form) -> Pair:
     return (table, table) if form.half_tables else _split(table, form.interleaved_out)
 
 
-def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half_tables: bool) -> None:
-    if x.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
-        raise ValueError(
-            "rope: wants x of (batch, heads, tokens, D) and cos and sin of one shape (1 or batch, "
-            f"tokens, R), not {tuple(x.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
-        )
-    batch, tokens, width = cos.shape
-    width *= 2 if half_tables else 1
-    if (batch != 1 and batch != x.shape[0]) or tokens != x.shape[2]:
-        raise ValueError(f"rope: cos {tuple(cos.shape)} is not made for x {tuple(x.shape)}")
-    if width > x.shape[3] or width % 2:
-        raise ValueError(f"rope: cannot turn {width} elements in pairs of heads of {x.shape[3]}")
+def _check(cos: torch.Tensor, sin: torch.Tensor, half_tables: bool, *xs: torch.Tensor) -> None:
+    table = cos.shape
+    for x in xs:
+        shape = x.shape
+        if len(shape) != 4 or len(table) != 3 or table != sin.shape:
+            raise ValueError(
+                "rope: wants x of (batch, heads, tokens, D) and cos and sin of one shape (1 or "
+                f"batch, tokens, R), not {tuple(shape)}, {tuple(table)} and {tuple(sin.shape)}"
+            )
+        batch, tokens, width = table
+        width *= 2 if half_tables else 1
+        if (batch != 1 and batch != shape[0]) or tokens != shape[2]:
+            raise ValueError(f"rope: cos {tuple(table)} is not made for x {tuple(shape)}")
+        if width > shape[3] or width % 2:
+            raise ValueError(f"rope: cannot turn {width} elements in pairs of heads of {shape[3]}")
 
 
 @triton.jit
@@ -247,7 +250,8 @@ def _run(
 ) -> tuple[torch.Tensor, ...]:
     """One or two tensors turned, in x's order of dimensions in memory."""
     if not uses_triton(*tensors, cos, sin):
-        if form == Form() and all(x.shape[-1] == cos.shape[-1] for x in tensors):
+        width = cos.shape[-1]
+        if not any(form) and tensors[0].shape[-1] == width == tensors[-1].shape[-1]:
             return _whole_heads_turned(tensors, cos, sin, dtypes)
         return tuple(
             laid_out(rope_reference(x, cos, sin, form, dtype), x)
@@ -274,16 +278,17 @@ def _whole_heads_turned(
 ) -> tuple[torch.Tensor, ...]:
     """The common form in PyTorch's own operations: (a, b) * cos + (b, a) * (-sin_a, sin_b)."""
     dtype = compute_dtype(*tensors, cos, sin)
-    half = cos.shape[-1] // 2
-    to = tuple(
-        out or torch.promote_types(x.dtype, cos.dtype)
-        for x, out in zip(tensors, dtypes, strict=True)
-    )
-    cos, sin = as_wide(cos, dtype).unsqueeze(1), as_wide(sin, dtype)
-    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(1)
-    wide = [as_wide(x, dtype) for x in tensors]
-    turned = [torch.addcmul(x * cos, x.roll(half, -1), signed) for x in wide]
-    return tuple(laid_out(as_wide(y, t), x) for y, t, x in zip(turned, to, tensors, strict=True))
+    wide_cos = as_wide(cos, dtype).unsqueeze(1)
+    sin_a, sin_b = as_wide(sin, dtype).unsqueeze(1).chunk(2, -1)
+    signed, half = torch.cat((sin_a.neg(), sin_b), -1), cos.shape[-1] // 2
+    outs = []
+    for x, out_dtype in zip(tensors, dtypes, strict=True):
+        wide = x if x.dtype is dtype else x.to(dtype)
+        y = (wide * wide_cos).addcmul_(wide.roll(half, -1), signed)
+        if y.dtype is not out_dtype:
+            y = y.to(out_dtype or torch.promote_types(x.dtype, cos.dtype))
+        outs.append(laid_out(y, x))
+    return tuple(outs)
 
 
 def _launch(
@@ -330,7 +335,7 @@ _rope = define_op(
 _rope_pair = define_op(
     f"rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, {_FORM}, ScalarType? q_dtype,"
     " ScalarType? k_dtype) -> (Tensor, Tensor)",
-    lambda q, k, cos, sin, *rest: _run((q, k), cos, sin, Form(*rest[:4]), rest[4:]),
+    lambda q, k, cos, sin, *rest: _run((q, k), cos, sin, Form._make(rest[:4]), rest[4:]),
     lambda q, k, cos, sin, *rest: (_fake(q, cos, rest[4]), _fake(k, cos, rest[5])),
 )
 

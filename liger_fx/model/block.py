@@ -15,7 +15,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -37,11 +37,12 @@ from liger_fx.tracing.call import (
     flat_inputs,
     refuse_tensor_subclasses,
 )
+from liger_fx.tracing.check import Check
 from liger_fx.tracing.guards import Take
 from liger_fx.tracing.inner_blocks import collected, collects_inside, examples_of
 from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.patches import is_tracing
-from liger_fx.tracing.tree_state import GLOBAL_HOOKS, TreeState
+from liger_fx.tracing.tree_state import GLOBAL_HOOKS
 
 Ready = tuple[Take, Callable[[], bool], Callable[..., Any], Plan]
 
@@ -55,6 +56,7 @@ class BlockState:
     plans.
 
     states: the plans with this block's own checks, as far as they were needed.
+    last: of these, what served the last call.
     failed: calls of outer traces that no plan could be made for, with the reason.
     own_graph: a plan that alike blocks share, and this block's copy of its graph, for edits.
     """
@@ -62,6 +64,7 @@ class BlockState:
     def __init__(self, path: str, planner: Planner, alike: Alike) -> None:
         self.path, self.planner, self.alike = path, planner, alike
         self.states: list[Ready] = []
+        self.last: Ready | None = None
         self.failed: list[tuple[Any, Exception]] = []
         self.own_graph: tuple[Plan, fx.Graph] | None = None
         self.meta: dict[str, Any] = {}
@@ -84,21 +87,27 @@ class BlockState:
 
 
 def _check(plan: Plan, block: nn.Module) -> Callable[[], bool]:
-    modes_hold, owner = plan.guards.modes_hold, weakref.ref(block)
-    states: list[TreeState] = []
-    called: list[tuple[BlockState, Alike]] = []
+    owner = weakref.ref(block)
+    compiled: Callable[[], bool] | None = None
 
     def holds() -> bool:
-        if not states:
-            states.extend(plan.states_of(owner()))
-            there: dict[str, Any] = dict(cast(Any, owner()).named_modules()) if plan.called else {}
-            inner = ((there.get(path), alike) for path, alike in plan.called.items())
-            called.extend((m._block, alike) for m, alike in inner if isinstance(m, Block))
-        if not modes_hold() or any(state.alike is not alike for state, alike in called):
-            return False
-        return all(state.holds() for state in states)
+        nonlocal compiled
+        if compiled is None:
+            compiled = _compiled_check(plan, owner())
+        return compiled()
 
     return holds
+
+
+def _compiled_check(plan: Plan, block: Any) -> Callable[[], bool]:
+    check = Check()
+    plan.guards.add_modes(check)
+    there = dict(block.named_modules()) if plan.called else {}
+    for path, alike in plan.called.items():
+        if isinstance(inner := there.get(path), Block):
+            check.add("{}.alike is {}", inner._block, alike)
+    plan.add_states(check, block)
+    return check.compiled()
 
 
 class Block(fx.GraphModule):
@@ -207,9 +216,12 @@ class Block(fx.GraphModule):
         if keys and collects_inside(self, keys):
             reason = f"{', '.join(keys)} of modules inside it are collected"
             return self._run_original(reason, args, kwargs)
-        for take, holds, run, _ in state.ready(self):
-            inputs = take(self, arguments)
-            if inputs is not None and holds():
+        ready, last = state.ready(self), state.last
+        # What served before most often serves again.
+        for entry in (last, *ready) if last in ready else ready:
+            take, holds, run, _ = entry
+            if (inputs := take(self, arguments)) is not None and holds():
+                state.last = entry
                 return run(self, inputs)
         return self._first_call(arguments, args, kwargs)
 

@@ -18,11 +18,13 @@ from torch import fx, nn
 from liger_fx.engine.site import Site
 from liger_fx.errors import UsageError
 from liger_fx.model.codec import decode_graph, encode_graph
+from liger_fx.model.direct import compile_direct
+from liger_fx.tracing.check import Check
 from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Guards, Take, compile_take
 from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
-from liger_fx.tracing.tree_state import Kind, Modules, TreeFacts, TreeState
+from liger_fx.tracing.tree_state import Kind, Modules, TreeFacts, add_facts, add_state
 
 Operators = dict[str, int]
 
@@ -96,19 +98,21 @@ class Plan:
 
     def fits(self, block: nn.Module) -> bool:
         """Whether the dtypes, devices and configs of the tree are those the graph was made for."""
-        return self.state_of(block).is_as_traced()
+        check = Check()
+        add_facts(check, *self._tree(block))
+        return check.compiled()()
 
-    def state_of(self, block: nn.Module) -> TreeState:
-        """The check of one block's modes, hooks, dtypes, devices and configs."""
-        guards, modules = self.guards, self.followed_modules(block)
-        return TreeState(block, modules, self.facts, guards, [path for path, _ in self.inner])
+    def _tree(self, block: nn.Module) -> tuple[nn.Module, Modules, TreeFacts, Guards, list[str]]:
+        modules = self.followed_modules(block)
+        return block, modules, self.facts, self.guards, [path for path, _ in self.inner]
 
-    def states_of(self, block: Any) -> Iterator[TreeState]:
-        """The check of the block, and those of the models inside it, whose results depend on it.
+    def add_states(self, check: Check, block: Any) -> None:
+        """Add that the block is as the graph assumes: its modes, hooks, dtypes, devices and
+        configs; and so are the models inside it, whose results depend on that.
 
         (What a layer returns depends on what the graph around it checks as well: dtypes, configs.)
         """
-        yield self.state_of(block)
+        add_state(check, *self._tree(block))
         blocks = {path: m for path, m in block.named_modules() if isinstance(m, fx.GraphModule)}
         for path, number in self.inner:
             inner: Any = blocks.get(path)
@@ -116,7 +120,7 @@ class Plan:
                 continue
             alike = inner._block.alike
             if len(alike.members) == 1 and number < len(alike.plans):
-                yield from alike.plans[number].states_of(inner)
+                alike.plans[number].add_states(check, inner)
 
     @property
     def modules(self) -> set[str]:
@@ -133,8 +137,10 @@ class Plan:
         self.has_regions = any(map(is_region_boundary, self.graph.nodes))
         # The check of a call's arguments, which hands out the graph's inputs.
         self.take: Take = compile_take(self.guards)
-        # The graph as a Python function of the block and the inputs in order.
+        # The graph as a Python function of the block and the inputs in order; for compilers, and
+        # for calls.
         self.function = compile_graph(self.graph)
+        self.direct = compile_direct(self.graph)
 
     def explain(self, reasons: Mapping[tuple[str, str], str]) -> None:
         """Say in the report why sites, named by rule and path, were left alone."""
@@ -154,10 +160,10 @@ class Plan:
         """
         try:
             if not self.has_regions:
-                return self.function(block, *inputs)
+                return self.direct(block, *inputs)
             with _modes_restored(self.guards.autocast):
-                return self.function(block, *inputs)
-        except AttributeError as error:
+                return self.direct(block, *inputs)
+        except (AttributeError, KeyError) as error:
             missing = self._missing_path(block)
             if missing is None:
                 raise
@@ -185,7 +191,7 @@ class Plan:
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("take", "function", "graph", "result", "has_regions")
+        left_out = ("take", "function", "direct", "graph", "result", "has_regions")
         state = {k: v for k, v in self.__dict__.items() if k not in left_out}
         return {**state, "graph": encode_graph(self.graph)}
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
+from liger_fx.modules.calling import call
 from liger_fx.modules.gated_product import chosen_activation
 from liger_fx.modules.linears import adopt, sizes
 from liger_fx.modules.origin import NamedModule
@@ -57,12 +58,13 @@ class _GatedMLP(NamedModule):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., hidden). Returns (..., hidden), in what dtype `down` makes of it."""
         if "gate_up" in self.roles:
-            packed = self._child("gate_up")(hidden_states)
+            packed = call(self._child("gate_up"), hidden_states)
             product = packed_gated_activation(packed, self.activation, self.gate_first)
         else:
-            gate, up = self._child("gate")(hidden_states), self._child("up")(hidden_states)
+            gate = call(self._child("gate"), hidden_states)
+            up = call(self._child("up"), hidden_states)
             product = gated_activation(gate, up, self.activation)
-        return self._child("down")(product)
+        return call(self._child("down"), product)
 
     def _child(self, role: str) -> Any:
         return self._modules[self.roles[role]]

@@ -57,7 +57,7 @@ class LigerRMSNorm(NamedModule):
         Returns (..., width) in the dtype that `cast` says.
         """
         if weight is None:
-            weight = getattr(self, self.weight_name)
+            weight = self._parameters[self.weight_name]
         eps = self.eps
         if eps is None:
             eps = torch.finfo(compute_dtype(hidden_states)).eps

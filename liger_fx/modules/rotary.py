@@ -95,9 +95,11 @@ class LigerRotaryEmbedding(_Rotary):
         """
         if q.dtype != k.dtype:
             return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        if self.heads_dim == 2:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
         new_q, new_k = rope_pair(
-            self._heads_first(q),
-            self._heads_first(k),
+            q,
+            k,
             cos,
             sin,
             interleaved_in=self.interleaved_in,
@@ -105,7 +107,9 @@ class LigerRotaryEmbedding(_Rotary):
             half_tables=self.half_tables,
             out_dtype=result_dtype(self.cast, q, cos),
         )
-        return self._heads_first(new_q), self._heads_first(new_k)
+        if self.heads_dim == 2:
+            return new_q.transpose(1, 2), new_k.transpose(1, 2)
+        return new_q, new_k
 
 
 class LigerSingleRotaryEmbedding(_Rotary):

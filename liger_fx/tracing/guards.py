@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from liger_fx.tracing.call import CallSpec, Constant, InputSpec, Items, Number, Opaque, Spec
+from liger_fx.tracing.check import Check
 
 # The graph's inputs for a call of a block with these named arguments; None if it is not for them.
 Take = Callable[[nn.Module, Mapping[str, Any]], tuple[Any, ...] | None]
@@ -92,11 +93,15 @@ class Guards:
         lines.append("plain attributes of its modules (eps, scaling) stay so: this is not checked")
         return lines
 
-    def modes_hold(self) -> bool:
-        """Whether this thread's grad and autocast modes are those of the trace."""
-        if self.grad_enabled is not None and torch.is_grad_enabled() is not self.grad_enabled:
-            return False
-        return all(_autocast_dtype(kind) == dtype for kind, dtype in self.autocast.items())
+    def add_modes(self, check: Check) -> None:
+        """Add that this thread's grad and autocast modes are those of the trace."""
+        if self.grad_enabled is not None:
+            check.add(f"{{}}() is {self.grad_enabled}", torch.is_grad_enabled)
+        for kind, dtype in self.autocast.items():
+            if dtype is None:
+                check.add(f"not {{}}({kind!r})", torch.is_autocast_enabled)
+            else:
+                check.add(f"{{}}({kind!r}) is {{}}", _autocast_dtype, dtype)
 
     def reads_hold(self, block: nn.Module, examples: Mapping[str, Any]) -> bool:
         """Whether opaque arguments, by name, would answer what the code asked as they did."""

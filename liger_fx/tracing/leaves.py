@@ -21,7 +21,7 @@ import torch
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # What a graph may do with a cache through ``cache_call``.
 CACHE_METHODS = (
@@ -69,7 +69,9 @@ def attention(
     """
     config: Any = module.config
     chosen = config._attn_implementation if implementation is None else implementation
-    interface = resolve(default) if default and chosen == "eager" else AttentionInterface()[chosen]
+    interface = (
+        resolve(default) if default and chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
+    )
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -8,7 +8,6 @@ model.config.output_attentions = True          ->  the config differs
 from __future__ import annotations
 
 import copy
-import operator
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from liger_fx.tracing.check import Check
 from liger_fx.tracing.guards import Guards
 
 # Looked up when the graph runs, so it may change.
@@ -74,88 +74,85 @@ class TreeFacts:
         return cls(kinds, configs, checkpointed, classes)
 
 
-class TreeState:
-    """Modes, hooks, dtypes, devices and configs of a module tree, compared in a few microseconds.
+def add_facts(
+    check: Check,
+    root: nn.Module,
+    modules: Modules,
+    facts: TreeFacts,
+    guards: Guards,
+    called: Iterable[str],
+) -> None:
+    """Add that the module tree is the one of ``facts``: its classes, dtypes, devices and configs.
 
-    ``modules`` are those whose code the graph replaces: their modes and hooks are looked at.
-    ``called`` are the paths of blocks that it calls: they must hang where they hung.
+    ``modules`` are those whose code the graph replaces; ``called`` are the paths of blocks that it
+    calls.
+    """
+    now = configs_of(modules)
+    classes = {path: class_of(module) for path, module in modules.items()}
+    gone = any(name not in group for group, name in _places(root, modules, called))
+    if gone or classes != facts.classes or not now.keys() >= facts.configs.keys():
+        check.add("False")
+    # Looked up by name at each check: a parameter may be replaced.
+    for path, (dtype, device) in facts.kinds.items():
+        group, name = _group_of(root, path)
+        condition = f"(t := {{}}.get({name!r})) is not None and t.dtype is {{}}"
+        check.add(f"{condition} and t.device == {{}}", group, dtype, device)
+    unguarded = () if guards.attention_fixed else _ATTENTION
+    for place, then in facts.configs.items():
+        if place in now:
+            config = _ConfigState(now[place], then, unguarded)
+            check.add("{} == {} or {}()", config.now, config.then, config.holds)
+
+
+def add_state(
+    check: Check,
+    root: nn.Module,
+    modules: Modules,
+    facts: TreeFacts,
+    guards: Guards,
+    called: Iterable[str],
+) -> None:
+    """Add what ``add_facts`` adds, the modes and hooks of ``modules``, and that they and the
+    blocks ``called`` hang where they hung."""
+    add_facts(check, root, modules, facts, guards, called)
+    # The root's own hooks run around the graph, as around any forward.
+    hooks = _Hooks([m for m in modules.values() if m is not root])
+    check.add("{}.next_id == {}.seen or {}()", RemovableHandle, hooks, hooks.none)
+    for path, mode in asked_modes(root, modules, guards):
+        check.add(f"{{}}['training'] is {mode}", modules[path].__dict__)
+    for path, on in facts.checkpointed.items():
+        if path in modules:
+            held = modules[path].__dict__
+            check.add(f"{{}}.get('gradient_checkpointing', False) is {on}", held)
+    # A module that is exchanged for another has code that was not traced.
+    for group, name in _places(root, modules, called):
+        check.add(f"{{}}.get({name!r}) is {{}}", group, group.get(name))
+
+
+def _places(
+    root: nn.Module, modules: Modules, called: Iterable[str]
+) -> list[tuple[dict[str, Any], str]]:
+    """Where these modules hang, and those around them: a list of layers may be cut."""
+    paths = {above for path in (*modules, *called) if path for above in _and_above(path)}
+    return [_group_of(root, path, "_modules") for path in sorted(paths)]
+
+
+class _Hooks:
+    """Whether hooks stand on modules, or on all modules of the process.
+
+    PyTorch numbers all hooks of the process: while the number stands, no new one does.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        modules: Modules,
-        facts: TreeFacts,
-        guards: Guards,
-        called: Iterable[str],
-    ) -> None:
-        followed = modules.values()
-        wanted = asked_modes(root, modules, guards)
-        self.modes = [modules[path].__dict__ for path, _ in wanted]
-        self.wanted = [mode for _, mode in wanted]
-        # The root's own hooks run around the graph, as around any forward.
-        below = [m for m in followed if m is not root]
-        self.hooks = [*GLOBAL_HOOKS, *(hooks for m in below for hooks in hooks_of(m))]
-        # PyTorch numbers all hooks of the process: while the number stands, no new one does.
-        self.hooks_seen = -1
-        self.checkpointed = [
-            (modules[path].__dict__, on)
-            for path, on in facts.checkpointed.items()
-            if path in modules
-        ]
-        # A module that is exchanged for another has code that was not traced; so has a list of
-        # layers that was cut.
-        paths = {above for path in (*modules, *called) if path for above in _and_above(path)}
-        self.places = [_group_of(root, path, "_modules") for path in sorted(paths)]
-        self.there = [group.get(name) for group, name in self.places]
-        # Looked up by name at each check: a parameter may be replaced.
-        self.tensors = [_group_of(root, path) for path in facts.kinds]
-        self.kinds = list(facts.kinds.values())
-        unguarded = () if guards.attention_fixed else _ATTENTION
-        now = configs_of(modules)
-        classes = {path: class_of(module) for path, module in modules.items()}
-        self.is_another_tree = (
-            None in self.there or classes != facts.classes or not now.keys() >= facts.configs.keys()
-        )
-        self.configs = [
-            _ConfigState(now[place], then, unguarded)
-            for place, then in facts.configs.items()
-            if place in now
-        ]
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.hooks = [*GLOBAL_HOOKS, *(hooks for m in modules for hooks in hooks_of(m))]
+        self.seen = -1
 
-    def holds(self) -> bool:
-        if list(map(_mode, self.modes)) != self.wanted:
-            return False
-        if RemovableHandle.next_id != self.hooks_seen and not self._no_hooks():
-            return False
-        for attributes, on in self.checkpointed:
-            if attributes.get("gradient_checkpointing", False) is not on:
-                return False
-        if [group.get(name) for group, name in self.places] != self.there:
-            return False
-        return self.is_as_traced()
-
-    def is_as_traced(self) -> bool:
-        """Whether dtypes, devices and configs are what they were, whatever the modes."""
-        if self.is_another_tree or self._kinds() != self.kinds:
-            return False
-        return all(config.holds() for config in self.configs)
-
-    def _kinds(self) -> list[Kind | None]:
-        return [
-            None if (t := group.get(name)) is None else (t.dtype, t.device)
-            for group, name in self.tensors
-        ]
-
-    def _no_hooks(self) -> bool:
+    def none(self) -> bool:
         number = RemovableHandle.next_id
         if all(is_capturing(hook) for hooks in self.hooks for hook in hooks.values()):
-            self.hooks_seen = number
+            self.seen = number
             return True
         return False
-
-
-_mode = operator.itemgetter("training")
 
 
 def asked_modes(root: nn.Module, modules: Modules, guards: Guards) -> list[tuple[str, bool]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from liger_fx.kernels.activation import activation
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
@@ -123,7 +124,7 @@ def test_compile_sees_one_operator_each(dynamic: bool) -> None:
         graphs.append(gm.graph)
         return gm.forward
 
-    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     compiled = torch.compile(every_op, backend=backend, fullgraph=True, dynamic=dynamic)
     for tokens in (5, 6):
         x, weight, cos = leaf(heads(tokens, 3, 8)), leaf(torch.randn(8)), table(tokens, 6)

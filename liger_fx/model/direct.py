@@ -1,0 +1,34 @@
+"""The graph's function as calls run it: modules found and called in fewer steps of Python.
+
+    q = self.self_attn.q_proj(x)
+ ->
+    q = call(self._modules['self_attn']._modules['q_proj'], x)
+
+``self.mlp`` asks a Python function of PyTorch for each step of a path, and a call of a module goes
+through two more; a layer of twelve modules spends a tenth of a small step there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from liger_fx.modules.calling import call
+
+
+def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a Python function of the block and the inputs in order; KeyError where a module
+    is gone."""
+    code = graph.python_code(root_module="self")
+    source = code.src
+    for node in graph.find_nodes(op="call_module"):
+        path = str(node.target)
+        shown = fx.graph._format_target("self", path)
+        steps = "".join(f"._modules[{step!r}]" for step in path.split("."))
+        # A block is a module for hooks, checkpointing, FSDP2: it is called as such.
+        comma = ", " if node.args or node.kwargs else ""
+        new = f"self{steps}(" if "plan" in node.meta else f"call(self{steps}{comma}"
+        source = source.replace(f" {node.name} = {shown}(", f" {node.name} = {new}")
+    return fx.graph_module._forward_from_src(source, {**code.globals, "call": call})

@@ -1,0 +1,38 @@
+"""A call of a module in fewer steps of Python, where PyTorch's own would only call forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_MODULE_CALL, _LINEAR_FORWARD = nn.Module.__call__, nn.Linear.forward
+
+
+def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``module(...)`` gives, its hooks included; of a plain linear layer, by its operator.
+
+    (Hooks on all modules are looked for once a call of a graph. Under a profiler modules are called
+    as ever, because it takes their names from there.)
+    """
+    held, kind = module.__dict__, type(module)
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+        or held.get("_compiled_call_impl") is not None
+        or kind.__call__ is not _MODULE_CALL
+        or torch.autograd._profiler_enabled()
+    ):
+        return module(*args, **kwargs)
+    if kind is nn.Linear and kind.forward is _LINEAR_FORWARD and len(args) == 1 and not kwargs:
+        parameters = held["_parameters"]
+        weight = parameters.get("weight")
+        if weight is not None and "bias" in parameters:
+            return F.linear(args[0], weight, parameters["bias"])
+    return module.forward(*args, **kwargs)
