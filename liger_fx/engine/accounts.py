@@ -16,6 +16,7 @@ from liger_fx.engine.search import Refusal
 from liger_fx.engine.site import Site
 from liger_fx.engine.term import describe
 from liger_fx.tracing.trace import Source, Trace
+from liger_fx.tracing.walk import modules_by_path
 
 
 def rewritten(rule: Rule, group: Sequence[Match], plan: Plan, path: str, facts: Facts) -> Site:
@@ -97,7 +98,7 @@ def _called(trace: Trace) -> dict[str, tuple[str, Source | None, bool]]:
         if node.op == "call_module":
             leaves.setdefault(str(node.target), node)
     called = {c.path: (c.cls.__name__, first.get(c.index), False) for c in trace.calls if c.path}
-    modules = dict(trace.root.named_modules(remove_duplicate=False))
+    modules = modules_by_path(trace.root, every_place=True)
     for path, node in leaves.items():
         cls = type(modules[path])
         if not cls.__module__.startswith(("torch.nn", "liger_fx.")):

@@ -25,6 +25,7 @@ from torch import fx, nn
 from liger_fx.engine.match import Match
 from liger_fx.engine.pattern import Pattern
 from liger_fx.engine.term import Term
+from liger_fx.tracing.walk import modules_by_path
 
 
 class Reject(Exception):
@@ -149,7 +150,7 @@ class Selection:
     def unknown(self, rules: Iterable[Rule], root: nn.Module) -> list[str]:
         """The entries that name no rule and no module: most likely misspelled."""
         names = [rule.name for rule in rules]
-        paths = [path for path, _ in root.named_modules(remove_duplicate=False)]
+        paths = modules_by_path(root, every_place=True)
         entries = (*(self.chosen or ()), *self.excluded)
         return [
             entry

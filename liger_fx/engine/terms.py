@@ -16,6 +16,7 @@ from liger_fx.engine.spellings import ARITHMETIC
 from liger_fx.engine.term import Term
 from liger_fx.engine.view import View
 from liger_fx.engine.views import VIEWS
+from liger_fx.tracing.walk import modules_by_path
 
 _LOWERINGS = {**ARITHMETIC, **LAYERS, **VIEWS}
 
@@ -27,7 +28,7 @@ class Terms(View):
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._modules = modules_by_path(root, every_place=True)
         self._terms: dict[fx.Node, Term] = {}
 
     def __call__(self, node: fx.Node) -> Term:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,44 +21,55 @@ from liger_fx.report.blocks import BlockRow
 from liger_fx.report.facts import Side, tree_rows
 from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.inner_blocks import is_block
+from liger_fx.tracing.walk import modules_by_path
 
 
 def blocks_of(root: nn.Module) -> dict[str, Any]:
     """The blocks of a tree by path, the root first; one that hangs in two places, once."""
-    return {path: m for path, m in root.named_modules() if is_block(m)}
+    return {path: m for path, m in modules_by_path(root).items() if is_block(m)}
 
 
 def report_of(root: Any) -> GraphDiff:
     """Every site of every block, and the calls that no graph served."""
     planner = root._block.planner
-    blocks = blocks_of(root)
+    served = _served(root)
     assert planner.original is not None
-    first = root.plans[0] if root.plans else None
-    before = Side(
-        root.block_class.__name__, _operators(root, blocks, after=False), planner.original
-    )
+    first = next(iter(served[0].plans), None)
+    name = root.block_class.__name__
     return GraphDiff(
-        before,
-        side_of(root),
-        tuple(_sites(blocks)),
+        Side(name, _operators(served, after=False), planner.original),
+        Side(name, _operators(served, after=True), tree_rows(root)),
+        tuple(_sites(served)),
         rules=tuple(rule.name for rule in discover()),
         inputs=first.guards.call.describe() if first else {},
         guards=tuple(first.guards.describe()) if first else (),
-        opaque=tuple(_opaque(blocks)),
+        opaque=tuple(_opaque(served)),
         verified=planner.verified,
-        blocks=tuple(_rows(blocks)),
+        blocks=tuple(_rows(served)),
         fallbacks=tuple(planner.fallbacks),
     )
 
 
 def side_of(root: Any) -> Side:
     """A model as it stands: its operators, counted over all blocks, and its tree."""
-    return Side(
-        root.block_class.__name__, _operators(root, blocks_of(root), after=True), tree_rows(root)
-    )
+    operators = _operators(_served(root), after=True)
+    return Side(root.block_class.__name__, operators, tree_rows(root))
 
 
-def _operators(root: Any, blocks: dict[str, Any], *, after: bool) -> dict[str, int]:
+class _Served(NamedTuple):
+    """A block at its path, and its graphs that serve calls."""
+
+    path: str
+    block: Any
+    plans: list[Plan]
+
+
+def _served(root: Any) -> list[_Served]:
+    """The blocks from ``root`` down, itself the first."""
+    return [_Served(path, block, block.plans) for path, block in blocks_of(root).items()]
+
+
+def _operators(served: list[_Served], *, after: bool) -> dict[str, int]:
     known: dict[tuple[int, int], Counter[str]] = {}
 
     def count(block: Any, number: int) -> Counter[str]:
@@ -72,23 +83,24 @@ def _operators(root: Any, blocks: dict[str, Any], *, after: bool) -> dict[str, i
             known[key] = total
         return known[key]
 
-    if root.plans:
-        total = count(root, root._block.alike.plans.index(root.plans[0]))
-    else:
-        total, counted = Counter(), list[str]()
-        for path, block in blocks.items():
-            if block.plans and not any(path.startswith(f"{outer}.") for outer in counted):
-                counted.append(path)
-                total.update(count(block, block._block.alike.plans.index(block.plans[0])))
+    total, counted = Counter[str](), list[str]()
+    for path, block, plans in served:
+        if plans and not any(_is_below(path, outer) for outer in counted):
+            counted.append(path)
+            total.update(count(block, block._block.alike.plans.index(plans[0])))
     return dict(sorted(total.items()))
 
 
-def _sites(blocks: dict[str, Any]) -> Iterator[Site]:
-    for path, block in blocks.items():
-        called = {f"call_module {path}" for plan in block.plans for path in plan.modules}
+def _is_below(path: str, outer: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
+
+
+def _sites(served: list[_Served]) -> Iterator[Site]:
+    for path, block, plans in served:
+        called = {f"call_module {path}" for plan in plans for path in plan.modules}
         # Also by graphs that serve no call any more, where those that do call what was put in.
-        old = [s for s in block._block.alike.sites() if s.after in called or not block.plans]
-        groups = [*(plan.sites for plan in block.plans), old]
+        old = [s for s in block._block.alike.sites() if s.after in called or not plans]
+        groups = [*(plan.sites for plan in plans), old]
         yield from (_below(site, path) for site in told_once(groups))
 
 
@@ -99,25 +111,25 @@ def _below(site: Site, path: str) -> Site:
     return replace(site, path=f"{path}.{site.path}".rstrip("."), after=after)
 
 
-def _opaque(blocks: dict[str, Any]) -> Iterator[str]:
+def _opaque(served: list[_Served]) -> Iterator[str]:
     seen = set[str]()
-    for path, block in blocks.items():
-        for leaf in (leaf for plan in block.plans for leaf in plan.opaque):
+    for path, _, plans in served:
+        for leaf in (leaf for plan in plans for leaf in plan.opaque):
             text = str(replace(leaf, path=f"{path}.{leaf.path}".lstrip(".")))
             if text not in seen:
                 seen.add(text)
                 yield text
 
 
-def _rows(blocks: dict[str, Any]) -> Iterator[BlockRow]:
-    groups: dict[int, list[str]] = {}
-    for path, block in blocks.items():
-        groups.setdefault(id(block._block.alike), []).append(path)
-    for paths in groups.values():
-        block = blocks[paths[0]]
+def _rows(served: list[_Served]) -> Iterator[BlockRow]:
+    groups: dict[int, list[_Served]] = {}
+    for one in served:
+        groups.setdefault(id(one.block._block.alike), []).append(one)
+    for group in groups.values():
+        _, block, plans = group[0]
         calls = tuple(
             ", ".join(f"{name} {text}" for name, text in plan.guards.call.describe().items())
-            for plan in block.plans
+            for plan in plans
         )
-        code = block.code if block.plans else ""
-        yield BlockRow(block.block_class.__name__, tuple(paths), calls, code)
+        code = block.code if plans else ""
+        yield BlockRow(block.block_class.__name__, tuple(one.path for one in group), calls, code)

@@ -21,6 +21,7 @@ from liger_fx.model.refusals import Refusals
 from liger_fx.model.tree import copy_tree
 from liger_fx.tracing.call import PLAIN, CallSpec
 from liger_fx.tracing.tree_state import class_of, hooks_of, is_capturing
+from liger_fx.tracing.walk import modules_by_path
 
 _INTERNALS = frozenset(vars(nn.Module()))
 # What no graph of a block depends on: a checkpointed layer is called as it is.
@@ -96,7 +97,7 @@ def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:
     parts: list[Hashable] = []
     ints: dict[str, int] = {}
     seen: dict[int, str] = {}
-    for path, module in block.named_modules():
+    for path, module in modules_by_path(block).items():
         attributes = vars(module)
         plain: list[Hashable] = []
         for name, value in attributes.items():
@@ -146,7 +147,7 @@ def differing(ints: list[dict[str, int]]) -> tuple[str, ...]:
 
 def places(block: nn.Module) -> dict[str, nn.Module]:
     """The modules of a block by path, as they hang there now."""
-    return dict(block.named_modules(remove_duplicate=False))
+    return modules_by_path(block, every_place=True)
 
 
 class Transplant:

@@ -43,6 +43,7 @@ from liger_fx.tracing.inner_blocks import collected, collects_inside, examples_o
 from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.patches import is_tracing
 from liger_fx.tracing.tree_state import GLOBAL_HOOKS
+from liger_fx.tracing.walk import modules_by_path
 
 Ready = tuple[Take, Callable[[], bool], Callable[..., Any], Plan]
 
@@ -102,7 +103,7 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[], bool]:
 def _compiled_check(plan: Plan, block: Any) -> Callable[[], bool]:
     check = Check()
     plan.guards.add_modes(check)
-    there = dict(block.named_modules()) if plan.called else {}
+    there = modules_by_path(block) if plan.called else {}
     for path, alike in plan.called.items():
         if isinstance(inner := there.get(path), Block):
             check.add("{}.alike is {}", inner._block, alike)

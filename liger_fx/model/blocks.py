@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.errors import UsageError
 from liger_fx.tracing.leaf_modules import is_leaf
+from liger_fx.tracing.walk import modules_by_path
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList)
 
@@ -28,7 +29,7 @@ def find_blocks(model: nn.Module, chosen: Iterable[str] | None = None) -> list[s
         PreTrainedModel and every layer made to be checkpointed, and, in a model that is none of
         transformers', the alike entries of a ModuleList. UsageError for one that names no module.
     """
-    modules = dict(model.named_modules())
+    modules = modules_by_path(model)
     if chosen is not None:
         return ["", *_chosen(list(chosen), modules)]
     found = [

@@ -13,6 +13,7 @@ from liger_fx.model.alike import Alike
 from liger_fx.model.block import Block, BlockState, bare_block
 from liger_fx.model.planner import Planner
 from liger_fx.model.tree import bare_module, copy_tree
+from liger_fx.tracing.walk import modules_by_path
 
 
 def build(model: nn.Module, paths: Iterable[str], planner: Planner) -> Block:
@@ -37,7 +38,7 @@ def turn_into_blocks(
 ) -> Block:
     """The tree itself, the modules at the paths of each group turned into blocks that share its
     plans."""
-    modules = dict(tree.named_modules())
+    modules = modules_by_path(tree)
     made: dict[int, Block] = {}
     for paths, alike in groups:
         for path in paths:

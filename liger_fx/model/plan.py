@@ -25,6 +25,7 @@ from liger_fx.tracing.guards import Guards, Take, compile_take
 from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
 from liger_fx.tracing.tree_state import Kind, Modules, TreeFacts, add_facts, add_state
+from liger_fx.tracing.walk import modules_by_path
 
 Operators = dict[str, int]
 
@@ -71,7 +72,7 @@ class Plan:
     def assume(self, block: nn.Module, kinds: Mapping[str, Kind] | None = None) -> None:
         """Take the tree as it is now for the one the graph was made for, but for the dtypes and
         devices in ``kinds``, if given."""
-        tree = dict(block.named_modules())
+        tree = modules_by_path(block)
         there = {path: tree[path] for path in self.paths if path in tree}
         facts = TreeFacts.of(block, {p: m for p, m in there.items() if not is_leaf(m)})
         if kinds is not None:
@@ -87,8 +88,8 @@ class Plan:
 
     def stands(self, block: Any) -> bool:
         """Whether the blocks that the graph calls are there, and grouped as they were."""
-        there = dict(block.named_modules()) if self.called else {}
-        if any(_alike_of(there.get(path)) is not alike for path, alike in self.called.items()):
+        there = {path: _module_at(block, path) for path in self.called}
+        if any(_alike_of(there[path]) is not alike for path, alike in self.called.items()):
             return False
         alone = [(path, n) for path, n in self.inner if self._is_alone(path)]
         return all(self.called[path].plans[n].stands(there[path]) for path, n in alone)
@@ -113,12 +114,10 @@ class Plan:
         (What a layer returns depends on what the graph around it checks as well: dtypes, configs.)
         """
         add_state(check, *self._tree(block))
-        blocks = {path: m for path, m in block.named_modules() if isinstance(m, fx.GraphModule)}
         for path, number in self.inner:
-            inner: Any = blocks.get(path)
-            if inner is None:  # gone, which the state above tells
+            alike = _alike_of(inner := _module_at(block, path))
+            if alike is None:  # gone, which the state above tells
                 continue
-            alike = inner._block.alike
             if len(alike.members) == 1 and number < len(alike.plans):
                 alike.plans[number].add_states(check, inner)
 
@@ -150,7 +149,7 @@ class Plan:
 
     def followed_modules(self, block: nn.Module) -> Modules:
         """The modules of a block whose code the graph replaces, by path."""
-        tree = dict(block.named_modules())
+        tree = modules_by_path(block)
         return {path: tree[path] for path in self.facts.classes if path in tree}
 
     def run(self, block: Any, inputs: tuple[Any, ...]) -> Any:
@@ -198,6 +197,14 @@ class Plan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, graph=decode_graph(state["graph"]), result=None)
         self._prepare()
+
+
+def _module_at(root: nn.Module, path: str) -> Any:
+    """The module at a path below ``root``; None where there is none any more."""
+    module: Any = root
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def _alike_of(module: Any) -> Any:

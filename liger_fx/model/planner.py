@@ -38,6 +38,7 @@ from liger_fx.tracing.numbers import AsksNumber, another, plain
 from liger_fx.tracing.retry import trace_block
 from liger_fx.tracing.trace import Result, Trace
 from liger_fx.tracing.tracer import Plans
+from liger_fx.tracing.walk import modules_by_path
 
 # Each kind of call costs a trace and a graph; a block called in more ways than this has a
 # plain argument that changes at every call.
@@ -141,7 +142,7 @@ class Planner:
         for other in self._alike:  # graphs that call it go on to
             for around in other.members:
                 around._block.states.clear()
-                there = dict(around.named_modules())
+                there = modules_by_path(around)
                 for plan in other.plans:
                     at = [p for p in plan.called if there.get(p) is block]
                     plan.called = {**plan.called, **dict.fromkeys(at, own)}

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from liger_fx.tracing.tree_state import class_of
+from liger_fx.tracing.walk import modules_by_path
 
 _PLAIN_DICTS = (dict, OrderedDict)  # copy.copy takes many times as long
 Bare = Callable[[nn.Module], nn.Module]
@@ -44,7 +45,11 @@ def copy_tree(
     weights. ``bare`` makes what a module becomes, without attributes; ``instead`` are other
     modules and tensors to take, by the identity of those that they stand for."""
     known: dict[int, Any] = dict(instead or {})
-    copies = {module: bare(module) for module in model.modules() if id(module) not in known}
+    copies = {
+        module: bare(module)
+        for module in modules_by_path(model).values()
+        if id(module) not in known
+    }
     configs: dict[int, Any] = {}
     known.update((id(module), twin) for module, twin in copies.items())
     for module, twin in copies.items():

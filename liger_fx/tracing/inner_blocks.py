@@ -82,8 +82,9 @@ class InnerNames(Namer):
 
     def sizes(self, name: str, tensor: torch.Tensor) -> tuple[int | str, ...]:
         """A name for each size that is no number; the queries and keys of a mask get their own."""
+        first_own = 2 if is_mask(tensor) else tensor.ndim
         return tuple(
-            self._name(f"{name}_{dim}", size, own=is_mask(tensor) and dim > 1)
+            self._name(f"{name}_{dim}", size, own=dim >= first_own)
             for dim, size in enumerate(tensor.shape)
         )
 

@@ -25,6 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.recorder import CannotRecord, Recorder
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
+from liger_fx.tracing.walk import modules_by_path
 
 _lock = threading.RLock()
 _thread = threading.local()
@@ -277,7 +278,7 @@ def _traced_mask_builder(name: str, original: Any) -> Any:
 
 
 def _modelling_files(root: nn.Module) -> set[Any]:
-    classes = {cls for module in root.modules() for cls in type(module).__mro__}
+    classes = {cls for module in modules_by_path(root).values() for cls in type(module).__mro__}
     names = {cls.__module__ for cls in classes} - {masking_utils.__name__, "builtins"}
     return {
         sys.modules[name] for name in names if name in sys.modules and not name.startswith("torch.")

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from liger_fx.tracing.walk import modules_by_path
+
 _alone = threading.RLock()
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
+_NO_TENSORS = _CONTAINERS | {type(None), bool, int, float, str, tuple}
 
 
 def named_tensors(modules: Mapping[str, nn.Module]) -> dict[int, str]:
@@ -23,7 +26,8 @@ def named_tensors(modules: Mapping[str, nn.Module]) -> dict[int, str]:
         prefix = f"{path}." if path else ""
         for group in (module._parameters, module._buffers, module.__dict__):
             for name, value in group.items():
-                if isinstance(value, torch.Tensor):
+                # Asking a class that is known first: most values are PyTorch's own dictionaries.
+                if type(value) not in _NO_TENSORS and isinstance(value, torch.Tensor):
                     named.setdefault(id(value), prefix + name)
     return named
 
@@ -50,8 +54,9 @@ def attributes_kept(
     A second thread that wants to trace waits: it must not take the first one's fakes for its own.
     """
     with _alone:
-        entered = dict.fromkeys(root.modules() if modules is None else modules)
-        before = Snapshot(entered, [m for m in root.modules() if m not in entered])
+        tree = modules_by_path(root).values()
+        entered = dict.fromkeys(tree if modules is None else modules)
+        before = Snapshot(entered, [m for m in tree if m not in entered])
         try:
             yield before
         finally:
@@ -75,7 +80,10 @@ class Snapshot:
                 else:
                     self._take(value)
         for module in hooked:
-            self._take(module._forward_hooks)
+            if hooks := module._forward_hooks:
+                self._take(hooks)
+            else:
+                self._empty.append(hooks)
         self._were_empty = set(map(id, self._empty))
 
     def _take(self, value: Any) -> None:

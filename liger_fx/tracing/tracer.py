@@ -81,6 +81,7 @@ from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 from liger_fx.tracing.tree_state import asks_mode, hooks_of, is_capturing
+from liger_fx.tracing.walk import modules_by_path
 
 
 class AsksAttributes(BaseException):
@@ -171,7 +172,7 @@ class HFTracer(fx.Tracer, Recording):
         self.leaves = TransformersLeaves(self.recorder, root, self)
         self.calls = [ModuleCall(0, "", type(root), None)]
         self.stack: list[tuple[ModuleCall, nn.Module]] = [(self.calls[0], root)]
-        modules = dict(root.named_modules())
+        modules = modules_by_path(root)
         self.paths = {module: path for path, module in modules.items()}
         self.reads: list[Read] = []
         self.numbers: dict[str, Read] = {}
@@ -406,7 +407,8 @@ class HFTracer(fx.Tracer, Recording):
         keys = collected()
         if keys and collects_inside(block, keys):
             raise NeedsInside
-        with recorder.paused():
+        # Nothing here is the model's code: its questions need not go through the recorder.
+        with recorder.paused(), torch._C.DisableTorchFunction():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             arguments = block.signature.named(args, kwargs)
             names = InnerNames(self.world)

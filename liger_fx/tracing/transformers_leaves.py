@@ -19,6 +19,7 @@ from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.fakes import node_of
 from liger_fx.tracing.recorder import CannotRecord, Recorder
 from liger_fx.tracing.stand_ins import Host, Origin, become, origin_of
+from liger_fx.tracing.walk import modules_by_path
 
 
 class TransformersLeaves:
@@ -26,6 +27,7 @@ class TransformersLeaves:
 
     def __init__(self, recorder: Recorder, root: torch.nn.Module, host: Host) -> None:
         self.recorder, self.root, self.host = recorder, root, host
+        self._modules = modules_by_path(root)
         self._masks: list[tuple[fx.Node, Any]] = []
         self.masks_are_read = False
 
@@ -115,7 +117,7 @@ class TransformersLeaves:
         config."""
         owners = [
             (path.count("."), path)
-            for path, module in self.root.named_modules()
+            for path, module in self._modules.items()
             if path and module.__dict__.get("config") is config
         ]
         if owners:

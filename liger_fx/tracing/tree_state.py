@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.guards import Guards
+from liger_fx.tracing.walk import modules_by_path
 
 # Looked up when the graph runs, so it may change.
 _ATTENTION = ("_attn_implementation_internal", "_attn_implementation")
@@ -196,7 +197,7 @@ def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     """
     counts: Counter[tuple[type, str]] = Counter()
     found: dict[str, nn.Parameter] = {}
-    for path, module in root.named_modules():
+    for path, module in modules_by_path(root).items():
         for name, tensor in module._parameters.items():
             kind = (type(module), name)
             counts[kind] += 1
