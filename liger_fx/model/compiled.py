@@ -43,7 +43,7 @@ class _Kept:
     """A plan that is compiled, and the check of what Dynamo does not guard by itself."""
 
     def __init__(self, plan: Plan, block: nn.Module) -> None:
-        self.plan, self.holds = plan, _check(plan, block)
+        self.plan, self.holds, self.function = plan, _check(plan, block), plan.function
 
 
 def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,7 +60,7 @@ def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if kept.holds(block):
             inputs = kept.plan.take(block, arguments)
             if inputs is not None:
-                return kept.plan.function(block, *inputs)
+                return kept.function(block, *inputs)
     return block.block_class.forward(block, *args, **kwargs)
 
 

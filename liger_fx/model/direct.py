@@ -10,6 +10,9 @@ through two more; a layer of twelve modules spends a tenth of a small step there
 
 from __future__ import annotations
 
+import itertools
+import linecache
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +23,7 @@ from liger_fx.modules.calling import call
 
 def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a Python function of the block and the inputs in order; KeyError where a module
-    is gone."""
+    is gone. Tracebacks show its lines as long as it is there."""
     code = graph.python_code(root_module="self")
     source = code.src
     for node in graph.find_nodes(op="call_module"):
@@ -31,4 +34,13 @@ def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
         comma = ", " if node.args or node.kwargs else ""
         new = f"self{steps}(" if "plan" in node.meta else f"call(self{steps}{comma}"
         source = source.replace(f" {node.name} = {shown}(", f" {node.name} = {new}")
-    return fx.graph_module._forward_from_src(source, {**code.globals, "call": call})
+    name = f"<graph {next(_numbers)} of liger_fx>"
+    scope = {**code.globals, "call": call}
+    exec(compile(source, name, "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    linecache.cache[name] = len(source), None, source.splitlines(True), name
+    weakref.finalize(function, linecache.cache.pop, name, None)
+    return function
+
+
+_numbers = itertools.count()

@@ -6,6 +6,7 @@ input_ids int64[batch, sequence], eval mode, no autocast  ->  this graph
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,10 +137,12 @@ class Plan:
         self.has_regions = any(map(is_region_boundary, self.graph.nodes))
         # The check of a call's arguments, which hands out the graph's inputs.
         self.take: Take = compile_take(self.guards)
-        # The graph as a Python function of the block and the inputs in order; for compilers, and
-        # for calls.
-        self.function = compile_graph(self.graph)
         self.direct = compile_direct(self.graph)
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """The graph as a Python function of the block and the inputs in order, for compilers."""
+        return compile_graph(self.graph)
 
     def explain(self, reasons: Mapping[tuple[str, str], str]) -> None:
         """Say in the report why sites, named by rule and path, were left alone."""
@@ -186,6 +189,7 @@ class Plan:
         """The same plan with another graph."""
         plan = Plan.__new__(Plan)
         plan.__dict__.update(self.__dict__, graph=graph)
+        plan.__dict__.pop("function", None)
         plan._prepare()
         return plan
 

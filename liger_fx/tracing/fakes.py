@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -36,6 +37,18 @@ def as_expr(size: int | torch.SymInt) -> int | sympy.Expr:
         return int(size)
     expr = size.node.expr
     return int(expr) if expr.is_number else expr
+
+
+@contextmanager
+def sizes_forgotten() -> Iterator[None]:
+    """Empties PyTorch's caches of what was asked of sizes after a trace: they keep those of the
+    last traces, and all that they lead to, a third of a megabyte each."""
+    try:
+        yield
+    finally:
+        for method in vars(ShapeEnv).values():
+            if (clear := getattr(method, "cache_clear", None)) is not None:
+                clear()
 
 
 class Metadata:
