@@ -76,7 +76,8 @@ def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
     if not isinstance(x, fx.Node) or len(node.args) + len(node.kwargs) != 1:
         return None
     if is_linear(module):
-        return view.make("linear", (x,), node, module=node.target)
+        adapted = hasattr(module, "base_layer")
+        return view.make("linear", (x,), node, module=node.target, is_adapted=adapted)
     if not type(module).__module__.startswith("torch.nn"):
         return None
     match module:
