@@ -41,10 +41,10 @@ def test_as_accurate_as_peft(
     dy = drawing(dtype)(*shape[:-1], out)
 
     def ours(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *d: torch.Tensor) -> torch.Tensor:
-        return lora_linear(x, *(d or (None,)), weight, bias, a, b, SCALING)
+        return lora_linear(x, d[0] if d else None, weight, bias, a, b, SCALING)
 
     def plain(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *d: torch.Tensor) -> torch.Tensor:
-        return by_peft(x, *(d or (x,)), weight.to(x.dtype), bias.to(x.dtype), a, b)
+        return by_peft(x, d[0] if d else x, weight.to(x.dtype), bias.to(x.dtype), a, b)
 
     leaves = [x, a, b, dropped] if apart else [x, a, b]
     exact = with_gradients(plain, doubled(leaves), dy.double())
