@@ -114,7 +114,7 @@ def linear_cross_entropy_reference(
     )
     counts = labels != ignore_index
     if z_loss:
-        loss = loss + z_loss * (logits.logsumexp(-1).square() * counts).sum()
+        loss = loss + (z_loss * logits.logsumexp(-1).square() * counts).sum()
     if reduction == "mean":
         loss = loss / counts.sum()
     return (loss if items is None else loss / items).to(out_dtype)
