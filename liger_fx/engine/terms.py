@@ -37,6 +37,10 @@ class Terms(View):
             term = self._terms[node] = self._lower(node)
         return term
 
+    def module(self, path: str) -> nn.Module:
+        """The module at a path."""
+        return self._modules[path]
+
     def _lower(self, node: fx.Node) -> Term:
         lowered: Term | None = None
         if node.op == "call_module":
