@@ -157,12 +157,12 @@ def _logits(z, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _rows_kernel(
-    z_ptr, labels_ptr, factor_ptr, losses_ptr, vocab, ignore_index,
+    z_ptr, labels_ptr, factor_ptr, losses_ptr, vocab, stride, ignore_index,
     scale, softcap, smoothing, z_loss,
     SOFTCAP: tl.constexpr, GRAD: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    z_ptr += row * vocab
+    z_ptr += row * stride
     label = tl.load(labels_ptr + row)
     col = tl.arange(0, COLS)
     if label == ignore_index:
@@ -225,7 +225,7 @@ def _rows_by_triton(
     tile = rows_launch(z.shape[1])
     launch(
         _rows_kernel, z.shape[0], z.device,
-        z, labels, factor, losses, z.shape[1], form.ignore_index,
+        z, labels, factor, losses, z.shape[1], z.stride(0), form.ignore_index,
         form.scale, form.softcap, form.smoothing, form.z_loss,
         SOFTCAP=form.softcap != 0, GRAD=grad, COLS=tile.cols, num_warps=tile.warps,
     )  # fmt: skip
@@ -249,7 +249,7 @@ def _rows_by_pytorch(
             g *= 1 + 2 * form.z_loss * lse
         if form.smoothing:
             g -= form.smoothing / s.shape[1]
-        g.scatter_add_(1, at_label, g.new_full((1, 1), form.smoothing - 1).expand_as(at_label))
+        g.scatter_(1, at_label, g.gather(1, at_label) - (1 - form.smoothing))
         if form.softcap:
             g *= 1 - (s / form.softcap).square()
         g *= factor * form.scale
@@ -334,10 +334,10 @@ def _compute(
     if h.dtype == torch.float16:
         factor, exponent = torch.frexp(factor)
         later = torch.ldexp(later, exponent)
-    grads = wanted[0] or wanted[1] or wanted[2]
-    loss, dh, dw, db, _ = _fake(h, weight, bias, wanted, wide)
+    _, dh, dw, _, _ = _fake(h, weight, bias, (wanted[0], False, False), wide)
     size = chunk_rows(rows, vocab, width, h.element_size(), wanted[1])
-    buffer = h.new_empty((min(size, rows), vocab))
+    # Rows that begin at a multiple of 16: products and kernels load them in whole vectors then.
+    buffer = h.new_empty((min(size, rows), ceil_div(vocab, 16) * 16))[:, :vocab]
     weights = _Weights(weight, labels, ceil_div(rows, size)) if wanted[1] else None
     compute = _rows_by_triton if uses_triton(h, weight) else _rows_by_pytorch
     total, bias_sum = factor.new_zeros(()), factor.new_zeros(vocab if wanted[2] else 0)
@@ -348,7 +348,7 @@ def _compute(
             torch.mm(h[part], weight.t(), out=z)
         else:
             torch.addmm(bias, h[part], weight.t(), out=z)
-        total += compute(z, labels[part], factor, form, grads).sum()
+        total += compute(z, labels[part], factor, form, any(wanted)).sum()
         if wanted[0]:
             torch.mm(z, weight, out=dh[part])
         if weights is not None:
