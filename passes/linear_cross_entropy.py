@@ -33,7 +33,7 @@ logits = Inner("logits", either(cap * tanh(div(scaled, cap)), scaled))
 loss = Op(
     "cross_entropy",
     (rows(logits), labels),
-    {name: Constant(name) for name in ("reduction", "ignore_index", "smoothing")},
+    {"weighted": False, **{n: Constant(n) for n in ("reduction", "ignore_index", "smoothing")}},
 )
 
 
@@ -64,6 +64,8 @@ class LinearCrossEntropy(Rule):
                 "numbers they come from",
                 match.root,
             )
+        if match["reduction"] not in ("mean", "sum"):
+            raise Reject(f"its reduction is {match['reduction']}", match.root)
         target = match.spec("labels")
         if target.dtype != torch.int64 or len(target.shape) != 1:
             raise Reject(f"the labels are {target}, not one index for each row", match.root)

@@ -59,18 +59,17 @@ def _rms_norm(view: View, node: fx.Node) -> Term | None:
 
 
 def _cross_entropy(view: View, node: fx.Node) -> Term | None:
-    """Of rows of logits with one label each, a mean or a sum, every class of weight 1."""
+    """``weighted``: with weights of classes, or a reduction in the old spelling."""
     names = ("weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
     places = dict(zip(names, range(2, 8), strict=True))
     given = {name: argument(node, place, name) for name, place in places.items()}
-    if any(given[name] is not None for name in ("weight", "size_average", "reduce")):
-        return None
     logits, labels = argument(node, 0, "input"), argument(node, 1, "target")
     return view.make(
         "cross_entropy", (logits, labels), node,
         ignore_index=-100 if given["ignore_index"] is None else given["ignore_index"],
         reduction=given["reduction"] or "mean",
         smoothing=given["label_smoothing"] or 0.0,
+        weighted=any(given[name] is not None for name in ("weight", "size_average", "reduce")),
     )  # fmt: skip
 
 
@@ -92,11 +91,11 @@ MODULE_OPS = {
 
 def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
     """A leaf module as the operator it computes; None where it is none of these."""
-    if isinstance(module, nn.CrossEntropyLoss) and module.weight is None:
+    if isinstance(module, nn.CrossEntropyLoss):
         return view.make(
             "cross_entropy", (argument(node, 0, "input"), argument(node, 1, "target")), node,
             ignore_index=module.ignore_index, reduction=module.reduction,
-            smoothing=module.label_smoothing,
+            smoothing=module.label_smoothing, weighted=module.weight is not None,
         )  # fmt: skip
     x = argument(node, 0, "input", "x", "hidden_states")
     if not isinstance(x, fx.Node) or len(node.args) + len(node.kwargs) != 1:

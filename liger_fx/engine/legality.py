@@ -32,7 +32,7 @@ def check_readers(match: Match) -> None:
     inside = {*match.covered, match.root}
     inner = {term.node for term in map(match.handed_out, match.inner) if term is not None}
     for node in match.covered:
-        if node is match.root or not computes(node):
+        if node is match.root or not (computes(node) or node in inner):
             continue
         for user in node.users:
             if user not in inside and not (node in inner and _is_output(user)):

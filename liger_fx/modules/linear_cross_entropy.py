@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_fx.kernels.library import at_once
-from liger_fx.kernels.linear_cross_entropy import Form, linear_cross_entropy
+from liger_fx.kernels.linear_cross_entropy import REDUCTIONS, Form, linear_cross_entropy
 from liger_fx.modules.lazy_logits import lazy_logits
 from liger_fx.modules.origin import NamedModule
 
@@ -52,8 +52,8 @@ class LigerFusedLinearCrossEntropy(NamedModule):
         self.smoothing, self.ignore_index, self.reduction = smoothing, ignore_index, reduction
         self.upcast, self.biased, self.added = upcast, biased, added
         self.gives_logits, self.float_logits = gives_logits, float_logits
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be mean or sum, not {reduction!r}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
         self._form = Form(scale / divisor, softcap, smoothing, 0.0, ignore_index, reduction)
 
     def forward(

@@ -39,18 +39,19 @@ def bart() -> Any:
     return transformers.BartForConditionalGeneration(config)
 
 
+def tiny(name: str) -> Callable[[], Any]:
+    return lambda: tiny_model(name, layers=2)
+
+
+TYPES = (
+    "llama", "gemma2", "cohere", "granite", "gpt2", "qwen3_moe", "phi", "opt", "mamba", "distilbert"
+)  # fmt: skip
 MODELS: dict[str, Callable[[], Any]] = {
-    **{
-        name: lambda name=name: tiny_model(name, layers=2)  # type: ignore[misc]
-        for name in (
-            "llama", "gemma2", "cohere", "granite", "gpt2", "qwen3_moe", "phi", "opt", "mamba",
-            "distilbert",
-        )
-    },
+    **{name: tiny(name) for name in TYPES},
     "bert": masked_bert,
     "t5": t5,
     "bart": bart,
-}  # fmt: skip
+}
 
 
 def pair(name: str) -> tuple[Any, Any]:
