@@ -337,7 +337,7 @@ def _compute(
     _, dh, dw, _, _ = _fake(h, weight, bias, (wanted[0], False, False), wide)
     size = chunk_rows(rows, vocab, width, h.element_size(), wanted[1])
     # Rows that begin at a multiple of 16: products and kernels load them in whole vectors then.
-    buffer = h.new_empty((min(size, rows), ceil_div(vocab, 16) * 16))[:, :vocab]
+    buffer = z = h.new_empty((min(size, rows), ceil_div(vocab, 16) * 16))[:, :vocab]
     weights = _Weights(weight, labels, ceil_div(rows, size)) if wanted[1] else None
     compute = _rows_by_triton if uses_triton(h, weight) else _rows_by_pytorch
     total, bias_sum = factor.new_zeros(()), factor.new_zeros(vocab if wanted[2] else 0)
@@ -355,7 +355,7 @@ def _compute(
             weights.add(z, h[part], start)
         if wanted[2]:
             bias_sum += z.sum(0, dtype=wide)
-    del buffer
+    del buffer, z  # the last product needs memory of its own
     dw = dw if weights is None else weights.done(h)
     return (total / divisor).to(out_dtype), dh, dw, bias_sum.to(h.dtype), later
 

@@ -81,13 +81,8 @@ def site_of(opt: Any) -> Any:
 def assert_same_gradients(model: nn.Module, opt: nn.Module) -> None:
     theirs = dict(model.named_parameters())
     for name, parameter in opt.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad,
-            theirs[name].grad,
-            atol=2e-6,
-            rtol=2e-4,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
+        wanted = theirs[name].grad
+        torch.testing.assert_close(parameter.grad, wanted, atol=2e-6, rtol=2e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -206,6 +201,18 @@ def test_frozen_head() -> None:
     assert_same_gradients(model, opt)
 
 
+def test_an_adapter_on_the_head_leaves_it_as_it_is() -> None:
+    peft = pytest.importorskip("peft")
+    _, opt = pair("llama")
+    opt(**batch())  # one graph with the fused loss
+    options = peft.LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.0)
+    adapted = peft.get_peft_model(opt, options).train()
+    adapted(**batch()).loss.backward()
+    reasons = [s.reason for p in opt.plans for s in p.sites if s.rule == "linear_cross_entropy"]
+    assert "not a plain linear layer" in str(reasons[-1])
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
 def test_gradient_checkpointing() -> None:
     model, opt = pair("llama")
     for one in (model, opt):
@@ -272,6 +279,32 @@ def test_copies_and_restores() -> None:
     torch.testing.assert_close(copied(**batch()).loss, model(**batch()).loss)
     plain = liger_fx.restore(opt)
     assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
+
+
+def test_trainer_steps_with_accumulation_and_metrics(tmp_path: Any) -> None:
+    data = [{k: v[0] for k, v in batch(ignored=i).items()} for i in range(8)]
+    seen: list[Any] = []
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen.append(found.predictions)
+        return {"right": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+    pairs = pair("llama")
+    for i, one in enumerate(pairs):
+        options = transformers.TrainingArguments(
+            str(tmp_path / str(i)), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            max_steps=2, learning_rate=1e-3, report_to=[], use_cpu=True, save_strategy="no", seed=0,
+            max_grad_norm=0.0, optim="sgd",
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            one, options, train_dataset=data, eval_dataset=data, compute_metrics=metrics
+        )
+        trainer.train()
+        trainer.evaluate()
+    model, opt = pairs
+    assert any(s.after for p in opt.plans for s in p.sites if s.rule == "linear_cross_entropy")
+    torch.testing.assert_close(dict(opt.named_parameters()), dict(model.named_parameters()))
+    assert abs(seen[0] - seen[1]).max() < 1e-4
 
 
 def test_verified_in_train_mode() -> None:
