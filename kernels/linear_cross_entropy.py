@@ -152,7 +152,8 @@ def _logits(z, scale, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         t = 2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0
         return softcap * t, scale * (1.0 - t * t)
-    return s, scale
+    else:
+        return s, scale
 
 
 @triton.jit
@@ -173,14 +174,14 @@ def _rows_kernel(
                 tl.store(z_ptr + start + col, zero, start + col < vocab)
         return
     z_label = tl.load(z_ptr + label).to(tl.float32)  # before its gradient takes its place
-    s_label, _ = _logits(z_label, scale, softcap, SOFTCAP)
+    s_label, slope_label = _logits(z_label, scale, softcap, SOFTCAP)
     highest = -float("inf")
     total = 0.0
     plain = 0.0
     for start in range(0, vocab, COLS):
         mask = start + col < vocab
         z = tl.load(z_ptr + start + col, mask, other=0.0).to(tl.float32)
-        s, _ = _logits(z, scale, softcap, SOFTCAP)
+        s, slope = _logits(z, scale, softcap, SOFTCAP)
         plain += tl.sum(tl.where(mask, s, 0.0))
         s = tl.where(mask, s, -float("inf"))
         new = tl.maximum(highest, tl.max(s))

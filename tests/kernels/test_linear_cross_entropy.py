@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from liger_fx.kernels import linear_cross_entropy as module
 from liger_fx.kernels.launch import INTERPRETED
@@ -352,3 +355,18 @@ def test_autocast_changes_nothing(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         found = with_gradients(lambda h, w, b: linear_cross_entropy(h, w, labels, b), tensors)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles the kernel, which is not one there")
+@pytest.mark.parametrize("softcap", [False, True])
+def test_the_kernel_compiles_for_an_h100(softcap: bool) -> None:
+    """Without one: the interpreter takes code that Triton's compiler does not."""
+    kernel: Any = module._rows_kernel
+    kinds = {"z_ptr": "*bf16", "labels_ptr": "*i64", "factor_ptr": "*fp32", "losses_ptr": "*fp32"}
+    kinds |= dict.fromkeys(("vocab", "stride", "ignore_index"), "i32")
+    kinds |= dict.fromkeys(("scale", "softcap", "smoothing", "z_loss"), "fp32")
+    constants = {"SOFTCAP": softcap, "GRAD": True, "COLS": 1024}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), places)
+    made = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 2})
+    assert "ptx" in made.asm
