@@ -40,14 +40,14 @@ class Op:
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _at_once(args):
+        if torch.compiler.is_compiling() or not at_once(args):
             return self.overload(*args)
         if self.function is not None and torch.is_grad_enabled() and _asks_gradient(args):
             return self.function.apply(*args)
         return self.run(*args)
 
 
-def _at_once(args: tuple[Any, ...]) -> bool:
+def at_once(args: tuple[Any, ...]) -> bool:
     """Whether nothing stands between these arguments and what computes: no mode, no transform of
     torch.func, no forward mode, no trace."""
     return (
@@ -80,7 +80,7 @@ def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 def below_autograd(op: Op, *args: Any) -> Any:
     """Call `op` without recording it: what the forward of its autograd.Function does."""
-    if not torch.compiler.is_compiling() and _at_once(args):
+    if not torch.compiler.is_compiling() and at_once(args):
         return op.run(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op.overload(*args)

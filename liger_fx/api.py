@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -50,6 +50,7 @@ def optimize(
     rules: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     blocks: Iterable[str] | None = None,
+    logits: Literal["lazy", "always"] = "lazy",
     strict: bool = False,
     verify: bool = False,
 ) -> Block:
@@ -68,6 +69,9 @@ def optimize(
     blocks: paths or globs of the modules that are traced, rewritten and called by themselves,
         besides the model; ``()`` makes one flat graph. By default every PreTrainedModel inside and
         every layer that can be checkpointed; in other models the alike entries of a ModuleList.
+    logits: "always" leaves a language model's loss as it is, which computes all logits. By default
+        training computes them when something reads the output's ``logits``, from the weights that
+        stand then: RuntimeError if these have changed.
     strict: raise MissedSiteError if a site that looked like one could not be rewritten, or none
         was found.
     verify: run ``liger_fx.verify`` on the result, and leave alone each site that fails, with a
@@ -79,6 +83,10 @@ def optimize(
     """
     _check_model(model)
     selection = _selection(model, rules, exclude)
+    if logits not in ("lazy", "always"):
+        raise UsageError(f"logits is 'lazy' or 'always', not {logits!r}.")
+    if logits == "always":
+        selection = replace(selection, excluded=(*selection.excluded, "linear_cross_entropy"))
     chosen = None if blocks is None else tuple(blocks)
     optimized = _blocks(model, inputs, selection, chosen)
     if verify:

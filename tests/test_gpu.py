@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import liger_fx
+from liger_fx.kernels import linear_cross_entropy as loss_kernel
+from liger_fx.kernels.linear_cross_entropy import Form, linear_cross_entropy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +45,7 @@ def test_verify_holds(dtype: torch.dtype) -> None:
     model = llama(dtype)
     found = liger_fx.verify(model, liger_fx.optimize(model))
     assert found.ok, str(found)
-    assert len(found.sites) == 13
+    assert len(found.sites) == 14
 
 
 def test_the_kernels_are_what_runs() -> None:
@@ -58,6 +61,111 @@ def test_the_kernels_are_what_runs() -> None:
     assert names.count("_backward_kernel") >= 7 + 3
     assert names.count("_kernel") >= 2 * 3  # rotary, forward and backward
     assert not any("rsqrt" in name for name in names)
+
+
+def loss_inputs(
+    rows: int, vocab: int, width: int, dtype: torch.dtype, frozen: bool = False
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """h, weight and bias, and labels of which some are ignored and some stand often."""
+    torch.manual_seed(0)
+    h, weight = torch.randn(rows, width, device="cuda"), torch.randn(vocab, width, device="cuda")
+    tensors = [h, weight / width**0.5, torch.randn(vocab, device="cuda")]
+    labels = torch.randint(0, vocab, (rows,), device="cuda")
+    labels[::5], labels[1::4] = -100, 3
+    leaves = [t.to(dtype).requires_grad_(not (frozen and i)) for i, t in enumerate(tensors)]
+    return leaves, labels
+
+
+def loss_of(leaves: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    return linear_cross_entropy(leaves[0], leaves[1], labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", [Form(), Form(0.5, 20.0, 0.1, 1e-3, -100, "sum")], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 8), (33, 50257, 64), (5000, 9999, 512)], ids=str)
+def test_the_loss_against_float64(
+    shape: tuple[int, int, int], form: Form, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients at most 1.1 times as far off as eager's; in several chunks too."""
+    leaves, labels = loss_inputs(*shape, dtype)
+    if shape[0] == 1:
+        labels.fill_(2)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    def textbook(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        logits = nn.functional.linear(h, w, b) * form.scale
+        if form.softcap:
+            logits = torch.tanh(logits / form.softcap) * form.softcap
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = nn.functional.cross_entropy(
+            logits, labels, reduction=form.reduction, label_smoothing=form.smoothing
+        )
+        return loss + form.z_loss * logits.logsumexp(-1).square()[labels >= 0].sum()
+
+    def run(function: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        loss = function(*tensors)
+        return [loss, *torch.autograd.grad(loss, tensors)]
+
+    exact = run(textbook, [t.detach().double().requires_grad_() for t in leaves])
+    eager = run(textbook, leaves)
+    for rows in (shape[0], 640):
+        monkeypatch.setattr(loss_kernel, "chunk_rows", lambda *args, rows=rows: rows)
+        ours = run(lambda h, w, b: linear_cross_entropy(h, w, labels, b, form=form), leaves)
+        for mine, plain, true in zip(ours, eager, exact, strict=True):
+            mine, plain = (((t - true).norm() / true.norm()).item() for t in (mine, plain))
+            assert mine <= 1.1 * plain + 0.1 * torch.finfo(dtype).eps
+
+
+def test_the_loss_keeps_no_logits() -> None:
+    leaves, labels = loss_inputs(4096, 65536, 1024, torch.bfloat16)
+    loss_of(leaves, labels).backward()
+    leaves[0].grad = leaves[1].grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = loss_of(leaves, labels)
+    gradients = leaves[0].nbytes + leaves[1].nbytes
+    assert torch.cuda.memory_allocated() - before <= gradients + 2**20
+    (loss * 3).backward()  # in place
+    assert torch.cuda.max_memory_allocated() - before <= 1.3 * 2**30
+
+
+def test_the_loss_of_a_frozen_head() -> None:
+    leaves, labels = loss_inputs(512, 65536, 1024, torch.bfloat16, frozen=True)
+    before = torch.cuda.memory_allocated()
+    loss_of(leaves, labels).backward()
+    assert torch.cuda.memory_allocated() - before <= leaves[0].nbytes + 2**20
+    assert leaves[1].grad is None
+
+
+def test_a_factor_of_the_loss_reaches_the_gradients() -> None:
+    leaves, labels = loss_inputs(300, 777, 64, torch.float32)
+    found = [torch.autograd.grad(loss_of(leaves, labels) * k, leaves[:2]) for k in (1.0, 3.0)]
+    for one, three in zip(*found, strict=True):
+        torch.testing.assert_close(3 * one, three)
+
+
+def test_a_label_out_of_range_ends_the_process() -> None:
+    script = (
+        "import torch\n"
+        "from liger_fx.kernels.linear_cross_entropy import linear_cross_entropy\n"
+        "h, w = torch.randn(4, 8, device='cuda'), torch.randn(9, 8, device='cuda')\n"
+        "linear_cross_entropy(h, w, torch.full((4,), 9, device='cuda'))\n"
+        "torch.cuda.synchronize()\n"
+    )
+    root = str(Path(__file__).resolve().parents[1])
+    script = f"import sys; sys.path.insert(0, {root!r})\n{script}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode and "assert" in done.stderr
+
+
+def test_logits_are_there_when_they_are_read() -> None:
+    model = llama().train()
+    opt = liger_fx.optimize(model)
+    out, plain = opt(input_ids=ids(), labels=ids()), model(input_ids=ids(), labels=ids())
+    assert type(out.logits).__name__ == "LazyLogits" and out.logits.is_cuda
+    error = (out.logits.float() - plain.logits.float()).norm() / plain.logits.float().norm()
+    assert error < 2e-2
+    (out.loss + out.logits.float().square().mean()).backward()
 
 
 def test_a_model_moved_to_the_gpu_is_traced_anew() -> None:

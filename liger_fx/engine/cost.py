@@ -39,8 +39,16 @@ class Costs:
         """What the nodes cost as they are."""
         return Cost(_total(map(self._moved, nodes)), self._sizes(self._kept(nodes)))
 
-    def after(self, nodes: Collection[fx.Node], results: Collection[fx.Node]) -> Cost:
-        """What they cost when one kernel computes ``results``, linear layers aside."""
+    def after(
+        self, nodes: Collection[fx.Node], results: Collection[fx.Node], takes_linear: bool = False
+    ) -> Cost:
+        """What they cost when one kernel computes ``results``, linear layers aside.
+
+        With ``takes_linear`` these are part of it, and it leaves the gradients of what comes in and
+        of their parameters; their results go through memory once, in parts.
+        """
+        if takes_linear:
+            return self._after_with_linear(nodes, results)
         aside = self._aside(nodes, results)
         fused = set(nodes) - aside
         coming = {source for node in fused for source in node.all_input_nodes} - fused
@@ -51,6 +59,16 @@ class Costs:
             _total(map(self._moved, aside)) + self._sizes(coming) + self._sizes(going),
             self._sizes(self._kept(aside) | kept),
         )
+
+    def _after_with_linear(self, nodes: Collection[fx.Node], results: Collection[fx.Node]) -> Cost:
+        inside = set(nodes)
+        linear = {node for node in inside if self._is_linear(node)}
+        coming = {source for node in inside for source in node.all_input_nodes} - inside
+        gradients = self._sizes(n for n in coming if self._carries.get(n, True))
+        parameters = _total(self.memory.parameters(node) for node in linear)
+        through = self._sizes(linear)
+        moved = self._sizes(coming) + parameters + through + through + self._sizes(results)
+        return Cost(moved, gradients + parameters)
 
     def _sizes(self, nodes: Iterable[fx.Node]) -> Bytes:
         return _total(map(self.memory.size, nodes))

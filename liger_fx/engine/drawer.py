@@ -38,7 +38,11 @@ class Drawer:
         self._drawings: dict[Drawing, Drawing] = {}
 
     def rewritten(
-        self, group: Sequence[Match], replacement: Replacement, names: Mapping[fx.Node, str]
+        self,
+        group: Sequence[Match],
+        replacement: Replacement,
+        names: Mapping[fx.Node, str],
+        takes_linear: bool,
     ) -> Drawing:
         """The matches' nodes, and the module that takes their place."""
         nodes = self._in_order(n for match in group for n in (*match.covered, match.root))
@@ -48,7 +52,7 @@ class Drawer:
                 self._before(nodes, results, names),
                 self._after(group, replacement, names),
                 self.costs.before(nodes),
-                self.costs.after(nodes, results),
+                self.costs.after(nodes, results, takes_linear),
             )
         )
 
@@ -88,7 +92,8 @@ class Drawer:
         module = replacement.module
         label, detail = type(module).__name__, " ".join(module.extra_repr().split())
         specs = [self._spec(match.root_spec) for match in group]
-        if len(group) == 1:
+        specs += [self._spec(term.spec) for term in replacement.results]
+        if len(specs) == 1:
             return (*boxes, Box("module", label, detail, *specs[0], reads, True))
         boxes.append(Box("module", label, detail, None, None, reads, False))
         place = (len(boxes) - 1,)
@@ -102,7 +107,11 @@ class Drawer:
         key: Any = term.node
         if term.node is not None:
             box = self._outside(term.node, names)
-        else:  # a part of a tensor that no node holds: see edits.Insertion
+        elif term.op == "get_attr":  # this and the next: see edits.Insertion
+            key = path = term.attributes["path"]
+            label = path.rpartition(".")[2]
+            box = Box("parameter", label, "", *self._spec(term.spec), (), False)
+        else:  # a part of a tensor that no node holds
             source = self._input(term.operands[0], names, boxes, places)
             extent = slice(*(term.attributes[name] for name in ("start", "stop", "step")))
             key = source, str(extent)

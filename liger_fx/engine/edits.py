@@ -10,7 +10,6 @@ from typing import Any
 from torch import fx
 
 from liger_fx.engine.facts import Facts, computes
-from liger_fx.engine.match import Match
 from liger_fx.engine.pairs import Group
 from liger_fx.engine.rule import Replacement
 from liger_fx.engine.term import Term
@@ -40,21 +39,26 @@ class Insertion:
         """Call the module at ``path`` and let its results take the place of the matches' roots."""
         with self.graph.inserting_before(self.place):
             inputs = tuple(map(self._input, replacement.inputs))
-            if len(group) == 1:
-                self._take_place(group[0], self._node("call_module", path, inputs))
+            places = [match.root for match in group]
+            places += [term.node for term in replacement.results if term.node is not None]
+            if len(places) == 1:
+                self._take_place(places[0], self._node("call_module", path, inputs))
                 return
             results = self._node("call_module", path, inputs, spec=None)
-            for i, match in enumerate(group):
-                self._take_place(match, self._node("call_function", operator.getitem, (results, i)))
+            for i, old in enumerate(places):
+                self._take_place(old, self._node("call_function", operator.getitem, (results, i)))
 
-    def _take_place(self, match: Match, node: fx.Node) -> None:
-        node.meta["spec"] = match.root_spec
-        self.facts.replace(match.root, node)
+    def _take_place(self, old: fx.Node, node: fx.Node) -> None:
+        node.meta["spec"] = old.meta["spec"]
+        self.facts.replace(old, node)
 
     def _input(self, term: Term) -> fx.Node:
-        """The node of a value; a part of a tensor that no node holds gets a getitem."""
+        """The node of a value; a part of a tensor that no node holds gets a getitem, a parameter
+        that a leaf module holds a get_attr."""
         if term.node is not None:
             return self.facts.now(term.node)
+        if term.op == "get_attr":
+            return self._node("get_attr", term.attributes["path"], (), spec=term.spec)
         if term.op != "slice":
             raise AssertionError(f"no node computes {term}")
         extent = slice(*(term.attributes[key] for key in ("start", "stop", "step")))

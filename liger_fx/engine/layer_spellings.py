@@ -4,6 +4,7 @@
     F.gelu(x, approximate="tanh")                ->  gelu_tanh(x)
     nn.Linear, quantised and LoRA linear layers  ->  linear(x, module="model.layers.0.mlp.up_proj")
     F.rms_norm(x, shape, w, eps), nn.RMSNorm     ->  rms_norm(x, w, eps=eps)
+    F.cross_entropy(logits, labels)              ->  cross_entropy(logits, labels, reduction="mean")
 
 What takes several operators to say (x * sigmoid(x), GELU's tanh form) is a pattern: activations.py.
 """
@@ -57,6 +58,21 @@ def _rms_norm(view: View, node: fx.Node) -> Term | None:
     return view.make("rms_norm", operands, node, eps=argument(node, 3, "eps"), module=None)
 
 
+def _cross_entropy(view: View, node: fx.Node) -> Term | None:
+    """``weighted``: with weights of classes, or a reduction in the old spelling."""
+    names = ("weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    places = dict(zip(names, range(2, 8), strict=True))
+    given = {name: argument(node, place, name) for name, place in places.items()}
+    logits, labels = argument(node, 0, "input"), argument(node, 1, "target")
+    return view.make(
+        "cross_entropy", (logits, labels), node,
+        ignore_index=-100 if given["ignore_index"] is None else given["ignore_index"],
+        reduction=given["reduction"] or "mean",
+        smoothing=given["label_smoothing"] or 0.0,
+        weighted=any(given[name] is not None for name in ("weight", "size_average", "reduce")),
+    )  # fmt: skip
+
+
 _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_dropout, ("alias", "dropout"), (F.dropout, torch.dropout)),
     (_activation("silu"), ("silu",), (F.silu,)),
@@ -64,14 +80,23 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_gelu, ("gelu", "gelu_tanh"), (F.gelu,)),
     (_linear, ("linear",), (F.linear,)),
     (_rms_norm, ("rms_norm",), (F.rms_norm, torch.rms_norm)),
+    (_cross_entropy, ("cross_entropy",), (F.cross_entropy,)),
 ]
 
 LAYERS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}
-MODULE_OPS = {"linear", "rms_norm", "alias", "dropout", "silu", "relu", "gelu", "gelu_tanh"}
+MODULE_OPS = {
+    "linear", "rms_norm", "alias", "dropout", "silu", "relu", "gelu", "gelu_tanh", "cross_entropy",
+}  # fmt: skip
 
 
 def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
     """A leaf module as the operator it computes; None where it is none of these."""
+    if isinstance(module, nn.CrossEntropyLoss):
+        return view.make(
+            "cross_entropy", (argument(node, 0, "input"), argument(node, 1, "target")), node,
+            ignore_index=module.ignore_index, reduction=module.reduction,
+            smoothing=module.label_smoothing, weighted=module.weight is not None,
+        )  # fmt: skip
     x = argument(node, 0, "input", "x", "hidden_states")
     if not isinstance(x, fx.Node) or len(node.args) + len(node.kwargs) != 1:
         return None

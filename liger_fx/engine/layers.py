@@ -1,4 +1,4 @@
-"""What the rules for MLPs share: the linear layers of a match as children of one module."""
+"""What rules share about linear layers: as children of one module, or taken apart to a weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import nn
 
 from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Owner, Reject
+from liger_fx.engine.term import Term
 from liger_fx.tracing.trace import TensorSpec
+from liger_fx.tracing.tree_state import hooks_of
 
 MLP_NAMES = r"(?i)MLP|FFN|FeedForward|Experts|Naive_?MoE"
 
@@ -42,3 +44,28 @@ def own_layers(match: Match, owner: Owner) -> tuple[dict[str, nn.Module], dict[s
     roles = {role: owner.own_name(path) for role, path in layer_paths(match).items()}
     children = dict(owner.module.named_children())
     return {name: child for name, child in children.items() if name in roles.values()}, roles
+
+
+def plain_linear(match: Match, path: str) -> nn.Linear:
+    """The linear layer at a path, if a call of it would read its parameters and do no more.
+
+    Reject an adapted, quantised or tensor-parallel one, and one that a hook stands on.
+    """
+    layer = match.view.module(path)
+    if type(layer) is not nn.Linear:
+        raise Reject(f"{path} is a {type(layer).__name__}, not a plain linear layer", match.root)
+    if "forward" in vars(layer) or any(hooks_of(layer)):
+        raise Reject(f"a hook stands on {path}, which would not run", match.root)
+    if any(type(p) is not nn.Parameter for p in layer.parameters()):
+        raise Reject(f"the weight of {path} is no plain tensor", match.root)
+    return layer
+
+
+def parameters_of(match: Match, path: str) -> list[Term]:
+    """The parameters of the leaf module at a path, as values to pass to a named module."""
+    found = match.view.module(path).named_parameters()
+    specs = {name: TensorSpec(tuple(p.shape), p.dtype, p.device) for name, p in found}
+    return [
+        match.view.make("get_attr", (), spec=spec, path=f"{path}.{name}")
+        for name, spec in specs.items()
+    ]

@@ -11,6 +11,7 @@ from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Reject, Replacement
 from liger_fx.engine.term import Term, describe
 from liger_fx.engine.writes import Writes, written
+from liger_fx.tracing import leaves
 from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.leaf_modules import is_linear
 from liger_fx.tracing.tree_state import hooks_of, is_capturing
@@ -25,15 +26,21 @@ _FRESH = {
 def check_readers(match: Match) -> None:
     """Inner results that cost something are read by nothing outside the match.
 
-    Views, casts and parameters may be: they stay for their other reader.
+    Views, casts and parameters may be: they stay for their other reader. So may what the pattern
+    names `Inner`, by the model's output.
     """
     inside = {*match.covered, match.root}
+    inner = {term.node for term in map(match.handed_out, match.inner) if term is not None}
     for node in match.covered:
-        if node is match.root or not computes(node):
+        if node is match.root or not (computes(node) or node in inner):
             continue
         for user in node.users:
-            if user not in inside:
+            if user not in inside and not (node in inner and _is_output(user)):
                 raise Reject(f"an inner result is also read by {describe(user)}", node)
+
+
+def _is_output(node: fx.Node) -> bool:
+    return node.op == "output" or node.target is leaves.model_output
 
 
 def check_hooks(match: Match, facts: Facts) -> None:

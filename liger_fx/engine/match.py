@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from liger_fx.engine.pattern import Pattern
-from liger_fx.engine.term import Term
+from liger_fx.engine.term import Term, is_transparent
 from liger_fx.engine.terms import Terms
 from liger_fx.tracing.trace import TensorSpec
 
@@ -35,13 +35,19 @@ class Match:
     """A place where the whole pattern fits.
 
     root: the node whose value the pattern computes. covered: the nodes that compute it from the
-    captured values, in the order in which they were matched. found: what the rule's check returned.
+    captured values, in the order in which they were matched. inner: the values on the way that the
+    pattern names `Inner`. found: what the rule's check returned.
     """
 
     def __init__(
-        self, root: fx.Node, bound: dict[str, Any], covered: tuple[fx.Node, ...], view: Terms
+        self,
+        root: fx.Node,
+        bound: dict[str, Any],
+        covered: tuple[fx.Node, ...],
+        view: Terms,
+        inner: dict[str, Term] | None = None,
     ) -> None:
-        self.root, self.view = root, view
+        self.root, self.view, self.inner = root, view, inner or {}
         self.found: Any = None
         self._bound = bound
         inputs = {t.node for t in bound.values() if isinstance(t, Term)}
@@ -62,6 +68,16 @@ class Match:
         """Shape, dtype and device of a captured tensor."""
         spec: TensorSpec = self._bound[name].spec
         return spec
+
+    def handed_out(self, name: str) -> Term | None:
+        """The inner value as something outside reads it, before a cast or after; None if nothing
+        does."""
+        term, inside = self.inner[name], {*self.covered, self.root}
+        while term.node is None or inside.issuperset(term.node.users):
+            if not is_transparent(term):
+                return None
+            term = term.operands[0]
+        return term
 
     @property
     def constants(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def find(pattern: p.Pattern, root: fx.Node, view: Terms) -> Iterator[Match | Mis
     attempt, fits = Attempt(view, root.meta.get("call")), False
     for _ in attempt.match(pattern, view(root)):
         fits = True
-        yield Match(root, dict(attempt.bound), tuple(attempt.covered), view)
+        yield Match(root, dict(attempt.bound), tuple(attempt.covered), view, dict(attempt.inner))
     if not fits and attempt.furthest is not None:
         yield attempt.furthest
 
@@ -39,6 +39,7 @@ class Attempt:
     def __init__(self, view: Terms, home: int | None) -> None:
         self.view, self.home = view, home
         self.bound: dict[str, Any] = {}
+        self.inner: dict[str, Term] = {}
         self.covered: list[fx.Node] = []
         self.furthest: Miss | None = None
 
@@ -125,6 +126,12 @@ class Attempt:
             yield from self.match(pattern.tensor, tensor)
         del self.covered[mark:]
 
+    def _match_inner(self, pattern: p.Inner, term: Term) -> Iterator[None]:
+        for _ in self.match(pattern.value, term):
+            self.inner[pattern.name] = term
+            yield
+            del self.inner[pattern.name]
+
     def _match_either(self, pattern: p.Either, term: Term) -> Iterator[None]:
         for alternative in pattern.alternatives:
             yield from self.match(alternative, term)
@@ -207,6 +214,7 @@ _MATCHERS: dict[type, Callable[[Attempt, Any, Term], Iterable[None]]] = {
     p.Op: Attempt._match_op,
     p.Chain: Attempt._match_chain,
     p.Part: Attempt._match_part,
+    p.Inner: Attempt._match_inner,
     p.Either: Attempt._match_either,
     p.Choice: Attempt._match_choice,
     p.Tensor: Attempt._match_tensor,

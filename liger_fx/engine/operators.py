@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from liger_fx.engine.pattern import Op, Part, Pattern
+from liger_fx.engine.pattern import Op, Part, Pattern, either
 
 
 def square(x: Pattern) -> Pattern:
@@ -28,6 +28,21 @@ def mean(x: Pattern) -> Pattern:
 def linear(x: Pattern, module: Pattern | None = None) -> Pattern:
     """A linear layer; ``module`` captures the path of the leaf, None for F.linear on a weight."""
     return Op("linear", (x,), {} if module is None else {"module": module})
+
+
+def tanh(x: Pattern) -> Pattern:
+    """The hyperbolic tangent."""
+    return Op("tanh", (x,))
+
+
+def div(x: Pattern, by: Pattern) -> Pattern:
+    """x / by"""
+    return Op("div", (x, by))
+
+
+def rows(x: Pattern) -> Pattern:
+    """All dimensions but the last as one, or the tensor itself."""
+    return either(Op("rows", (x,)), x)
 
 
 def unsqueeze(x: Pattern, dim: Pattern) -> Pattern:

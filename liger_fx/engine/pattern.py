@@ -197,6 +197,25 @@ class Part(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
+class Inner(Pattern):
+    """A value inside the formula, under a name, that the model's output may hold as well: it is
+    then a further result of the named module."""
+
+    name: str
+    value: Pattern
+
+    def below(self) -> tuple[Pattern, ...]:
+        return (self.value,)
+
+    @cached_property
+    def vagueness(self) -> int:
+        return self.value.vagueness
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True, eq=False)
 class Either(Pattern):
     """Any of the alternatives, the first ones first."""
 

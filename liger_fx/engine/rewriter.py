@@ -112,7 +112,9 @@ class _Pass:
         replaced = {node for match in group for node in (*match.covered, match.root)}
         names = [n.name for n in sorted(replaced, key=self.facts.position.__getitem__)]
         note = Rewrite(self.rule.name, tuple(names), len(sites))
-        drawing = self.drawer.rewritten(group, plan.replacement, captured_names(group))
+        drawing = self.drawer.rewritten(
+            group, plan.replacement, captured_names(group), self.rule.takes_linear
+        )
         site = rewritten(self.rule, group, plan, path, self.facts)
         sites.append(replace(site, drawing=drawing))
         root = group[0].root

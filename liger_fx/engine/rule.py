@@ -61,11 +61,13 @@ class Replacement:
 
     The module's state_dict has the keys of the owner's where it takes the owner's place, and is
     empty where it is mounted beside: parameters of other modules are inputs then.
+    results: inner values that the module gives as well, after the value of the root.
     """
 
     module: nn.Module
     inputs: tuple[Term, ...]
     name: str
+    results: tuple[Term, ...] = ()
 
 
 class Rule(ABC):
@@ -75,12 +77,14 @@ class Rule(ABC):
     pattern: the formula it replaces. looks_like: the formula that makes a place a candidate, which
     is reported when it is not replaced; a part of ``pattern`` or its relative.
     class_names: a regular expression; a module whose class name it finds is a candidate, too.
+    takes_linear: its module computes what linear layers computed; else it calls or leaves them.
     """
 
     name: ClassVar[str]
     pattern: ClassVar[Pattern]
     looks_like: ClassVar[Pattern]
     class_names: ClassVar[str | None] = None
+    takes_linear: ClassVar[bool] = False
 
     def knows(self, class_name: str) -> bool:
         """Whether a module of that class is a candidate by its name."""

@@ -4,6 +4,7 @@ torch.stack((a, b), -1).flatten(-2)                  ->  interleave(a, b)
 x.view(.., n, 2).transpose(-1, -2).reshape(x.shape)  ->  deinterleave(x)
 x.view(.., 2, n), x.unflatten(-1, (2, n))            ->  unflatten(x, sizes=(2, n))
 c[:, None], c.unsqueeze(1)                           ->  unsqueeze(c, dim=-3)
+x.view(-1, width)                                    ->  rows(x)
 torch.cat([a, b], 3), torch.concat((a, b), -1)       ->  cat(a, b, dim=-1)
 """
 
@@ -32,6 +33,8 @@ def _reshape(view: View, node: fx.Node) -> Term | None:
     sizes = after.shape[-2:]
     if before.shape[:-1] == after.shape[:-2] and all(type(size) is int for size in sizes):
         return view.make("unflatten", (x_node,), node, sizes=sizes)
+    if len(after.shape) == 2 and before.shape[-1] == after.shape[-1]:
+        return view.make("rows", (x_node,), node)
     if before.shape[:-2] != after.shape[:-1]:
         return None
     x = view(x_node)
@@ -92,7 +95,7 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (lower_narrow, ("slice",), (torch.narrow, "narrow")),
     (
         _reshape,
-        ("alias", "unflatten", "interleave", "cat", "deinterleave"),
+        ("alias", "unflatten", "rows", "interleave", "cat", "deinterleave"),
         ("view", "reshape", torch.reshape, "flatten", torch.flatten, "unflatten", "view_as"),
     ),
     (_joined("cat"), ("cat",), (torch.cat, torch.concat, torch.concatenate)),

@@ -75,10 +75,19 @@ class Plan:
         devices in ``kinds``, if given."""
         tree = modules_by_path(block)
         there = {path: tree[path] for path in self.paths if path in tree}
-        facts = TreeFacts.of(block, {p: m for p, m in there.items() if not is_leaf(m)})
+        followed = {path: m for path, m in there.items() if not is_leaf(m)}
+        followed |= self._taken_apart(tree)
+        facts = TreeFacts.of(block, followed)
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
+
+    def _taken_apart(self, tree: Modules) -> Modules:
+        """The leaf modules of whose parameters the graph computes what they would."""
+        targets = (str(node.target) for node in self.graph.find_nodes(op="get_attr"))
+        owners = dict.fromkeys(target.rpartition(".")[0] for target in targets)
+        there = {path: tree[path] for path in owners if path in tree}
+        return {path: m for path, m in there.items() if is_leaf(m) and m._parameters}
 
     def settle(self, block: Any) -> None:
         """Take the blocks inside as they are grouped now: what they return was taken from plans of

@@ -2,11 +2,13 @@
 
 from liger_fx.modules.gated_mlp import LigerGEGLUMLP, LigerReGLUMLP, LigerSwiGLUMLP
 from liger_fx.modules.gated_product import LigerGEGLU, LigerReGLU, LigerSwiGLU
+from liger_fx.modules.linear_cross_entropy import LigerFusedLinearCrossEntropy
 from liger_fx.modules.mlp import LigerMLP
 from liger_fx.modules.rms_norm import LigerRMSNorm
 from liger_fx.modules.rotary import LigerRotaryEmbedding, LigerSingleRotaryEmbedding
 
 __all__ = [
+    "LigerFusedLinearCrossEntropy",
     "LigerGEGLU",
     "LigerGEGLUMLP",
     "LigerMLP",

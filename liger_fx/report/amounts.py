@@ -18,6 +18,8 @@ ASSUMPTIONS = (
     "nothing; kept is what autograd saves for the backward pass, each memory once.",
     "After: linear layers as before; the rest is one kernel that reads what comes in and writes "
     "what goes out, keeps what it came from and computes the rest again in the backward pass.",
+    "A loss that takes its linear layer in passes the logits through memory once, in parts, and "
+    "keeps the gradients of what comes in and of the weight.",
     "All parameters are taken to be trained; they are not counted as kept.",
 )
 

@@ -13,10 +13,10 @@ from collections.abc import Hashable, Iterator
 from liger_fx.report.blocks import BlockRow, FallbackRow
 from liger_fx.report.calls import short_calls
 from liger_fx.report.facts import Facts
-from liger_fx.report.folding import alike, fold, fold_paths, shape
+from liger_fx.report.folding import ROOT, alike, fold, fold_paths, shape
 from liger_fx.report.section import Cell, Subgraph, Table
 
-BLOCKS, FELL_BACK, ROOT = "Blocks", "Calls that no graph served", "the model"
+BLOCKS, FELL_BACK = "Blocks", "Calls that no graph served"
 
 
 def block_table(diff: Facts, full: bool) -> Table:

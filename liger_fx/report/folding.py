@@ -13,6 +13,7 @@ from itertools import product
 from typing import TypeVar
 
 Item = TypeVar("Item")
+ROOT = "the model"  # what its empty path is called
 
 _NODE_NUMBER = re.compile(r"(?<=[A-Za-z])_\d+\b")
 _LIST_PLACES = re.compile(r"(?<=[A-Za-z_])(?:\.\d+)+\b")

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from liger_fx.engine.site import Site
-from liger_fx.report.folding import alike, fold, fold_paths
+from liger_fx.report.folding import ROOT, alike, fold, fold_paths
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Kind:
     @property
     def where(self) -> str:
         """All paths, folded."""
-        return fold_paths(site.path for site in self.sites)
+        return fold_paths(site.path or ROOT for site in self.sites)
 
     @property
     def count(self) -> int:

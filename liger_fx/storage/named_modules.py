@@ -64,7 +64,8 @@ def check(record: NamedModule) -> None:
             raise LoadError(f"{record.class_} has no option {shown(name)}", "options")
         with inside(f"options.{name}"):
             decode(known[name], value)
-            if type(value) is int and not 0 <= value < _LARGEST:
+            least = -_LARGEST if name == "ignore_index" else 0
+            if type(value) is int and not least <= value < _LARGEST:
                 raise LoadError(f"{shown(value)} is no value for it")
 
 

@@ -39,6 +39,11 @@ class Place:
         outside = {node for n in self.inner for node in n.all_input_nodes} - set(self.inner)
         return {n for n in outside if n.op != "get_attr"} | set(self.pair.inputs.values())
 
+    @property
+    def passed(self) -> set[str]:
+        """The paths of the parameters that the new nodes pass to the named module."""
+        return {str(node.target) for node in self.pair.new if node.op == "get_attr"}
+
     def parameters(self, tree: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters below `tree` that the replaced nodes use, by path."""
         given = set(self.pair.inputs.values())
@@ -59,11 +64,19 @@ class Place:
         results = [env[node.name] for node in self.pair.results.values()]
         return self._run(results, parameters, leaves)
 
-    def run_module(self, module: nn.Module, parameters: Tensors, values: Values) -> Run:
-        """The new nodes on the same values, with `module` for the named one."""
+    def run_module(
+        self, module: nn.Module, tree: nn.Module, parameters: Tensors, values: Values
+    ) -> Run:
+        """The new nodes on the same values, with `module` for the named one, and the weights of
+        `tree` where they pass one to it."""
         leaves, given = self._leaves(values)
+        passed = self.passed
+
+        def at(path: str) -> Any:
+            return attribute(tree, path) if path in passed else module
+
         env = {name: given.get(n.name, values[n.name]) for name, n in self.pair.inputs.items()}
-        env = _evaluate(self.pair.new, lambda path: module, env)
+        env = _evaluate(self.pair.new, at, env)
         results = [env[name] for name in self.pair.results]
         return self._run(results, parameters, leaves)
 
@@ -90,6 +103,8 @@ def _evaluate(nodes: Iterable[fx.Node], attribute_at: Any, values: Mapping[str, 
         args, kwargs = map_arg((node.args, node.kwargs), value)
         if node.op == "call_module":
             env[node.name] = attribute_at(str(node.target))(*args, **kwargs)
+        elif node.op == "get_attr":
+            env[node.name] = attribute_at(str(node.target))
         elif node.op == "call_method":
             env[node.name] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

@@ -99,11 +99,12 @@ class SiteChecks:
         names = {id(p): name for name, p in module.named_parameters(remove_duplicate=False)}
         for path, parameter in place.parameters(traced).items():
             counterpart = self._counterpart(prefix + path, parameter)
-            if id(counterpart) not in names:
+            if path not in place.passed and id(counterpart) not in names:
                 return f"the model's {prefix}{path} is no parameter of the module"
             if counterpart is not parameter and not torch.equal(counterpart, parameter):
                 return f"its {prefix}{path} has other values than the model's"
-            own[path] = names[id(counterpart)]
+            if path not in place.passed:
+                own[path] = names[id(counterpart)]
         try:
             runs = _four_runs(place, own, traced, exactly, module, values)
         except Exception as error:  # a faulty module may fail in any way it likes
@@ -171,17 +172,18 @@ def _four_runs(
     """
 
     def original(tree: nn.Module, given: Values) -> Run:
-        parameters = {path: attribute(tree, path) for path in own}
+        parameters = {path: attribute(tree, path) for path in (*own, *place.passed)}
         return place.run_replaced(tree, parameters, given)
 
-    def optimised(module: nn.Module, given: Values) -> Run:
+    def optimised(module: nn.Module, tree: nn.Module, given: Values) -> Run:
         parameters = {path: attribute(module, name) for path, name in own.items()}
-        return place.run_module(module, parameters, given)
+        parameters |= {path: attribute(tree, path) for path in place.passed}
+        return place.run_module(module, tree, parameters, given)
 
-    short = original(traced, values), optimised(module, values)
+    short = original(traced, values), optimised(module, traced, values)
     with exact():
         long = to_float64(values)
-        return *short, original(exactly, long), optimised(in_float64(module), long)
+        return *short, original(exactly, long), optimised(in_float64(module), exactly, long)
 
 
 def _fault(totals: Totals, gap: float, outputs: Comparison, grads: Comparison) -> str | None:

@@ -2,12 +2,16 @@
 and Triton's interpreter when TRITON_INTERPRET=1 (test_interpreter.py runs the folder so).
 """
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.kernels.accuracy import DEVICE
+
+# PyTorch's deterministic mode, which fills memory below, asks it of cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

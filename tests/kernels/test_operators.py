@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from liger_fx.kernels.activation import activation
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
 from liger_fx.kernels.launch import INTERPRETED
+from liger_fx.kernels.linear_cross_entropy import Form
 from liger_fx.kernels.rms_norm import rms_norm
 from liger_fx.kernels.rope import rope, rope_pair
 
@@ -75,6 +76,21 @@ DIRECT: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "packed backward": lambda: (
         OPS.packed_gated_activation_backward,
         (torch.randn(3, 5, 4), torch.randn(3, 5, 8), "gelu", True),
+    ),
+    "linear_cross_entropy": lambda: (
+        OPS.linear_cross_entropy,
+        (leaf(torch.randn(6, 8)), leaf(torch.randn(11, 8)), leaf(torch.randn(11)),
+         torch.arange(6), torch.tensor(5), *Form(1.5, 5.0, 0.1, 0.01), torch.float32),
+    ),
+    "linear_cross_entropy and gradients": lambda: (
+        OPS.linear_cross_entropy_and_gradients,
+        (torch.randn(8, 6).t(), torch.randn(8, 11).t(), None, torch.arange(6), None, *Form(),
+         BF16, True, True, False),
+    ),
+    "linear_cross_entropy, frozen": lambda: (
+        OPS.linear_cross_entropy_and_gradients,
+        (torch.randn(6, 8), torch.randn(11, 8), torch.randn(11), torch.arange(6), None, *Form(),
+         torch.float32, True, False, True),
     ),
 }  # fmt: skip
 

@@ -14,11 +14,19 @@ from liger_fx.kernels.gated_activation import (
     packed_gated_activation,
     packed_gated_activation_reference,
 )
+from liger_fx.kernels.linear_cross_entropy import (
+    Form,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 from liger_fx.kernels.rms_norm import rms_norm, rms_norm_reference
-from liger_fx.kernels.rope import Form, rope, rope_pair, rope_reference
+from liger_fx.kernels.rope import Form as Turn
+from liger_fx.kernels.rope import rope, rope_pair, rope_reference
 
 Function = Callable[..., torch.Tensor]
 SHAPE = (2, 3, 5, 8)  # batch, heads, tokens, width
+LABELS = torch.arange(30) % 5
+FORM = Form(1.5, 5.0, 0.1, 0.01)
 TABLES = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -40,13 +48,13 @@ CASES: dict[str, tuple[int, Function, Function]] = {
     "rope": (
         1,
         lambda x: turned(x, lambda x, cos, sin: rope(x, cos, sin, interleaved_out=True)),
-        lambda x: turned(x, lambda x, cos, sin: rope_reference(x, cos, sin, Form(False, True))),
+        lambda x: turned(x, lambda x, cos, sin: rope_reference(x, cos, sin, Turn(False, True))),
     ),
     "rope_pair": (
         2,
         lambda q, k: turned(q, lambda q, cos, sin: torch.stack(rope_pair(q, k, cos, sin))),
         lambda q, k: torch.stack(
-            [turned(x, lambda x, cos, sin: rope_reference(x, cos, sin, Form())) for x in (q, k)]
+            [turned(x, lambda x, cos, sin: rope_reference(x, cos, sin, Turn())) for x in (q, k)]
         ),
     ),
     "gated_activation": (
@@ -58,6 +66,13 @@ CASES: dict[str, tuple[int, Function, Function]] = {
         1,
         lambda x: packed_gated_activation(x, "gelu_tanh", False),
         lambda x: packed_gated_activation_reference(x, "gelu_tanh", False),
+    ),
+    "linear_cross_entropy": (
+        2,
+        lambda x, y: linear_cross_entropy(x, y[0, 0], LABELS.to(x.device), form=FORM),
+        lambda x, y: linear_cross_entropy_reference(
+            x.flatten(0, 2), y[0, 0], None, LABELS.to(x.device), None, *FORM, torch.float32
+        ),
     ),
     "activation": (
         1, lambda x: activation(x, "gelu"), lambda x: activation_reference(x, "gelu")
