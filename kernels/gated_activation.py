@@ -78,7 +78,7 @@ def packed_gated_activation_reference(
     gate_up: torch.Tensor, activation: str, gate_first: bool = True
 ) -> torch.Tensor:
     """What `packed_gated_activation` computes, in PyTorch's own operations."""
-    return gated_activation_reference(*_halves(gate_up, gate_first), activation)
+    return gated_activation_reference(*halves(gate_up, gate_first), activation)
 
 
 def gated_activation_backward_reference(
@@ -91,8 +91,8 @@ def gated_activation_backward_reference(
     return dgate.to(gate.dtype), (grad * apply_activation(wide, activation)).to(up.dtype)
 
 
-def _halves(gate_up: torch.Tensor, gate_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of gate and up."""
+def halves(gate_up: torch.Tensor, gate_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of gate and up, which one tensor holds beside each other."""
     first, second = gate_up.chunk(2, dim=-1)
     return (first, second) if gate_first else (second, first)
 
@@ -122,7 +122,7 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, cols,
     dy_stride, gate_stride, up_stride, dgate_stride, dup_stride,
-    NAME: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    NAME: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     row, col, mask = _tile(rows, cols, ROWS, COLS)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0).to(tl.float32)
@@ -132,6 +132,8 @@ def _backward_kernel(
     dgate = (dy * up * slope).to(dgate_ptr.dtype.element_ty)
     tl.store(dgate_ptr + row * dgate_stride + col, dgate, mask)
     tl.store(dup_ptr + row * dup_stride + col, (dy * y).to(dup_ptr.dtype.element_ty), mask)
+    if AGAIN:  # the product itself, in the place of its gradient
+        tl.store(dy_ptr + row * dy_stride + col, (y * up).to(dy_ptr.dtype.element_ty), mask)
 
 
 @lru_cache
@@ -141,7 +143,7 @@ def gated_launch(cols: int) -> Launch:
     return Launch(2048 // cols, cols, warps=4)
 
 
-def _launch(kernel: Any, name: str, inputs: Tensors, outputs: Tensors) -> None:
+def _launch(kernel: Any, name: str, inputs: Tensors, outputs: Tensors, **constants: bool) -> None:
     """Run `kernel` over tensors of one shape: as one long row where all are contiguous."""
     if not outputs[0].numel():
         return
@@ -153,11 +155,33 @@ def _launch(kernel: Any, name: str, inputs: Tensors, outputs: Tensors) -> None:
     programs = ceil_div(rows, tile.rows) * ceil_div(cols, tile.cols)
     launch(
         kernel, programs, outputs[0].device, *inputs, *outputs, rows, cols, *strides,
-        NAME=name, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
+        NAME=name, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps, **constants,
     )  # fmt: skip
 
 
-def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+def gradients_and_product(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    grads: Tensors,
+    activation: str,
+    *,
+    again: bool,
+) -> None:
+    """Fill `grads` with the gradients of gate and up; `again`, fill `dy` with the product whose
+    gradient it was. All contiguous, or halves of what is."""
+    if uses_triton(dy, gate, up):
+        _launch(_backward_kernel, activation, (dy, gate, up), grads, AGAIN=again)
+        return
+    found = gated_activation_backward_reference(dy, gate, up, activation)
+    for grad, value in zip(grads, found, strict=True):
+        grad.copy_(value)
+    if again:
+        dy.copy_(gated_activation_reference(gate, up, activation))
+
+
+def product_of(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up, without a derivative."""
     if not uses_triton(gate, up):
         return laid_out(gated_activation_reference(gate, up, activation), gate)
     y = _fake(gate, up, activation)
@@ -177,15 +201,15 @@ def _backward(
 
 
 def _packed_forward(gate_up: torch.Tensor, activation: str, gate_first: bool) -> torch.Tensor:
-    return _forward(*_halves(gate_up, gate_first), activation)
+    return product_of(*halves(gate_up, gate_first), activation)
 
 
 def _packed_backward(
     dy: torch.Tensor, gate_up: torch.Tensor, activation: str, gate_first: bool
 ) -> torch.Tensor:
-    gate, up = _halves(gate_up, gate_first)
+    gate, up = halves(gate_up, gate_first)
     grad = empty_rows_like(gate_up)
-    grads = _halves(grad, gate_first)
+    grads = halves(grad, gate_first)
     if uses_triton(dy, gate_up):
         _launch(_backward_kernel, activation, (dy, gate, up), grads)
         return grad
@@ -208,11 +232,11 @@ def _backward_fake(
 
 
 def _packed_fake(gate_up: torch.Tensor, activation: str, gate_first: bool) -> torch.Tensor:
-    return empty_rows_like(_halves(gate_up, gate_first)[0])
+    return empty_rows_like(halves(gate_up, gate_first)[0])
 
 
 _gated = define_op(
-    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor", _forward, _fake
+    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor", product_of, _fake
 )
 _gated_backward = define_op(
     "gated_activation_backward(Tensor dy, Tensor gate, Tensor up, str activation)"

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import liger_fx
 from liger_fx.kernels import linear_cross_entropy as loss_kernel
 from liger_fx.kernels.linear_cross_entropy import Form, linear_cross_entropy
+from tests.kernels.accuracy import FLOAT32_SLACK
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,7 +114,7 @@ def test_the_loss_against_float64(
         ours = run(lambda h, w, b: linear_cross_entropy(h, w, labels, b, form=form), leaves)
         for mine, plain, true in zip(ours, eager, exact, strict=True):
             mine, plain = (((t - true).norm() / true.norm()).item() for t in (mine, plain))
-            assert mine <= 1.1 * plain + 0.1 * torch.finfo(dtype).eps
+            assert mine <= 1.1 * plain + max(FLOAT32_SLACK, 0.1 * torch.finfo(dtype).eps)
 
 
 def test_the_loss_keeps_no_logits() -> None:

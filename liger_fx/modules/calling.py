@@ -11,25 +11,33 @@ from torch import nn
 _MODULE_CALL, _LINEAR_FORWARD = nn.Module.__call__, nn.Linear.forward
 
 
-def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``module(...)`` gives, its hooks included; of a plain linear layer, by its operator.
+def only_runs_forward(module: Any) -> bool:
+    """Whether a call of the module is its class's forward and no more: no hook stands on it.
 
-    (Hooks on all modules are looked for once a call of a graph. Under a profiler modules are called
-    as ever, because it takes their names from there.)
+    (Hooks on all modules are looked for once a call of a graph.)
     """
-    held, kind = module.__dict__, type(module)
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or held["_forward_hooks"]
+    held = module.__dict__
+    return not (
+        held["_forward_hooks"]
         or held["_forward_pre_hooks"]
         or held["_backward_hooks"]
         or held["_backward_pre_hooks"]
         or "forward" in held
         or held.get("_compiled_call_impl") is not None
-        or kind.__call__ is not _MODULE_CALL
-        or torch.autograd._profiler_enabled()
-    ):
+        or type(module).__call__ is not _MODULE_CALL
+    )
+
+
+def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``module(...)`` gives, its hooks included; of a plain linear layer, by its operator.
+
+    (Under a profiler modules are called as ever, because it takes their names from there.)
+    """
+    if torch.compiler.is_dynamo_compiling() or torch.autograd._profiler_enabled():
         return module(*args, **kwargs)
+    if not only_runs_forward(module):
+        return module(*args, **kwargs)
+    held, kind = module.__dict__, type(module)
     if kind is nn.Linear and kind.forward is _LINEAR_FORWARD and len(args) == 1 and not kwargs:
         parameters = held["_parameters"]
         weight = parameters.get("weight")

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
-from liger_fx.modules.calling import call
+from liger_fx.kernels.gated_linear import gated_linear
+from liger_fx.kernels.launch import uses_triton
+from liger_fx.modules.calling import call, only_runs_forward
 from liger_fx.modules.gated_product import chosen_activation
 from liger_fx.modules.linears import adopt, sizes
 from liger_fx.modules.origin import NamedModule
@@ -57,14 +59,23 @@ class _GatedMLP(NamedModule):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., hidden). Returns (..., hidden), in what dtype `down` makes of it."""
+        up: torch.Tensor | None = None
         if "gate_up" in self.roles:
-            packed = call(self._child("gate_up"), hidden_states)
-            product = packed_gated_activation(packed, self.activation, self.gate_first)
+            gate = call(self._child("gate_up"), hidden_states)
         else:
             gate = call(self._child("gate"), hidden_states)
             up = call(self._child("up"), hidden_states)
+        down = self._child("down")
+        if _keeps_a_product(down, gate):
+            result: torch.Tensor = gated_linear(
+                gate, up, down.weight, down.bias, self.activation, self.gate_first
+            )
+            return result
+        if up is None:
+            product = packed_gated_activation(gate, self.activation, self.gate_first)
+        else:
             product = gated_activation(gate, up, self.activation)
-        return call(self._child("down"), product)
+        return call(down, product)
 
     def _child(self, role: str) -> Any:
         return self._modules[self.roles[role]]
@@ -84,6 +95,20 @@ class _GatedMLP(NamedModule):
     @property
     def _packed(self) -> bool:
         return "gate_up" in self.roles
+
+
+def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
+    """Whether a call of ``down`` would keep its input for a backward on a GPU: a plain linear layer
+    that is trained."""
+    return (
+        type(down) is nn.Linear
+        and down.weight.requires_grad
+        and torch.is_grad_enabled()
+        and uses_triton(gate, down.weight)
+        and gate.dtype is down.weight.dtype
+        and only_runs_forward(down)
+        and not torch.is_autocast_enabled(gate.device.type)
+    )
 
 
 class LigerSwiGLUMLP(_GatedMLP):

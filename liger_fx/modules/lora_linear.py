@@ -21,7 +21,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from liger_fx.kernels.lora_linear import lora_linear
-from liger_fx.tracing.tree_state import hooks_of
+from liger_fx.modules.calling import only_runs_forward
 
 
 class LigerLoraLinear(Linear):
@@ -63,8 +63,8 @@ class LigerLoraLinear(Linear):
             return None
         base, dropout = self.base_layer, self.lora_dropout[name]
         layers = (base, self.lora_A[name], self.lora_B[name])
-        plain = all(type(m) is nn.Linear and not _is_changed(m) for m in layers)
-        if not plain or type(dropout) not in (nn.Dropout, nn.Identity) or _is_changed(dropout):
+        plain = all(type(m) is nn.Linear and only_runs_forward(m) for m in layers)
+        if not plain or type(dropout) not in _DROPOUTS or not only_runs_forward(dropout):
             return None
         tensors = (x, *(p for m in layers for p in m.parameters(recurse=False)))
         if not _KINDS.issuperset(map(type, tensors)) or torch.is_autocast_enabled(x.device.type):
@@ -75,8 +75,4 @@ class LigerLoraLinear(Linear):
 
 
 _KINDS = frozenset((torch.Tensor, nn.Parameter))
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Whether a call of the module would do more than its class's forward."""
-    return "forward" in vars(module) or any(hooks_of(module))
+_DROPOUTS = (nn.Dropout, nn.Identity)

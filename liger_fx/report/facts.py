@@ -21,7 +21,6 @@ from liger_fx.engine.site import Site
 from liger_fx.report.blocks import BlockRow, FallbackRow
 from liger_fx.report.changes import SiteChange
 from liger_fx.report.verified import Verified
-from liger_fx.tracing.walk import modules_by_path
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def tree_rows(root: torch.nn.Module) -> tuple[TreeRow, ...]:
     """The module tree as it is now."""
     return tuple(
         TreeRow(path, type(module).__name__, " ".join(module.extra_repr().split()))
-        for path, module in modules_by_path(root, every_place=True).items()
+        for path, module in root.named_modules(remove_duplicate=False)
     )
 
 
