@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from liger_fx.engine.garbage import garbage_kept
 from liger_fx.engine.rule import Selection, discover
 from liger_fx.errors import (
     MissedSiteError,
@@ -36,6 +35,7 @@ from liger_fx.report.blocks import FallbackRow
 from liger_fx.report.facts import tree_rows
 from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.call import UnsupportedCall, flat_inputs
+from liger_fx.tracing.garbage import garbage_kept
 from liger_fx.tracing.inner_blocks import examples_of
 from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.root_state import attributes_kept

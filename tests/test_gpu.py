@@ -71,7 +71,8 @@ def loss_inputs(
     torch.manual_seed(0)
     h, weight = torch.randn(rows, width, device="cuda"), torch.randn(vocab, width, device="cuda")
     tensors = [h, weight / width**0.5, torch.randn(vocab, device="cuda")]
-    labels = torch.randint(0, vocab, (rows,), device="cuda")
+    chances = 1 / torch.arange(1, vocab + 1, device="cuda")  # as words of a text are
+    labels = torch.multinomial(chances, rows, replacement=True)
     labels[::5], labels[1::4] = -100, 3
     leaves = [t.to(dtype).requires_grad_(not (frozen and i)) for i, t in enumerate(tensors)]
     return leaves, labels

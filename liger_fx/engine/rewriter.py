@@ -18,7 +18,6 @@ from liger_fx.engine.accounts import captured_names, refused, rewritten, unexpla
 from liger_fx.engine.drawer import Drawer
 from liger_fx.engine.edits import Insertion, Rewrite, erase_unread, follow
 from liger_fx.engine.facts import Facts
-from liger_fx.engine.garbage import garbage_kept
 from liger_fx.engine.legality import check_effects, check_hooks, check_readers
 from liger_fx.engine.match import Match
 from liger_fx.engine.mounting import Mounting, Plan
@@ -27,6 +26,7 @@ from liger_fx.engine.rule import Reject, Rule, Selection
 from liger_fx.engine.search import search
 from liger_fx.engine.site import Site
 from liger_fx.engine.terms import Terms
+from liger_fx.tracing.garbage import garbage_kept
 from liger_fx.tracing.trace import Trace
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from liger_fx.codec import inside
-from liger_fx.engine.garbage import garbage_kept
 from liger_fx.errors import LoadError, RetraceWarning
 from liger_fx.model.account import blocks_of
 from liger_fx.model.alike import Alike
@@ -32,6 +31,7 @@ from liger_fx.storage.saved import Saved, read_saved
 from liger_fx.storage.sources import locate
 from liger_fx.storage.stored import Stored
 from liger_fx.storage.weights import PARAMETER, Slot, Tensor, total_bytes
+from liger_fx.tracing.garbage import garbage_kept
 from liger_fx.tracing.tree_state import Kind
 
 StrPath = str | PathLike[str]

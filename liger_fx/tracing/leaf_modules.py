@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from liger_fx.tracing.fakes import tensors_in
 from liger_fx.tracing.memo import Unknowable, run_without_grad
 from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import origin_of
@@ -190,7 +191,9 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
         origin = origin_of(value)
         if origin is not None:  # a cache, which it may change
             origin.change()
-            return copy.deepcopy(origin.example)
+            # No copy of a fake: it would copy the fake mode, and free the mode's memory twice.
+            memo = {id(t): example(t) for t in tensors_in(origin.example)}
+            return copy.deepcopy(origin.example, memo)
         if isinstance(value, FakeTensor):
             shape = [world.hint(size) for size in value.shape]
             if value.dtype.is_floating_point:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from liger_fx.errors import TraceError
 from liger_fx.tracing.call import CallSpec
 from liger_fx.tracing.fakes import sizes_forgotten
+from liger_fx.tracing.garbage import garbage_kept
 from liger_fx.tracing.inner_blocks import NeedsInside
 from liger_fx.tracing.readiness import refuse_unready
 from liger_fx.tracing.state import Place
@@ -44,7 +45,7 @@ def trace_block(
     first: Untraceable | None = None
     while True:
         try:
-            with sizes_forgotten():
+            with garbage_kept(), sizes_forgotten():
                 return HFTracer(opaque, fixed, writes, plans).trace(block, call, forward, examples)
         except NeedsInside:
             plans = replace(plans, inside=True)

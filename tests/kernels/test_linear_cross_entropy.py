@@ -330,7 +330,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_chunks_of_what_is_known() -> None:
     """The rows a cost model gives, for 8192 rows in bfloat16 where nothing else is said."""
-    assert chunk_rows(8192, 128256, 4096, 2, True) == 512
+    assert chunk_rows(8192, 128256, 4096, 2, True) == 1024
     assert chunk_rows(8192, 128256, 2048, 2, True) == 2048
     assert chunk_rows(8192, 128256, 4096, 2, False) == 1024
     assert chunk_rows(100, 128256, 4096, 2, True) == 100
