@@ -146,11 +146,19 @@ def chunk_rows(rows: int, vocab: int, width: int, itemsize: int, weight_grad: bo
 
 
 @triton.jit
+def _tanh(x):
+    """tanh of a float32 tile: by the exponential, and near 0, where that cancels, by its series."""
+    square = x * x
+    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
+    return tl.where(square < 0.09, x * series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
 def _logits(z, scale, softcap, SOFTCAP: tl.constexpr):
     """The logits of a float32 tile, and their derivative."""
     s = z * scale
     if SOFTCAP:
-        t = 2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0
+        t = _tanh(s / softcap)
         return softcap * t, scale * (1.0 - t * t)
     else:
         return s, scale
