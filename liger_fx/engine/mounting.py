@@ -97,11 +97,9 @@ class Mounting:
         call = self.facts.call(root)
         for node in match.covered:
             inner = self.facts.call(node)
-            if (
-                node not in match.outside
-                and computes(node)
-                and not self.facts.is_inside(inner, call)
-            ):
+            if node in match.outside or not computes(node):
+                continue
+            if not self.facts.is_inside(inner, call):
                 raise Reject(
                     f"its parts sit in different modules, {inner.path} and {call.path}", node
                 )
