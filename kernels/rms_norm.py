@@ -263,9 +263,9 @@ def norm_backward(
     if not dx.numel():
         return dx, dw.zero_()
     width = x.shape[-1]
-    given = (dy, x) if more is None else (dy, x, more)
+    given: tuple[torch.Tensor, ...] = (dy, x) if more is None else (dy, x, more)
     count, inner, given, strides, outer = as_rows(given, (dx,), levels=2)
-    dy, x, more = *given[:2], given[2] if more is not None else None
+    dy, x, more = given[0], given[1], None if more is None else given[2]
     tile = backward_launch(width, sum(t.element_size() for t in given))
     steps = ceil_div(count, tile.rows)
     programs = min(steps, tile.per_sm * multiprocessors(x.device))
