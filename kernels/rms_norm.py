@@ -111,7 +111,7 @@ def rms_norm_backward_reference(
     normed = wide * r
     g = grad if weight is None else grad * (weight.to(dtype) + offset)
     dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
-    dx = (dx if more is None else dx + more).to(x.dtype)
+    dx = (dx if more is None else dx.add_(more)).to(x.dtype)
     if weight is None:
         return dx, None
     return dx, (grad * normed).sum_to_size(weight.shape).to(weight.dtype)
