@@ -94,15 +94,24 @@ def _by_pytorch(
 
 
 def rms_norm_backward_reference(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of x and weight by the formulas above, in PyTorch's own operations."""
+    """The gradients of x and weight by the formulas above, in PyTorch's own operations.
+
+    more: a gradient that x has from elsewhere, to which this one is added.
+    """
     dtype = compute_dtype(x, weight)
     wide, grad = x.to(dtype), dy.to(dtype)
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     normed = wide * r
     g = grad if weight is None else grad * (weight.to(dtype) + offset)
-    dx = (r * (g - normed * (g * normed).mean(-1, keepdim=True))).to(x.dtype)
+    dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
+    dx = (dx if more is None else dx.add_(more)).to(x.dtype)
     if weight is None:
         return dx, None
     return dx, (grad * normed).sum_to_size(weight.shape).to(weight.dtype)
@@ -137,9 +146,10 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["steps", "rows", "inner"])
 def _backward_kernel(
-    dy_ptr, x_ptr, w_ptr, dx_ptr, partial_ptr, steps, rows, inner, width,
-    dy_outer, dy_inner, x_outer, x_inner, eps, offset,
+    dy_ptr, x_ptr, w_ptr, more_ptr, dx_ptr, partial_ptr, steps, rows, inner, width,
+    dy_outer, dy_inner, x_outer, x_inner, more_outer, more_inner, eps, offset,
     ONE_STRIDE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
+    HAS_MORE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, COLS)
@@ -161,6 +171,10 @@ def _backward_kernel(
         r = tl.rsqrt(squares / width + eps)
         slope = r * r * (products / width)
         dx = r[:, None] * (g - x * slope[:, None])
+        if HAS_MORE:
+            more_row = _row_offset(row, inner, more_outer, more_inner, ONE_STRIDE)
+            more = tl.load(more_ptr + more_row[:, None] + col[None, :], mask, other=0.0)
+            dx += more.to(tl.float32)
         dx_ptrs = dx_ptr + row[:, None] * width + col[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask)
         if WEIGHT_GRAD:
@@ -194,7 +208,7 @@ def backward_launch(width: int, column_bytes: int) -> Launch:
     """The same tiles, one program a multiprocessor that loops over its share of them. Loads run
     ahead by as many tiles as fit in 96 KiB of shared memory, at most three: on an H100 that
     beats more programs with fewer loads ahead by 4 to 7% up to a width of 4096.
-    column_bytes: what an element of x and one of dy take together.
+    column_bytes: what an element of each tensor that is loaded takes, together.
     """
     rows, cols, warps, _, _ = forward_launch(width)
     ahead = min(98304 // (rows * cols * column_bytes), 3)
@@ -207,7 +221,7 @@ def sum_launch(rows: int) -> Launch:
     return Launch(min(power_of_two(rows), 256), 32, warps=8)
 
 
-def _forward(
+def norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     eps: float,
@@ -232,32 +246,37 @@ def _forward(
     return y
 
 
-def _backward(
+def norm_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     eps: float,
     offset: float,
     weight_grad: bool,
+    more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dx, and dweight: of no elements unless `weight_grad`."""
-    dx, dw = _backward_fake(dy, x, weight, eps, offset, weight_grad)
-    if not uses_triton(dy, x, weight) or x.shape[-1] > MAX_WIDTH:
-        plain, plain_dw = rms_norm_backward_reference(dy, x, weight, eps, offset)
+    """dx, and dweight: of no elements unless `weight_grad`. more: as the reference has it."""
+    dx, dw = norm_backward_fake(dy, x, weight, eps, offset, weight_grad)
+    if not uses_triton(dy, x, weight, more) or x.shape[-1] > MAX_WIDTH:
+        plain, plain_dw = rms_norm_backward_reference(dy, x, weight, eps, offset, more)
         return laid_out(plain, x), plain_dw if plain_dw is not None and weight_grad else dw
     if not dx.numel():
         return dx, dw.zero_()
     width = x.shape[-1]
-    count, inner, (dy, x), strides, outer = as_rows((dy, x), (dx,), levels=2)
-    tile = backward_launch(width, x.element_size() + dy.element_size())
+    given: tuple[torch.Tensor, ...] = (dy, x) if more is None else (dy, x, more)
+    count, inner, given, strides, outer = as_rows(given, (dx,), levels=2)
+    dy, x, more = given[0], given[1], None if more is None else given[2]
+    tile = backward_launch(width, sum(t.element_size() for t in given))
     steps = ceil_div(count, tile.rows)
     programs = min(steps, tile.per_sm * multiprocessors(x.device))
     partial = dw.new_empty((programs, width), dtype=torch.float32) if weight_grad else None
     launch(
         _backward_kernel, programs, x.device,
-        dy, x, None if weight is None else weight.contiguous(), dx, partial,
-        steps, count, inner, width, outer[0], strides[0], outer[1], strides[1], eps, offset,
+        dy, x, None if weight is None else weight.contiguous(), more, dx, partial,
+        steps, count, inner, width, outer[0], strides[0], outer[1], strides[1],
+        outer[2], strides[2], eps, offset,  # those of dx where there is no more
         ONE_STRIDE=inner == count, HAS_WEIGHT=weight is not None, WEIGHT_GRAD=weight_grad,
+        HAS_MORE=more is not None,
         ROWS=tile.rows, COLS=tile.cols, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     if weight_grad:
@@ -269,13 +288,14 @@ def _backward(
     return dx, dw
 
 
-def _backward_fake(
+def norm_backward_fake(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     eps: float,
     offset: float,
     weight_grad: bool,
+    more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dw = weight.new_empty(weight.shape) if weight is not None and weight_grad else x.new_empty(0)
     return empty_rows_like(x), dw
@@ -283,14 +303,14 @@ def _backward_fake(
 
 _rms_norm = define_op(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, ScalarType? out_dtype) -> Tensor",
-    _forward,
+    norm_forward,
     lambda x, weight, eps, offset, out_dtype: empty_rows_like(x, out_dtype),
 )
-_rms_norm_backward = define_op(
+rms_norm_backward = define_op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset,"
     " bool weight_grad) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    norm_backward,
+    norm_backward_fake,
 )
 
 
@@ -312,7 +332,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight_grad = ctx.needs_input_grad[1]
-        dx, dw = _rms_norm_backward(dy, *ctx.saved_tensors, *ctx.constants, weight_grad)
+        dx, dw = rms_norm_backward(dy, *ctx.saved_tensors, *ctx.constants, weight_grad)
         return dx, dw if weight_grad else None, None, None, None
 
 

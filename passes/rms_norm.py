@@ -18,27 +18,36 @@ from torch import nn
 from liger_fx.engine.dtypes import rounding
 from liger_fx.engine.match import Match
 from liger_fx.engine.operators import mean, rsqrt, sqrt, square
-from liger_fx.engine.pattern import Constant, Op, Tensor, anything, either
+from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term, same
 from liger_fx.modules import LigerRMSNorm
 from liger_fx.modules.casting import Cast
 
-x, weight, eps, offset = Tensor("x"), Tensor("weight"), Constant("eps"), Constant("offset")
-root = rsqrt(either(mean(square(x)) + eps, mean(square(x))))
+weight, eps, offset = Tensor("weight"), Constant("eps"), Constant("offset")
 summed = either(Op("mean", (anything,)), Op("sum", (anything,)))
+
+
+def root_of(x: Pattern) -> Pattern:
+    """1 / its root mean square."""
+    return rsqrt(either(mean(square(x)) + eps, mean(square(x))))
+
+
+def norm_of(x: Pattern) -> Pattern:
+    """Every form of the norm of x."""
+    return either(
+        x * root_of(x) * either(offset + weight, weight),
+        x * root_of(x),
+        Op("rms_norm", (x, weight), {"eps": eps}),
+        Op("rms_norm", (x,), {"eps": eps, "module": Constant("leaf")}),
+    )
 
 
 class RMSNorm(Rule):
     """In the place of a norm module, or beside the code that spells one out."""
 
     name = "rms_norm"
-    pattern = either(
-        x * root * either(offset + weight, weight),
-        x * root,
-        Op("rms_norm", (x, weight), {"eps": eps}),
-        Op("rms_norm", (x,), {"eps": eps, "module": Constant("leaf")}),
-    )
+    pattern = norm_of(Tensor("x"))
     looks_like = either(
         rsqrt(anything),
         sqrt(either(summed + anything, summed)),
@@ -49,42 +58,48 @@ class RMSNorm(Rule):
 
     def check(self, match: Match) -> Cast:
         """Whether the result has the input's dtype, or that of input times weight."""
-        width = match["x"].width
-        if width is None:
-            raise Reject("the width of its rows is not fixed", match.root)
-        if "weight" in match and match.spec("weight").shape != (width,):
-            shape = tuple(match.spec("weight").shape)
-            raise Reject(f"the weight has shape {shape}, not ({width},)", match["weight"].node)
-        self._check_not_layer_norm(match)
+        check_norm(match, match["x"])
         return rounding(match, match.view(match.root), "x", "weight")
-
-    @staticmethod
-    def _check_not_layer_norm(match: Match) -> None:
-        term: Term = match["x"]
-        if term.op != "sub" or term.operands[1].op != "mean":
-            return
-        if same(term.operands[0], term.operands[1].operands[0]):
-            raise Reject("it subtracts the mean first: a LayerNorm, not an RMSNorm", term.node)
 
     def build(self, match: Match, owner: Owner | None) -> Replacement | None:
         if owner is None and match.get("leaf") is not None:
             return None  # its weight is no node of the graph that could be handed over
-        options: dict[str, Any] = {"offset": float(match.get("offset", 0.0)), "cast": match.found}
+        options = options_of(match, match["x"], owner)
         inputs: tuple[Term, ...] = (match["x"],)
-        if owner is not None:
-            _check_comes_back(match)
-            options |= _own_weight(match, owner)
-        elif "weight" in match:
+        if owner is None and "weight" in match:
             inputs += (match["weight"],)
-        module = LigerRMSNorm(match["x"].width, match.get("eps", 0.0), **options)
-        return Replacement(module, inputs, "rms_norm")
+        return Replacement(LigerRMSNorm(**options), inputs, self.name)
 
 
-def _check_comes_back(match: Match) -> None:
+def check_norm(match: Match, x: Term) -> None:
+    """Reject what is no RMSNorm of x, or one of no fixed width."""
+    width = x.width
+    if width is None:
+        raise Reject("the width of its rows is not fixed", match.root)
+    if "weight" in match and match.spec("weight").shape != (width,):
+        shape = tuple(match.spec("weight").shape)
+        raise Reject(f"the weight has shape {shape}, not ({width},)", match["weight"].node)
+    if x.op != "sub" or x.operands[1].op != "mean":
+        return
+    if same(x.operands[0], x.operands[1].operands[0]):
+        raise Reject("it subtracts the mean first: a LayerNorm, not an RMSNorm", x.node)
+
+
+def options_of(match: Match, x: Term, owner: Owner | None) -> dict[str, Any]:
+    """What the named module is made with; the rule's check has found its cast."""
+    options: dict[str, Any] = {"width": x.width, "eps": match.get("eps", 0.0)}
+    options |= {"offset": float(match.get("offset", 0.0)), "cast": match.found}
+    if owner is not None:
+        _check_comes_back(match, x)
+        options |= _own_weight(match, owner)
+    return options
+
+
+def _check_comes_back(match: Match, x: Term) -> None:
     """Reject a norm that goes up to float32 and stays there: in float32, which shows no difference,
     its module would look like one whose result has the dtype of what comes in."""
     casts = [term for term in map(match.view, match.covered) if term.op == "cast"]
-    goes_up = any(same(cast.operands[0], match["x"]) for cast in casts)
+    goes_up = any(same(cast.operands[0], x) for cast in casts)
     comes_back = any(cast.operands[0].op in ("mul", "rsqrt") for cast in casts)
     if goes_up and not comes_back:
         raise Reject("its result stays in float32, whatever comes in", match.root)

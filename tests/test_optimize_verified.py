@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def test_a_fault_that_shows_in_train_mode_alone_is_dropped(
     with pytest.warns(VerificationWarning, match="rms_norm"):
         opt = liger_fx.optimize(tiny_model("llama", layers=2).train(), verify=True)
     assert {site.rule for site in opt.report.refused} == {"rms_norm"}
-    assert len(opt.report.rewritten) == 4
+    left = {"add_rms_norm": 2, "rotary_embedding": 2, "gated_mlp": 2, "linear_cross_entropy": 1}
+    assert Counter(site.rule for site in opt.report.rewritten) == left
 
 
 def test_verify_in_another_dtype_leaves_the_models_alone() -> None:

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from torch import fx
 
 from liger_fx.engine.facts import Facts
-from liger_fx.engine.pattern import Anything, Chain, Choice, Either, Op, Pattern, Tensor
+from liger_fx.engine.pattern import (
+    Anything,
+    Chain,
+    Choice,
+    Either,
+    Inner,
+    Op,
+    Pattern,
+    Tensor,
+)
 from liger_fx.engine.term import is_transparent
 from liger_fx.engine.terms import Terms
 
@@ -66,7 +75,7 @@ def _shows(pattern: Pattern, looks_like: Pattern) -> bool:
         return True
     if isinstance(looks_like, Either | Choice):
         return any(_shows(pattern, one) for one in looks_like.below())
-    if isinstance(pattern, Either | Choice):
+    if isinstance(pattern, Either | Choice | Inner):
         return any(_shows(one, looks_like) for one in pattern.below())
     if type(pattern) is not type(looks_like) or pattern.heads != looks_like.heads:
         return False

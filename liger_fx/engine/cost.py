@@ -40,20 +40,28 @@ class Costs:
         return Cost(_total(map(self._moved, nodes)), self._sizes(self._kept(nodes)))
 
     def after(
-        self, nodes: Collection[fx.Node], results: Collection[fx.Node], takes_linear: bool = False
+        self,
+        nodes: Collection[fx.Node],
+        results: Collection[fx.Node],
+        takes_linear: bool = False,
+        handed_out: Collection[fx.Node] = (),
     ) -> Cost:
-        """What they cost when one kernel computes ``results``, linear layers aside.
+        """What they cost when one kernel computes ``results``, linear layers aside. It gives the
+        inner values ``handed_out`` as well, and keeps these in place of what they come from.
 
         With ``takes_linear`` these are part of it, and it leaves the gradients of what comes in and
         of their parameters; their results go through memory once, in parts.
         """
         if takes_linear:
             return self._after_with_linear(nodes, results)
+        out = set(handed_out)
+        results = {*results, *out}
         aside = self._aside(nodes, results)
         fused = set(nodes) - aside
         coming = {source for node in fused for source in node.all_input_nodes} - fused
         going = {n for n in fused if n in results or not fused.issuperset(n.users)}
-        again = coming & _upwards({n for node in fused for n in self._needs(node)}, fused)
+        needed = _upwards({n for node in fused for n in self._needs(node)}, fused - out)
+        again = (coming | out) & needed
         kept = {self.memory.storage(node) for node in again if node.op != "get_attr"}
         return Cost(
             _total(map(self._moved, aside)) + self._sizes(coming) + self._sizes(going),

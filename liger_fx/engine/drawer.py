@@ -47,12 +47,13 @@ class Drawer:
         """The matches' nodes, and the module that takes their place."""
         nodes = self._in_order(n for match in group for n in (*match.covered, match.root))
         results = {match.root for match in group}
+        handed_out = {term.node for term in replacement.results if term.node is not None}
         return self._one_of_its_kind(
             Drawing(
                 self._before(nodes, results, names),
                 self._after(group, replacement, names),
                 self.costs.before(nodes),
-                self.costs.after(nodes, results, takes_linear),
+                self.costs.after(nodes, results, takes_linear, handed_out),
             )
         )
 

@@ -35,18 +35,24 @@ class Insertion:
         self.graph = facts.trace.graph
         self.place, self.position = place, facts.position[place] - 0.5
 
-    def call(self, path: str, group: Group, replacement: Replacement) -> None:
-        """Call the module at ``path`` and let its results take the place of the matches' roots."""
+    def call(self, path: str, group: Group, replacement: Replacement) -> list[fx.Node]:
+        """Call the module at ``path`` and let its results take the place of the matches' roots, and
+        of the inner values that it gives. The nodes of these, which nothing may read."""
         with self.graph.inserting_before(self.place):
             inputs = tuple(map(self._input, replacement.inputs))
             places = [match.root for match in group]
             places += [term.node for term in replacement.results if term.node is not None]
             if len(places) == 1:
                 self._take_place(places[0], self._node("call_module", path, inputs))
-                return
+                return []
             results = self._node("call_module", path, inputs, spec=None)
-            for i, old in enumerate(places):
-                self._take_place(old, self._node("call_function", operator.getitem, (results, i)))
+            items = [
+                self._node("call_function", operator.getitem, (results, i))
+                for i, _ in enumerate(places)
+            ]
+            for old, node in zip(places, items, strict=True):
+                self._take_place(old, node)
+            return items[len(group) :]
 
     def _take_place(self, old: fx.Node, node: fx.Node) -> None:
         node.meta["spec"] = old.meta["spec"]

@@ -20,6 +20,7 @@ from torch import fx, nn
 from liger_fx.engine.spellings import Lowering, argument
 from liger_fx.engine.term import Term
 from liger_fx.engine.view import View
+from liger_fx.modules import LigerAddRMSNorm
 from liger_fx.tracing.leaf_modules import is_linear
 
 
@@ -85,7 +86,8 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
 
 LAYERS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}
 MODULE_OPS = {
-    "linear", "rms_norm", "alias", "dropout", "silu", "relu", "gelu", "gelu_tanh", "cross_entropy",
+    "linear", "rms_norm", "add_rms_norm", "alias", "dropout", "silu", "relu", "gelu", "gelu_tanh",
+    "cross_entropy",
 }  # fmt: skip
 
 
@@ -103,6 +105,8 @@ def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
     if is_linear(module):
         adapted = hasattr(module, "base_layer")
         return view.make("linear", (x,), node, module=node.target, is_adapted=adapted)
+    if type(module) is LigerAddRMSNorm:  # put there for another call, and called with a sum again
+        return view.make("add_rms_norm", (x,), node, module=node.target)
     if not type(module).__module__.startswith("torch.nn"):
         return None
     match module:

@@ -23,20 +23,32 @@ _FRESH = {
 }  # fmt: skip
 
 
-def check_readers(match: Match) -> None:
+def check_readers(match: Match, facts: Facts) -> None:
     """Inner results that cost something are read by nothing outside the match.
 
     Views, casts and parameters may be: they stay for their other reader. So may what the pattern
-    names `Inner`, by the model's output.
+    names `Inner`, by the model's output, and by anything behind the match where it says so.
     """
     inside = {*match.covered, match.root}
     inner = {term.node for term in map(match.handed_out, match.inner) if term is not None}
     for node in match.covered:
+        if node in match.outside:
+            _check_readers_behind(node, match, inside, facts)
+            continue
         if node is match.root or not (computes(node) or node in inner):
             continue
         for user in node.users:
             if user not in inside and not (node in inner and _is_output(user)):
                 raise Reject(f"an inner result is also read by {describe(user)}", node)
+
+
+def _check_readers_behind(node: fx.Node, match: Match, inside: set[fx.Node], facts: Facts) -> None:
+    """Whether what reads the value, and is no part of the match or stays, stands behind it: there
+    the named module is called."""
+    for user in node.users:
+        stays = user not in inside or (not computes(user) and not inside.issuperset(user.users))
+        if stays and facts.position[user] < facts.position[match.root]:
+            raise Reject(f"an inner result is read before by {describe(user)}", node)
 
 
 def _is_output(node: fx.Node) -> bool:
@@ -96,7 +108,8 @@ def check_later_writes(match: Match, replacement: Replacement, writes: Writes) -
     """
     if not writes.records_gradients(match.root):
         return
-    for value in {node: None for term in replacement.inputs for node in _nodes(term)}:
+    values = (*replacement.inputs, *replacement.results)
+    for value in {node: None for term in values for node in _nodes(term)}:
         write = writes.after(value, match.root)
         if write is not None:
             raise Reject(

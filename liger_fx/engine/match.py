@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ class Match:
 
     root: the node whose value the pattern computes. covered: the nodes that compute it from the
     captured values, in the order in which they were matched. inner: the values on the way that the
-    pattern names `Inner`. found: what the rule's check returned.
+    pattern names `Inner`; outside: the nodes of those that are so `anywhere`. found: what the
+    rule's check returned.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Match:
         covered: tuple[fx.Node, ...],
         view: Terms,
         inner: dict[str, Term] | None = None,
+        anywhere: Iterable[str] = (),
     ) -> None:
         self.root, self.view, self.inner = root, view, inner or {}
+        self.outside = {self.bare(name).node for name in anywhere}
         self.found: Any = None
         self._bound = bound
         inputs = {t.node for t in bound.values() if isinstance(t, Term)}
@@ -76,6 +80,13 @@ class Match:
         while term.node is None or inside.issuperset(term.node.users):
             if not is_transparent(term):
                 return None
+            term = term.operands[0]
+        return term
+
+    def bare(self, name: str) -> Term:
+        """The inner value before any cast."""
+        term = self.inner[name]
+        while is_transparent(term):
             term = term.operands[0]
         return term
 

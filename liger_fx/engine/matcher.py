@@ -28,7 +28,9 @@ def find(pattern: p.Pattern, root: fx.Node, view: Terms) -> Iterator[Match | Mis
     attempt, fits = Attempt(view, root.meta.get("call")), False
     for _ in attempt.match(pattern, view(root)):
         fits = True
-        yield Match(root, dict(attempt.bound), tuple(attempt.covered), view, dict(attempt.inner))
+        bound, inner = dict(attempt.bound), dict(attempt.inner)
+        anywhere = attempt.anywhere & inner.keys()
+        yield Match(root, bound, tuple(attempt.covered), view, inner, anywhere)
     if not fits and attempt.furthest is not None:
         yield attempt.furthest
 
@@ -40,6 +42,7 @@ class Attempt:
         self.view, self.home = view, home
         self.bound: dict[str, Any] = {}
         self.inner: dict[str, Term] = {}
+        self.anywhere: set[str] = set()
         self.covered: list[fx.Node] = []
         self.furthest: Miss | None = None
 
@@ -127,10 +130,15 @@ class Attempt:
         del self.covered[mark:]
 
     def _match_inner(self, pattern: p.Inner, term: Term) -> Iterator[None]:
+        before = self.inner.get(pattern.name)
+        if pattern.anywhere:
+            self.anywhere.add(pattern.name)
         for _ in self.match(pattern.value, term):
             self.inner[pattern.name] = term
             yield
             del self.inner[pattern.name]
+            if before is not None:  # the name stands twice
+                self.inner[pattern.name] = before
 
     def _match_either(self, pattern: p.Either, term: Term) -> Iterator[None]:
         for alternative in pattern.alternatives:

@@ -52,12 +52,20 @@ class Memory:
         if node.op in ("placeholder", "get_attr"):
             return False
         name = self.operator(node)
+        if name == "getitem" and self._is_result(node):
+            return False
         if node.op == "call_module" and "dropout" in name:
             return not self.module(node).training
         if name in CASTS and node.all_input_nodes:
             source, target = (n.meta.get("spec") for n in (node.all_input_nodes[0], node))
             return source is not None and target is not None and source.dtype == target.dtype
         return name in _VIEWS
+
+    @staticmethod
+    def _is_result(item: fx.Node) -> bool:
+        """Whether it is one of the tensors that a module returns, and no part of a tensor."""
+        source = item.all_input_nodes[0]
+        return source.op == "call_module" and "spec" not in source.meta
 
     def storage(self, node: fx.Node) -> fx.Node:
         """The node whose memory this one's value lies in."""

@@ -90,14 +90,16 @@ class Mounting:
     def _owner(self, match: Match) -> tuple[Owner, tuple[Any, ...]]:
         """The module that computes the match and nothing else, and what it was called with."""
         root = match.root
-        if root.op == "call_module" and set(match.covered) <= {root}:
+        if root.op == "call_module" and set(match.covered) <= {root, *match.outside}:
             return Owner(str(root.target), self.facts.module(str(root.target))), self._arguments(
                 root
             )
         call = self.facts.call(root)
         for node in match.covered:
             inner = self.facts.call(node)
-            if computes(node) and not self.facts.is_inside(inner, call):
+            if node in match.outside or not computes(node):
+                continue
+            if not self.facts.is_inside(inner, call):
                 raise Reject(
                     f"its parts sit in different modules, {inner.path} and {call.path}", node
                 )
@@ -125,7 +127,8 @@ class Mounting:
         replacement = self.rule.build(match, owner)
         if replacement is None:
             raise Reject("there is no named module for it", match.root)
-        if tuple(term.node and self.facts.now(term.node) for term in replacement.inputs) != args:
+        given = replacement.inputs if replacement.called_with is None else replacement.called_with
+        if tuple(term.node and self.facts.now(term.node) for term in given) != args:
             raise Reject(f"{type(owner.module).__name__} is called with something else", match.root)
         old, new = (
             owner.module.state_dict(keep_vars=True),
@@ -152,7 +155,7 @@ class Mounting:
             return False
         try:
             found.found = self.rule.check(found)
-            check_readers(found)
+            check_readers(found, self.facts)
             check_effects(found, self.facts)
             other, args = self._owner(found)
             replacement = self._fitting(found, other, args)

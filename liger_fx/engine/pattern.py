@@ -199,10 +199,15 @@ class Part(Pattern):
 @dataclass(frozen=True, eq=False)
 class Inner(Pattern):
     """A value inside the formula, under a name, that the model's output may hold as well: it is
-    then a further result of the named module."""
+    then a further result of the named module.
+
+    anywhere: whether everything behind the formula may read it, and it may be computed outside the
+    module whose place the named module takes, which is called with it.
+    """
 
     name: str
     value: Pattern
+    anywhere: bool = False
 
     def below(self) -> tuple[Pattern, ...]:
         return (self.value,)

@@ -75,6 +75,7 @@ class _Pass:
         self.rule, self.selection = rule, selection
         self.mounting = Mounting(rule, facts, view)
         self.plans: dict[fx.Node, Plan] = {}
+        self.given: list[fx.Node] = []
 
     def run(self, sites: list[Site]) -> bool:
         """Append the rule's sites; whether the graph has changed."""
@@ -85,14 +86,15 @@ class _Pass:
         for group, plan in pair_up(self.rule, matches, self.plans, self.facts):
             self._replace(group, plan, sites)
         if matches:
-            erase_unread(self.facts, (n for m in matches for n in (*m.covered, m.root)))
+            gone = [n for m in matches for n in (*m.covered, m.root)]
+            erase_unread(self.facts, (*gone, *self.given))
             self.facts.trace.graph.lint()
         return bool(matches)
 
     def _allow(self, match: Match) -> None:
         """Raises Reject; what was decided is kept for the replacement."""
         match.found = self.rule.check(match)
-        check_readers(match)
+        check_readers(match, self.facts)
         check_effects(match, self.facts)
         check_hooks(match, self.facts)
         plan = self.mounting.plan(match)
@@ -122,4 +124,4 @@ class _Pass:
         if plan.owner is not None and root.op != "call_module":  # its caller makes the node now
             caller = self.facts.caller(root)
             meta.update(call=caller.index, module=caller.path)
-        Insertion(self.facts, place, meta).call(path, group, plan.replacement)
+        self.given += Insertion(self.facts, place, meta).call(path, group, plan.replacement)

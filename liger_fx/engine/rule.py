@@ -62,12 +62,15 @@ class Replacement:
     The module's state_dict has the keys of the owner's where it takes the owner's place, and is
     empty where it is mounted beside: parameters of other modules are inputs then.
     results: inner values that the module gives as well, after the value of the root.
+    called_with: what the owner was called with, where that is not `inputs` but an inner value. The
+    module still takes that, too: where no graph serves a call, the model's own code calls it.
     """
 
     module: nn.Module
     inputs: tuple[Term, ...]
     name: str
     results: tuple[Term, ...] = ()
+    called_with: tuple[Term, ...] | None = None
 
 
 class Rule(ABC):

@@ -1,5 +1,6 @@
 """The named modules that take the place of what was matched: what `print(model)` then shows."""
 
+from liger_fx.modules.add_rms_norm import LigerAddRMSNorm
 from liger_fx.modules.gated_mlp import LigerGEGLUMLP, LigerReGLUMLP, LigerSwiGLUMLP
 from liger_fx.modules.gated_product import LigerGEGLU, LigerReGLU, LigerSwiGLU
 from liger_fx.modules.linear_cross_entropy import LigerFusedLinearCrossEntropy
@@ -8,6 +9,7 @@ from liger_fx.modules.rms_norm import LigerRMSNorm
 from liger_fx.modules.rotary import LigerRotaryEmbedding, LigerSingleRotaryEmbedding
 
 __all__ = [
+    "LigerAddRMSNorm",
     "LigerFusedLinearCrossEntropy",
     "LigerGEGLU",
     "LigerGEGLUMLP",

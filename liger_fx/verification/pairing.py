@@ -9,6 +9,7 @@ stands for shows in the nodes that read it: at the same place they read the old 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -66,9 +67,26 @@ def _counterpart(node: fx.Node, alone: bool, old: dict[str, fx.Node]) -> fx.Node
                 return theirs[mine.index(node)]
     replaced = {name for name in node.meta["rewrite"].replaced if name in old}
     leaving = [old[n] for n in replaced if any(u.name not in replaced for u in old[n].users)]
+    if len(leaving) == 2 and node.target is operator.getitem:
+        root, inner = max(leaving), min(leaving)
+        if _comes_from(root, inner, replaced):  # the module gives inner values after the root's
+            return (root, inner)[int(node.args[1])]  # type: ignore[arg-type]
     if not alone or len(leaving) != 1:
         raise LookupError(f"{node.name} may stand for any of {sorted(map(str, leaving))}")
     return leaving[0]
+
+
+def _comes_from(node: fx.Node, source: fx.Node, inside: Collection[str]) -> bool:
+    """Whether a node is computed from another one, by nodes of these names."""
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        here = pending.pop()
+        if here is source:
+            return True
+        if here not in seen and here.name in inside:
+            seen.add(here)
+            pending += here.all_input_nodes
+    return False
 
 
 def between(inputs: Collection[fx.Node], results: Collection[fx.Node]) -> list[fx.Node]:

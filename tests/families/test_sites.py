@@ -2,6 +2,8 @@
 
 The numbers follow from the models' code: a norm before attention, before the MLP and at the end
 (2 per layer + 1), plus norms after them, norms on q and k, or norms inside a low-rank projection.
+The norm before the MLP is that of a sum made in the same layer (1 per layer), but where norms stand
+only after each block.
 """
 
 from __future__ import annotations
@@ -16,23 +18,23 @@ from tests.support.families import FAMILIES, make_inputs
 from tests.support.pairs import pair
 
 # family: sites rewritten per rule, in the tiny models of tests/support/families.py
-RMS, ROTARY, MLP = "rms_norm", "rotary_embedding", "gated_mlp"
+RMS, ADD, ROTARY, MLP = "rms_norm", "add_rms_norm", "rotary_embedding", "gated_mlp"
 SITES: dict[str, dict[str, int]] = {
-    "llama": {RMS: 5, ROTARY: 2, MLP: 2},
-    "mistral": {RMS: 5, ROTARY: 2, MLP: 2},
-    "qwen2": {RMS: 5, ROTARY: 2, MLP: 2},
-    "qwen3": {RMS: 9, ROTARY: 2, MLP: 2},  # + q_norm, k_norm
-    "gemma": {RMS: 5, ROTARY: 2, MLP: 2},
-    "gemma2": {RMS: 9, ROTARY: 2, MLP: 2},  # + a norm after each block
-    "gemma3_text": {RMS: 13, ROTARY: 2, MLP: 2},  # + both
-    "phi3": {RMS: 5, ROTARY: 2, MLP: 2},
-    "glm4": {RMS: 9, ROTARY: 2, MLP: 2},  # + a norm after each block
+    "llama": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
+    "mistral": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
+    "qwen2": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
+    "qwen3": {RMS: 7, ADD: 2, ROTARY: 2, MLP: 2},  # + q_norm, k_norm
+    "gemma": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
+    "gemma2": {RMS: 7, ADD: 2, ROTARY: 2, MLP: 2},  # + a norm after each block
+    "gemma3_text": {RMS: 11, ADD: 2, ROTARY: 2, MLP: 2},  # + both
+    "phi3": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
+    "glm4": {RMS: 7, ADD: 2, ROTARY: 2, MLP: 2},  # + a norm after each block
     "olmo2": {RMS: 9, ROTARY: 2, MLP: 2},  # only after each block; q_norm, k_norm
     "cohere2": {ROTARY: 3, MLP: 4},  # LayerNorms; the layer of full attention is NoPE
-    "granite": {RMS: 5, ROTARY: 2, MLP: 2},
-    "smollm3": {RMS: 9, ROTARY: 3, MLP: 4},  # the fourth layer is NoPE
-    "deepseek_v3": {RMS: 9, ROTARY: 2, MLP: 2},  # + q_a, kv_a; one MLP is the shared expert
-    "mixtral": {RMS: 5, ROTARY: 2},  # the experts stay
+    "granite": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
+    "smollm3": {RMS: 5, ADD: 4, ROTARY: 3, MLP: 4},  # the fourth layer is NoPE
+    "deepseek_v3": {RMS: 7, ADD: 2, ROTARY: 2, MLP: 2},  # + q_a, kv_a; one MLP is the shared expert
+    "mixtral": {RMS: 3, ADD: 2, ROTARY: 2},  # the experts stay
 }
 
 # family: sites refused, by rule, with words of the reason; in every other family there is none
@@ -88,7 +90,10 @@ def test_the_tree_tells_the_truth(name: str) -> None:
     norms, mlps = expected_paths(model)
     mlp_class = "LigerGEGLUMLP" if name in GELU else "LigerSwiGLUMLP"
     if name != "cohere2":
-        assert {tree[path] for path in norms} == {"LigerRMSNorm"}
+        norm_classes = Counter(tree[path] for path in norms)
+        added = SITES[name].get(ADD, 0)
+        assert norm_classes.pop("LigerAddRMSNorm", 0) == added
+        assert norm_classes == {"LigerRMSNorm": len(norms) - added}
     assert {tree[path] for path in mlps} <= {mlp_class}
     for path, module in model.named_modules():
         if path.count(".") == 2 and path.startswith("model.layers."):

@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from liger_fx.kernels.activation import activation
+from liger_fx.kernels.add_rms_norm import add_rms_norm
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
 from liger_fx.kernels.launch import INTERPRETED
 from liger_fx.kernels.linear_cross_entropy import Form
@@ -47,6 +48,21 @@ DIRECT: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     ),
     "rms_norm backward, frozen": lambda: (
         OPS.rms_norm_backward, (torch.randn(4, 8), torch.randn(4, 8), None, 1e-5, 1.0, False)
+    ),
+    "add_rms_norm": lambda: (
+        OPS.add_rms_norm,
+        (leaf(torch.randn(3, 5, 8)), leaf(torch.randn(3, 5, 8)), leaf(torch.randn(8)), 1e-5, 1.0,
+         None),
+    ),
+    "add_rms_norm, other strides": lambda: (
+        OPS.add_rms_norm, (heads(5, 3, 8), leaf(torch.randn(2, 3, 5, 8)), None, 1e-5, 0.0, BF16)
+    ),
+    "add_rms_norm of heads": lambda: (
+        OPS.add_rms_norm, (heads(5, 3, 8), leaf(heads(5, 3, 8)), torch.randn(8), 1e-5, 0.0, None)
+    ),
+    "add_rms_norm backward": lambda: (
+        OPS.add_rms_norm_backward,
+        (heads(5, 3, 8), torch.randn(2, 3, 5, 8), heads(5, 3, 8), torch.randn(8), 1e-5, 1.0, True),
     ),
     "rope": lambda: (
         OPS.rope, (leaf(heads(5, 3, 8)), table(5, 6), table(5, 6), True, False, False, False, BF16)
@@ -114,14 +130,16 @@ def test_fake_tensors_have_the_real_layout(case: str) -> None:
 
 def every_op(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
     """x: (batch, heads, tokens, 8). Each operator once."""
-    x = rms_norm(x, weight, 1e-5, 1.0)
+    x, s = add_rms_norm(rms_norm(x, weight, 1e-5, 1.0), x, weight, 1e-5)
+    x = x + s
     q, k = rope_pair(x, x, cos, cos, interleaved_in=True)
     q = gated_activation(q, rope(k, cos, cos), "silu") + activation(k, "relu")
     return packed_gated_activation(torch.cat((q, k), dim=-1), "gelu")
 
 
 NAMES = [
-    "rms_norm", "rope_pair", "rope", "gated_activation", "activation", "packed_gated_activation"
+    "rms_norm", "add_rms_norm", "rope_pair", "rope", "gated_activation", "activation",
+    "packed_gated_activation",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from liger_fx.kernels.activation import activation, activation_reference
+from liger_fx.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from liger_fx.kernels.gated_activation import (
     gated_activation,
     gated_activation_reference,
@@ -44,6 +45,11 @@ CASES: dict[str, tuple[int, Function, Function]] = {
     ),
     "rms_norm without weight": (
         1, lambda x: rms_norm(x, None, 1e-5), lambda x: rms_norm_reference(x, None, 1e-5)
+    ),
+    "add_rms_norm": (
+        2,
+        lambda x, y: torch.stack(add_rms_norm(x, y, y[0, 0, 0], 1e-5, 1.0)),
+        lambda x, y: torch.stack(add_rms_norm_reference(x, y, y[0, 0, 0], 1e-5, 1.0)),
     ),
     "rope": (
         1,

@@ -1,0 +1,204 @@
+"""A residual connection and the RMSNorm behind it: both the sum and its norm are wanted.
+
+    s = a + b; y = rms_norm(s, weight, eps, offset)
+    ->  y, s = add_rms_norm(a, b, weight, eps, offset)      s is written once and not read again
+
+The norm is that of the sum as it is rounded to its dtype, so that both results are those of the two
+operations one after the other. With ds and dy the gradients of the two, the sum's is
+
+    da = db = ds + rms_norm_backward(dy, s, weight)         added in float32, rounded once
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from liger_fx.kernels.launch import ceil_div, launch, uses_triton
+from liger_fx.kernels.layout import empty_rows_like
+from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.rms_norm import (
+    MAX_WIDTH,
+    forward_launch,
+    norm_backward,
+    norm_backward_fake,
+    norm_forward,
+    rms_norm_backward,
+    rms_norm_reference,
+)
+
+Two = tuple[torch.Tensor, torch.Tensor]
+
+
+def add_rms_norm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Two:
+    """y = rms_norm(s, weight, eps, offset, out_dtype) of s = a + b, and s.
+
+    a, b: (..., width), of one shape and dtype, any strides. The rest is as `rms_norm` has it; s has
+    the values and strides of torch.add. ValueError for other shapes or dtypes.
+    Gradients: a and b get one and the same tensor; either result may have none.
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(
+            f"add_rms_norm: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)} differ"
+        )
+    if weight is not None and weight.shape != a.shape[-1:]:
+        raise ValueError(
+            f"add_rms_norm: weight must have shape ({a.shape[-1]},), not {tuple(weight.shape)}"
+        )
+    y, s = _add_rms_norm(a, b, weight, eps, offset, out_dtype)
+    return y, s
+
+
+def add_rms_norm_reference(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Two:
+    """What `add_rms_norm` computes, in PyTorch's own operations."""
+    s = torch.add(a, b)
+    return rms_norm_reference(s, weight, eps, offset, out_dtype), s
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    a_ptr, b_ptr, w_ptr, y_ptr, s_ptr, rows, width, eps, offset,
+    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    mask = (row < rows)[:, None] & (col < width)[None, :]
+    place = row[:, None] * width + col[None, :]
+    a = tl.load(a_ptr + place, mask, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + place, mask, other=0.0).to(tl.float32)
+    s = (a + b).to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + place, s, mask)
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + col, col < width, other=0.0).to(tl.float32) + offset
+    s = s.to(tl.float32)
+    r = tl.rsqrt(tl.sum(s * s, axis=1) / width + eps)
+    y = s * r[:, None]
+    if HAS_WEIGHT:
+        y = y * w[None, :]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask)
+
+
+def _forward(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    out_dtype: torch.dtype | None,
+) -> Two:
+    width, dense = a.shape[-1], a.is_contiguous() and b.is_contiguous() and a.numel() > 0
+    if not (dense and uses_triton(a, b, weight)) or width > MAX_WIDTH:
+        s = torch.add(a, b)
+        return norm_forward(s, weight, eps, offset, out_dtype), s
+    s = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    y = torch.empty(a.shape, dtype=out_dtype or a.dtype, device=a.device)
+    tile = forward_launch(width)
+    rows = a.numel() // width
+    launch(
+        _forward_kernel, ceil_div(rows, tile.rows), a.device,
+        a, b, None if weight is None else weight.contiguous(), y, s, rows, width, eps, offset,
+        HAS_WEIGHT=weight is not None, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
+    )  # fmt: skip
+    return y, s
+
+
+def _fake(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    out_dtype: torch.dtype | None,
+) -> Two:
+    s = torch.add(a, b)
+    return empty_rows_like(s, out_dtype), s
+
+
+def _backward(
+    ds: torch.Tensor,
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    weight_grad: bool,
+) -> Two:
+    return norm_backward(dy, s, weight, eps, offset, weight_grad, ds)
+
+
+def _backward_fake(
+    ds: torch.Tensor,
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    weight_grad: bool,
+) -> Two:
+    return norm_backward_fake(dy, s, weight, eps, offset, weight_grad)
+
+
+_add_rms_norm = define_op(
+    "add_rms_norm(Tensor a, Tensor b, Tensor? weight, float eps, float offset,"
+    " ScalarType? out_dtype) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+_add_rms_norm_backward = define_op(
+    "add_rms_norm_backward(Tensor ds, Tensor dy, Tensor s, Tensor? weight, float eps,"
+    " float offset, bool weight_grad) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        offset: float,
+        out_dtype: torch.dtype | None,
+    ) -> Two:
+        y, s = below_autograd(_add_rms_norm, a, b, weight, eps, offset, out_dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(s, weight)
+        ctx.constants = eps, offset
+        return y, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:  # the sum alone was used
+            return ds, ds, None, None, None, None
+        weight_grad = ctx.needs_input_grad[2]
+        given = (*ctx.saved_tensors, *ctx.constants, weight_grad)
+        if ds is None:
+            dx, dw = rms_norm_backward(dy, *given)
+        else:
+            dx, dw = _add_rms_norm_backward(ds, dy, *given)
+        return dx, dx, dw if weight_grad else None, None, None, None
+
+
+differentiate(_add_rms_norm, _AddRMSNorm, add_rms_norm_reference)
