@@ -83,10 +83,7 @@ def _by_pytorch(
     short row's.)"""
     dtype = compute_dtype(x, weight)
     wide = as_wide(x, dtype)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    per = 1 / max(x.shape[-1], 1)
-    mean = torch.rsub(norm.square_(), eps, alpha=-per)  # norm^2 * per + eps
-    y = wide * mean.rsqrt_()
+    y = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     if weight is not None:
         weight = as_wide(weight, dtype)
         y.mul_(weight + offset if offset else weight)

@@ -55,7 +55,7 @@ def test_a_container_that_the_graph_does_not_call(capsys: Captured) -> None:
     [
         (["--site", "model.layers.0.mpl"], "Did you mean model.layers.0.mlp"),
         (["--site", "nowhere"], "'nowhere' is no module of this LlamaForCausalLM."),
-        (["--site", "model", "--rules", "norm"], "'norm' is no rule; there are gated_mlp, "),
+        (["--site", "model", "--rules", "norm"], "'norm' is no rule; there are adapted_linear, "),
     ],
 )
 def test_what_cannot_be_explained(arguments: list[str], said: str, capsys: Captured) -> None:

@@ -19,7 +19,7 @@ def test_a_right_model_is_rewritten_whole() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", VerificationWarning)
         opt = liger_fx.optimize(model, verify=True)
-    assert not opt.report.refused and len(opt.report.rewritten) == 9
+    assert not opt.report.refused and len(opt.report.rewritten) == 10
 
 
 def test_faulty_sites_are_dropped_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_faulty_sites_are_dropped_and_named(monkeypatch: pytest.MonkeyPatch) -> 
     refused = {site.path: site for site in opt.report.refused}
     assert set(refused) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
     assert all("verify dropped it" in str(site.reason) for site in refused.values())
-    assert len(opt.report.rewritten) == 7
+    assert len(opt.report.rewritten) == 8
     assert not any(isinstance(m, LigerRotaryEmbedding) for m in opt.modules())
     ids = torch.randint(0, 64, (2, 7))
     torch.testing.assert_close(opt(ids).logits, model(ids).logits)

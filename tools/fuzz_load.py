@@ -86,7 +86,7 @@ def _is_ours(module: str) -> bool:
 
 def _is_known_code(file: str) -> bool:
     """A graph's generated forward, its guards, or a library's own file being imported."""
-    return file.startswith(("<eval_with_key>", "<guards>", sys.prefix, sys.base_prefix))
+    return file.startswith(("<eval_with_key>", "<graph ", "<guards>", sys.prefix, sys.base_prefix))
 
 
 @contextlib.contextmanager

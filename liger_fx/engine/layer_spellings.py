@@ -103,8 +103,10 @@ def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
     if not isinstance(x, fx.Node) or len(node.args) + len(node.kwargs) != 1:
         return None
     if is_linear(module):
-        adapted = hasattr(module, "base_layer")
-        return view.make("linear", (x,), node, module=node.target, is_adapted=adapted)
+        attributes: dict[str, Any] = {"module": node.target}
+        if hasattr(module, "base_layer"):
+            attributes["is_adapted"] = True
+        return view.make("linear", (x,), node, **attributes)
     if type(module) is LigerAddRMSNorm:  # put there for another call, and called with a sum again
         return view.make("add_rms_norm", (x,), node, module=node.target)
     if not type(module).__module__.startswith("torch.nn"):

@@ -50,6 +50,10 @@ class LigerLoraLinear(Linear):
             dropped = dropout(x.to(a.dtype)).to(x.dtype)
         return lora_linear(x, dropped, base.weight, base.bias, a, b, self.scaling[adapter])
 
+    def options(self) -> dict[str, Any]:
+        """Nothing: such a layer is made again around PEFT's."""
+        return {}
+
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)  # under its own name, without PEFT's prefix
 

@@ -177,6 +177,8 @@ def _source(opt: Block, plan: Plan, tensors: list[Tensor], class_name: str) -> s
 
 def _import_lines(opt: Block, statements: Statements) -> Iterator[str]:
     named = {type(m).__name__ for m in opt.modules() if named_modules.is_named(m)}
+    if not named <= named_modules.CLASSES.keys():
+        raise SaveError("A model with LoRA layers cannot be written as source: merge them first.")
     imports = {**statements.imports, "safetensors.torch": {"load_file"}}
     if named:
         imports["liger_fx.modules"] = named

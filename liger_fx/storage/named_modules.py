@@ -25,11 +25,13 @@ CLASSES: dict[str, Any] = {
 }
 _KINDS = tuple(CLASSES.values())
 _LARGEST = 2**24
+# Its file needs PEFT, which is there where a model has such a layer.
+_ADAPTED = "LigerLoraLinear"
 
 
 def is_named(module: nn.Module) -> bool:
     """Whether it is one of liger_fx's modules, and no subclass of one."""
-    return type(module) in _KINDS
+    return type(module) in _KINDS or type(module).__name__ == _ADAPTED
 
 
 def describe(root: nn.Module) -> list[NamedModule]:
@@ -56,9 +58,9 @@ def check(record: NamedModule) -> None:
 
     What the record says of the tree is held against it by ``install``.
     """
-    if record.class_ not in CLASSES:
+    if record.class_ not in (*CLASSES, _ADAPTED):
         raise LoadError(f"{shown(record.class_)} is no named module", "class")
-    known = _option_types(CLASSES[record.class_])
+    known = {} if record.class_ == _ADAPTED else _option_types(CLASSES[record.class_])
     for name, value in record.options.items():
         if name not in known:
             raise LoadError(f"{record.class_} has no option {shown(name)}", "options")
@@ -107,6 +109,8 @@ def _at(root: nn.Module, path: str) -> nn.Module:
 
 
 def _make(record: NamedModule, original: nn.Module | None) -> nn.Module:
+    if record.class_ == _ADAPTED:
+        return _adapted(record, original)
     taken: dict[str, Any] = {}
     if original is not None:
         held = original._modules if record.children else original._parameters
@@ -130,6 +134,17 @@ def _make(record: NamedModule, original: nn.Module | None) -> nn.Module:
         if tensor is not None and tuple(tensor.shape) != (width,):
             raise LoadError(f"{name} of {record.path} has {list(tensor.shape)}", "options.width")
     return made
+
+
+def _adapted(record: NamedModule, original: Any) -> nn.Module:
+    kind = type(original)
+    if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
+        raise LoadError(f"{record.path} is no linear layer with PEFT's LoRA around it", "path")
+    if record.parameters or record.children != list(original._modules):
+        raise LoadError(f"are not those of this {record.class_}", "children")
+    from liger_fx.modules.lora_linear import LigerLoraLinear
+
+    return LigerLoraLinear.around(original)
 
 
 def check_calls(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:

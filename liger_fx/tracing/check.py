@@ -40,5 +40,6 @@ class Check:
 def _factory(text: str, count: int) -> Any:
     names = ", ".join(f"v{n}" for n in range(count))
     scope: dict[str, Any] = {}
-    exec(f"def make({names}):\n    def holds(): return {text}\n    return holds", scope)
+    source = f"def make({names}):\n    def holds(): return {text}\n    return holds"
+    exec(compile(source, "<guards>", "exec"), scope)
     return scope["make"]

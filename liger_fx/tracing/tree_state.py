@@ -96,8 +96,8 @@ def add_facts(
     # Looked up by name at each check: a parameter may be replaced.
     for path, (dtype, device) in facts.kinds.items():
         group, name = _group_of(root, path)
-        condition = f"(t := {{}}.get({name!r})) is not None and t.dtype is {{}}"
-        check.add(f"{condition} and t.device == {{}}", group, dtype, device)
+        condition = "(t := {}.get({})) is not None and t.dtype is {} and t.device == {}"
+        check.add(condition, group, name, dtype, device)
     unguarded = () if guards.attention_fixed else _ATTENTION
     for place, then in facts.configs.items():
         if place in now:
@@ -127,7 +127,7 @@ def add_state(
             check.add(f"{{}}.get('gradient_checkpointing', False) is {on}", held)
     # A module that is exchanged for another has code that was not traced.
     for group, name in _places(root, modules, called):
-        check.add(f"{{}}.get({name!r}) is {{}}", group, group.get(name))
+        check.add("{}.get({}) is {}", group, name, group.get(name))
 
 
 def _places(

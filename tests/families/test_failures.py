@@ -245,7 +245,9 @@ def test_torch_compile_goes_through_the_graphs() -> None:
     results[0].loss.backward()
     assert len(seen) == 1
     ours = [n for n in seen[0].graph.nodes if "liger_fx" in str(n.target)]
-    assert len(ours) >= len(opt.report.rewritten), "our operators are nodes of what is compiled"
+    # The loss is computed from the logits there, which are a result of what is compiled.
+    sites = [s for s in opt.report.rewritten if s.rule != "linear_cross_entropy"]
+    assert len(ours) >= len(sites), "our operators are nodes of what is compiled"
 
 
 class TakesArgs(nn.Module):

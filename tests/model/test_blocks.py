@@ -108,19 +108,20 @@ def test_an_edited_graph_is_that_layers_alone() -> None:
     model = tiny_model("llama", 2)
     opt = liger_fx.optimize(model)
     layers, inputs = opt.model.layers, example_inputs(model, 2, 5)
-    before, code = opt(**inputs).logits, layers[0].code
+    before, code, sites = opt(**inputs).logits, layers[0].code, len(opt.report.rewritten)
     add = next(n for n in layers[1].graph.nodes if n.name.startswith("add"))
     add.op, add.target = "call_function", operator.sub
     layers[1].recompile()
     assert "-" in layers[1].code and layers[0].code == code
     assert not torch.allclose(opt(**inputs).logits, before)
-    assert len(opt.report.rewritten) == 9
+    assert len(opt.report.rewritten) == sites
 
 
 def test_layers_that_were_changed_keep_their_sites() -> None:
     """A hook in one layer: its new graph is traced through the named modules that are there."""
     model = tiny_model("llama", 2)
     opt = liger_fx.optimize(model)
+    opt(**example_inputs(model, 2, 5))
     sites = {(s.rule, s.path) for s in opt.report.rewritten}
     opt.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
     opt(**example_inputs(model, 2, 5))
