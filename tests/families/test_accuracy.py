@@ -20,7 +20,9 @@ from tests.support.pairs import fresh, mode, pair
 SHAPES = ((1, 2), (3, 11), (2, 19))
 DRAWS = 3  # with one, the verdict on a tiny model moves by a tenth from seed to seed
 # Two float32 runs that round in another order are this close, in any tensor (measured: below 1e-6).
-ROUNDING = 3e-6
+# (The furthest, deepseek_v3's with labels, are 3.4e-6 apart, and both as near to float64, which is
+# what decides.)
+ROUNDING = 4e-6
 
 
 def calls(model: Any) -> list[dict[str, torch.Tensor]]:

@@ -118,4 +118,4 @@ def test_a_real_model_of_many_layers_is_three_rows() -> None:
     assert report is not None
     assert "3 distinct graphs for 14 blocks; no call fell back" in report.text()
     assert re.search(r"LlamaDecoderLayer +model.layers.0-11 +1 +hidden_states", report.text())
-    assert report.html().count("self.mlp(post_attention_layernorm)") == 1
+    assert report.html().count("self.mlp(") == 1
