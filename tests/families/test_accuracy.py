@@ -7,6 +7,7 @@ a wrong formula at one shape; the verdict against float64 takes the calls of a t
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,11 +19,10 @@ from tests.support.pairs import fresh, mode, pair
 
 # Traced at 3 x 11; batch 1, a length of 2 (one target) and lengths beyond the sliding window of 7.
 SHAPES = ((1, 2), (3, 11), (2, 19))
+Tensors = dict[str, torch.Tensor]
 DRAWS = 3  # with one, the verdict on a tiny model moves by a tenth from seed to seed
 # Two float32 runs that round in another order are this close, in any tensor (measured: below 1e-6).
-# (The furthest, deepseek_v3's with labels, are 3.4e-6 apart, and both as near to float64, which is
-# what decides.)
-ROUNDING = 4e-6
+ROUNDING = 3e-6
 
 
 def calls(model: Any) -> list[dict[str, torch.Tensor]]:
@@ -41,8 +41,23 @@ def judged(model: Any, opt: Any, autocast: torch.dtype | None = None) -> tuple[J
     for inputs, exact in zip(calls(model), exact_runs(model), strict=True):
         theirs, ours = (measure(m, inputs, autocast=autocast) for m in (model, opt))
         judge.add(exact, theirs, ours)
-        apart.append(furthest(ours, theirs))
+        apart.append(furthest(_less_accurate(ours, theirs, exact), theirs))
     return judge, apart
+
+
+def _less_accurate(ours: Run, theirs: Run, exact: Run) -> Run:
+    """Our run, with their tensor where ours is nearer to float64: a router's gradient, a difference
+    of nearly equal sums, is 7e-6 off in the original and 4e-6 here."""
+
+    def chosen(mine: Tensors, other: Tensors, true: Tensors) -> Tensors:
+        nearer = {n for n in mine if relative(mine[n], true[n]) <= relative(other[n], true[n])}
+        return {n: other[n] if n in nearer else mine[n] for n in mine}
+
+    return replace(
+        ours,
+        outputs=chosen(ours.outputs, theirs.outputs, exact.outputs),
+        gradients=chosen(ours.gradients, theirs.gradients, exact.gradients),
+    )
 
 
 @functools.lru_cache(maxsize=1)  # eval and train mode follow each other, and are one to float64
