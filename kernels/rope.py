@@ -283,10 +283,9 @@ def _whole_heads_turned(
     signed, half = torch.cat((sin_a.neg(), sin_b), -1), cos.shape[-1] // 2
     outs = []
     for x, out_dtype in zip(tensors, dtypes, strict=True):
-        wide = x if x.dtype is dtype else x.to(dtype)
+        wide = as_wide(x, dtype)
         y = (wide * wide_cos).addcmul_(wide.roll(half, -1), signed)
-        if y.dtype is not out_dtype:
-            y = y.to(out_dtype or torch.promote_types(x.dtype, cos.dtype))
+        y = as_wide(y, out_dtype or torch.promote_types(x.dtype, cos.dtype))
         outs.append(laid_out(y, x))
     return tuple(outs)
 

@@ -15,7 +15,7 @@ from liger_fx.engine.match import Match
 from liger_fx.engine.operators import mean, rsqrt, square
 from liger_fx.engine.pattern import Constant, Inner, Op, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
-from liger_fx.engine.term import Term, is_transparent, loses_nothing
+from liger_fx.engine.term import Term, bare, loses_nothing
 from liger_fx.modules import LigerAddRMSNorm
 from liger_fx.modules.casting import Cast
 from liger_fx.passes.rms_norm import check_norm, norm_of, options_of
@@ -46,7 +46,7 @@ class AddRMSNorm(Rule):
             if spec != total.spec:
                 raise Reject(f"{spec} is added, and the sum is {total.spec}", total.node)
         for cast in map(match.view, match.covered):
-            if cast.op == "cast" and _bare(cast) is total and not loses_nothing(cast):
+            if cast.op == "cast" and bare(cast) is total and not loses_nothing(cast):
                 raise Reject("the sum is rounded before the norm", cast.node)
         if "named" in match:
             return None
@@ -69,9 +69,3 @@ class AddRMSNorm(Rule):
             if owner is None and "weight" in match:
                 inputs += (match["weight"],)
         return Replacement(module, inputs, self.name, (total,), called_with=(total,))
-
-
-def _bare(term: Term) -> Term:
-    while is_transparent(term):
-        term = term.operands[0]
-    return term

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from liger_fx.engine.pattern import Pattern
-from liger_fx.engine.term import Term, is_transparent
+from liger_fx.engine.term import Term, bare, is_transparent
 from liger_fx.engine.terms import Terms
 from liger_fx.tracing.trace import TensorSpec
 
@@ -85,10 +85,7 @@ class Match:
 
     def bare(self, name: str) -> Term:
         """The inner value before any cast."""
-        term = self.inner[name]
-        while is_transparent(term):
-            term = term.operands[0]
-        return term
+        return bare(self.inner[name])
 
     @property
     def constants(self) -> dict[str, Any]:

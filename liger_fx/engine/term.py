@@ -108,6 +108,13 @@ def is_transparent(term: Term) -> bool:
     return term.op in ("cast", "alias")
 
 
+def bare(term: Term) -> Term:
+    """What a pattern sees of a term: the value before any alias and any such cast."""
+    while is_transparent(term):
+        term = term.operands[0]
+    return term
+
+
 def loses_nothing(cast: Term) -> bool:
     """Whether every value survives a cast between floats: float16 to bfloat16 loses some."""
     source, target = cast.operands[0].spec, cast.spec

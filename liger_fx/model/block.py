@@ -27,7 +27,7 @@ from liger_fx.model.apart import apart, in_the_midst, of_plain_sizes
 from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.compiled import call_compiled
 from liger_fx.model.interpreted import graph_to_interpret
-from liger_fx.model.plan import Plan
+from liger_fx.model.plan import Plan, module_at
 from liger_fx.model.planner import NotNow, Planner
 from liger_fx.report.blocks import FallbackRow
 from liger_fx.report.graph_diff import GraphDiff
@@ -43,7 +43,6 @@ from liger_fx.tracing.inner_blocks import collected, collects_inside, examples_o
 from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.patches import is_tracing
 from liger_fx.tracing.tree_state import GLOBAL_HOOKS
-from liger_fx.tracing.walk import modules_by_path
 
 Ready = tuple[Take, Callable[[], bool], Callable[..., Any], Plan]
 
@@ -103,9 +102,8 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[], bool]:
 def _compiled_check(plan: Plan, block: Any) -> Callable[[], bool]:
     check = Check()
     plan.guards.add_modes(check)
-    there = modules_by_path(block) if plan.called else {}
     for path, alike in plan.called.items():
-        if isinstance(inner := there.get(path), Block):
+        if isinstance(inner := module_at(block, path), Block):
             check.add("{}.alike is {}", inner._block, alike)
     plan.add_states(check, block)
     return check.compiled()

@@ -25,7 +25,7 @@ from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Guards, Take, compile_take
 from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
-from liger_fx.tracing.tree_state import Kind, Modules, TreeFacts, add_facts, add_state
+from liger_fx.tracing.tree_state import Kind, Modules, Tree, TreeFacts, add_facts, add_state
 from liger_fx.tracing.walk import modules_by_path
 
 Operators = dict[str, int]
@@ -98,7 +98,7 @@ class Plan:
 
     def stands(self, block: Any) -> bool:
         """Whether the blocks that the graph calls are there, and grouped as they were."""
-        there = {path: _module_at(block, path) for path in self.called}
+        there = {path: module_at(block, path) for path in self.called}
         if any(_alike_of(there[path]) is not alike for path, alike in self.called.items()):
             return False
         alone = [(path, n) for path, n in self.inner if self._is_alone(path)]
@@ -110,12 +110,12 @@ class Plan:
     def fits(self, block: nn.Module) -> bool:
         """Whether the dtypes, devices and configs of the tree are those the graph was made for."""
         check = Check()
-        add_facts(check, *self._tree(block))
+        add_facts(check, self._tree(block))
         return check.compiled()()
 
-    def _tree(self, block: nn.Module) -> tuple[nn.Module, Modules, TreeFacts, Guards, list[str]]:
-        modules = self.followed_modules(block)
-        return block, modules, self.facts, self.guards, [path for path, _ in self.inner]
+    def _tree(self, block: nn.Module) -> Tree:
+        called = [path for path, _ in self.inner]
+        return Tree.of(block, self.followed_modules(block), self.facts, self.guards, called)
 
     def add_states(self, check: Check, block: Any) -> None:
         """Add that the block is as the graph assumes: its modes, hooks, dtypes, devices and
@@ -123,9 +123,9 @@ class Plan:
 
         (What a layer returns depends on what the graph around it checks as well: dtypes, configs.)
         """
-        add_state(check, *self._tree(block))
+        add_state(check, self._tree(block))
         for path, number in self.inner:
-            alike = _alike_of(inner := _module_at(block, path))
+            alike = _alike_of(inner := module_at(block, path))
             if alike is None:  # gone, which the state above tells
                 continue
             if len(alike.members) == 1 and number < len(alike.plans):
@@ -212,7 +212,7 @@ class Plan:
         self._prepare()
 
 
-def _module_at(root: nn.Module, path: str) -> Any:
+def module_at(root: nn.Module, path: str) -> Any:
     """The module at a path below ``root``; None where there is none any more."""
     module: Any = root
     for name in path.split("."):

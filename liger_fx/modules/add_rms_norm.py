@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 
 from liger_fx.kernels.add_rms_norm import add_rms_norm
-from liger_fx.kernels.launch import compute_dtype
-from liger_fx.modules.casting import result_dtype
 from liger_fx.modules.rms_norm import LigerRMSNorm
 
 
@@ -32,10 +30,4 @@ class LigerAddRMSNorm(LigerRMSNorm):
         """
         if residual is None:
             return super().forward(hidden_states, weight)
-        if weight is None:
-            weight = self._parameters[self.weight_name]
-        eps = self.eps
-        if eps is None:
-            eps = torch.finfo(compute_dtype(hidden_states)).eps
-        out_dtype = result_dtype(self.cast, hidden_states, weight)
-        return add_rms_norm(hidden_states, residual, weight, eps, self.offset, out_dtype)
+        return add_rms_norm(hidden_states, residual, *self._given(hidden_states, weight))

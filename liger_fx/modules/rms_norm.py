@@ -17,6 +17,8 @@ from liger_fx.kernels.rms_norm import rms_norm
 from liger_fx.modules.casting import Cast, check_cast, result_dtype
 from liger_fx.modules.origin import NamedModule
 
+Given = tuple[torch.Tensor | None, float, float, torch.dtype]
+
 
 class LigerRMSNorm(NamedModule):
     """y = x * rsqrt(mean(x^2, -1) + eps) * (offset + weight), in float32 and rounded once.
@@ -56,13 +58,14 @@ class LigerRMSNorm(NamedModule):
         """hidden_states: (..., width). weight: (width,), used in place of the registered one.
         Returns (..., width) in the dtype that `cast` says.
         """
+        return rms_norm(hidden_states, *self._given(hidden_states, weight))
+
+    def _given(self, x: torch.Tensor, weight: torch.Tensor | None) -> Given:
+        """What a norm of x takes besides: weight, eps, offset and the result's dtype."""
         if weight is None:
             weight = self._parameters[self.weight_name]
-        eps = self.eps
-        if eps is None:
-            eps = torch.finfo(compute_dtype(hidden_states)).eps
-        out_dtype = result_dtype(self.cast, hidden_states, weight)
-        return rms_norm(hidden_states, weight, eps, self.offset, out_dtype)
+        eps = torch.finfo(compute_dtype(x)).eps if self.eps is None else self.eps
+        return weight, eps, self.offset, result_dtype(self.cast, x, weight)
 
     def options(self) -> dict[str, Any]:
         """The plain arguments that make such a module again, its weight aside."""

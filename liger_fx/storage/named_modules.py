@@ -31,7 +31,8 @@ _ADAPTED = "LigerLoraLinear"
 
 def is_named(module: nn.Module) -> bool:
     """Whether it is one of liger_fx's modules, and no subclass of one."""
-    return type(module) in _KINDS or type(module).__name__ == _ADAPTED
+    kind = type(module)
+    return kind in _KINDS or kind.__module__ == "liger_fx.modules.lora_linear"
 
 
 def describe(root: nn.Module) -> list[NamedModule]:

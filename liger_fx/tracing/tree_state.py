@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -75,22 +75,41 @@ class TreeFacts:
         return cls(kinds, configs, checkpointed, classes)
 
 
-def add_facts(
-    check: Check,
-    root: nn.Module,
-    modules: Modules,
-    facts: TreeFacts,
-    guards: Guards,
-    called: Iterable[str],
-) -> None:
-    """Add that the module tree is the one of ``facts``: its classes, dtypes, devices and configs.
+class Tree(NamedTuple):
+    """The tree that a graph is to run in.
 
-    ``modules`` are those whose code the graph replaces; ``called`` are the paths of blocks that it
-    calls.
+    modules: those whose code the graph replaces. places: where they, the blocks that it calls and
+    what is around these hang.
     """
+
+    root: nn.Module
+    modules: Modules
+    facts: TreeFacts
+    guards: Guards
+    places: list[tuple[dict[str, Any], str]]
+
+    @classmethod
+    def of(
+        cls,
+        root: nn.Module,
+        modules: Modules,
+        facts: TreeFacts,
+        guards: Guards,
+        called: Iterable[str],
+    ) -> Tree:
+        """``called`` are the paths of the blocks that the graph calls."""
+        # A list of layers may be cut.
+        paths = {above for path in (*modules, *called) if path for above in _and_above(path)}
+        places = [_group_of(root, path, "_modules") for path in sorted(paths)]
+        return cls(root, modules, facts, guards, places)
+
+
+def add_facts(check: Check, tree: Tree) -> None:
+    """Add that the tree is the one of its facts: classes, dtypes, devices and configs."""
+    root, modules, facts, guards, places = tree
     now = configs_of(modules)
     classes = {path: class_of(module) for path, module in modules.items()}
-    gone = any(name not in group for group, name in _places(root, modules, called))
+    gone = any(group.get(name) is None for group, name in places)
     if gone or classes != facts.classes or not now.keys() >= facts.configs.keys():
         check.add("False")
     # Looked up by name at each check: a parameter may be replaced.
@@ -105,17 +124,11 @@ def add_facts(
             check.add("{} == {} or {}()", config.now, config.then, config.holds)
 
 
-def add_state(
-    check: Check,
-    root: nn.Module,
-    modules: Modules,
-    facts: TreeFacts,
-    guards: Guards,
-    called: Iterable[str],
-) -> None:
-    """Add what ``add_facts`` adds, the modes and hooks of ``modules``, and that they and the
-    blocks ``called`` hang where they hung."""
-    add_facts(check, root, modules, facts, guards, called)
+def add_state(check: Check, tree: Tree) -> None:
+    """Add what ``add_facts`` adds, the modes and hooks of the tree's modules, and that they and the
+    blocks that the graph calls hang where they hung."""
+    add_facts(check, tree)
+    root, modules, facts, guards, places = tree
     # The root's own hooks run around the graph, as around any forward.
     hooks = _Hooks([m for m in modules.values() if m is not root])
     check.add("{}.next_id == {}.seen or {}()", RemovableHandle, hooks, hooks.none)
@@ -126,16 +139,8 @@ def add_state(
             held = modules[path].__dict__
             check.add(f"{{}}.get('gradient_checkpointing', False) is {on}", held)
     # A module that is exchanged for another has code that was not traced.
-    for group, name in _places(root, modules, called):
+    for group, name in places:
         check.add("{}.get({}) is {}", group, name, group.get(name))
-
-
-def _places(
-    root: nn.Module, modules: Modules, called: Iterable[str]
-) -> list[tuple[dict[str, Any], str]]:
-    """Where these modules hang, and those around them: a list of layers may be cut."""
-    paths = {above for path in (*modules, *called) if path for above in _and_above(path)}
-    return [_group_of(root, path, "_modules") for path in sorted(paths)]
 
 
 class _Hooks:
