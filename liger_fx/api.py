@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from liger_fx.engine.rule import Selection, discover
+from liger_fx.engine.site import Site
 from liger_fx.errors import (
     MissedSiteError,
     NothingRewrittenWarning,
@@ -24,7 +25,7 @@ from liger_fx.errors import (
     VerificationWarning,
 )
 from liger_fx.inputs import example_arguments
-from liger_fx.model.account import blocks_of, report_of, side_of
+from liger_fx.model.account import blocks_of, side_of, sites_of, tree_rows
 from liger_fx.model.block import Block
 from liger_fx.model.blocks import find_blocks
 from liger_fx.model.build import build
@@ -32,7 +33,6 @@ from liger_fx.model.planner import Planner
 from liger_fx.report.between import Subject
 from liger_fx.report.between import compare as compare_subjects
 from liger_fx.report.blocks import FallbackRow
-from liger_fx.report.facts import tree_rows
 from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.call import UnsupportedCall, flat_inputs
 from liger_fx.tracing.garbage import garbage_kept
@@ -91,7 +91,7 @@ def optimize(
     optimized = _blocks(model, inputs, selection, chosen)
     if verify:
         optimized = _without_faults(model, inputs, selection, chosen, optimized)
-    _judge(model, report_of(optimized), selection, strict)
+    _judge(model, sites_of(optimized), selection, strict)
     return optimized
 
 
@@ -148,7 +148,7 @@ def _without_faults(
         faults = {check.path: check.fault for check in found.sites if check.fault}
         new = {
             (site.rule, site.path): f"verify dropped it: {faults[place]}"
-            for site in report_of(optimized).sites
+            for site in sites_of(optimized)
             if (place := (site.after or "").removeprefix("call_module ")) in faults
         }
         if not new:
@@ -224,20 +224,20 @@ def _selection(model: nn.Module, rules: Iterable[str] | None, exclude: Iterable[
     return selection
 
 
-def _judge(model: nn.Module, report: GraphDiff, selection: Selection, strict: bool) -> None:
+def _judge(model: nn.Module, sites: tuple[Site, ...], selection: Selection, strict: bool) -> None:
     name = type(model).__name__
-    refused = len(report.refused)
+    refused = [site for site in sites if site.reason is not None]
     # What the caller chose to leave alone is not missed.
-    missed = [s for s in report.refused if selection.refusal(s.rule, s.path) is None]
+    missed = [s for s in refused if selection.refusal(s.rule, s.path) is None]
     if strict and missed:
         first = missed[0]
         raise MissedSiteError(
-            f"{name}: {len(missed)} of {len(report.sites)} sites were not rewritten; the first is "
+            f"{name}: {len(missed)} of {len(sites)} sites were not rewritten; the first is "
             f"{first.path} ({first.rule}): {first.reason}"
         )
-    if report.rewritten:
+    if len(refused) < len(sites):
         return
-    text = f"{name}: nothing was rewritten; the result's report lists {refused} refused sites."
+    text = f"{name}: nothing was rewritten; the result's report lists {len(refused)} refused sites."
     if strict:
         raise MissedSiteError(text)
     warnings.warn(text, NothingRewrittenWarning, stacklevel=3)

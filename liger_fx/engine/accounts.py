@@ -16,7 +16,7 @@ from liger_fx.engine.search import Refusal
 from liger_fx.engine.site import Site
 from liger_fx.engine.term import describe
 from liger_fx.tracing.trace import Source, Trace
-from liger_fx.tracing.walk import modules_by_path
+from liger_fx.tracing.walk import module_at
 
 
 def rewritten(rule: Rule, group: Sequence[Match], plan: Plan, path: str, facts: Facts) -> Site:
@@ -98,9 +98,8 @@ def _called(trace: Trace) -> dict[str, tuple[str, Source | None, bool]]:
         if node.op == "call_module":
             leaves.setdefault(str(node.target), node)
     called = {c.path: (c.cls.__name__, first.get(c.index), False) for c in trace.calls if c.path}
-    modules = modules_by_path(trace.root, every_place=True)
     for path, node in leaves.items():
-        cls = type(modules[path])
+        cls = type(module_at(trace.root, path))
         if not cls.__module__.startswith(("torch.nn", "liger_fx.")):
             called[path] = (cls.__name__, node.meta.get("source"), True)
         else:

@@ -27,6 +27,7 @@ from liger_fx.engine.writes import Writes
 from liger_fx.modules.origin import remember
 from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.trace import ModuleCall
+from liger_fx.tracing.walk import modules_by_path
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # a new child would change what they do
 
@@ -181,7 +182,7 @@ class Mounting:
         """Every place of the tree where the module hangs: tied modules hang in several."""
         if self._homes is None:
             self._homes = defaultdict(list)
-            for parent in self.facts.root.modules():
+            for parent in modules_by_path(self.facts.root).values():
                 for name, child in parent._modules.items():
                     self._homes[id(child)].append((parent, name))
         return self._homes.get(id(module), [])

@@ -156,9 +156,11 @@ class Selection:
 
     def unknown(self, rules: Iterable[Rule], root: nn.Module) -> list[str]:
         """The entries that name no rule and no module: most likely misspelled."""
+        entries = (*(self.chosen or ()), *self.excluded)
+        if not entries:
+            return []
         names = [rule.name for rule in rules]
         paths = modules_by_path(root, every_place=True)
-        entries = (*(self.chosen or ()), *self.excluded)
         return [
             entry
             for entry in entries

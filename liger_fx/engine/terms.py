@@ -16,7 +16,7 @@ from liger_fx.engine.spellings import ARITHMETIC
 from liger_fx.engine.term import Term
 from liger_fx.engine.view import View
 from liger_fx.engine.views import VIEWS
-from liger_fx.tracing.walk import modules_by_path
+from liger_fx.tracing.walk import module_at
 
 _LOWERINGS = {**ARITHMETIC, **LAYERS, **VIEWS}
 
@@ -28,7 +28,7 @@ class Terms(View):
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._modules = modules_by_path(root, every_place=True)
+        self._root = root
         self._terms: dict[fx.Node, Term] = {}
 
     def __call__(self, node: fx.Node) -> Term:
@@ -40,12 +40,13 @@ class Terms(View):
 
     def module(self, path: str) -> nn.Module:
         """The module at a path."""
-        return self._modules[path]
+        module: nn.Module = module_at(self._root, path)
+        return module
 
     def _lower(self, node: fx.Node) -> Term:
         lowered: Term | None = None
         if node.op == "call_module":
-            lowered = lower_module(self, node, self._modules[str(node.target)])
+            lowered = lower_module(self, node, self.module(str(node.target)))
         elif node.op == "get_attr":
             lowered = self.make("get_attr", (), node, path=node.target)
         elif node.target in _LOWERINGS and node.op in ("call_function", "call_method"):

@@ -22,6 +22,7 @@ class Writes:
 
     def __init__(self, facts: Facts) -> None:
         self.facts, self._memory = facts, Memory(facts.root)
+        self._storage: dict[fx.Node, Hashable] = {}
 
     def after(self, value: fx.Node, place: fx.Node) -> fx.Node | None:
         """The first node after ``place`` that writes into the memory of ``value``."""
@@ -46,12 +47,18 @@ class Writes:
 
         What may or may not copy (``reshape``, ``dropout``) is taken not to.
         """
-        while True:
+        through: list[fx.Node] = []
+        while value not in self._storage:
+            through.append(value)
             source = written(value, self.facts)[:1] or value.all_input_nodes[:1]
             shares = value in self.facts.effects or self._memory.is_view(value)
             if not source or not (shares or self._memory.operator(value) == "dropout"):
-                return value.target if value.op == "get_attr" else value
-            value = source[0]
+                self._storage[value] = value.target if value.op == "get_attr" else value
+            else:
+                value = source[0]
+        found = self._storage[value]
+        self._storage.update(dict.fromkeys(through, found))
+        return found
 
     @cached_property
     def _by_storage(self) -> dict[Hashable, list[fx.Node]]:

@@ -18,7 +18,7 @@ from liger_fx.engine.site import Site
 from liger_fx.model.alike import told_once
 from liger_fx.model.plan import Plan
 from liger_fx.report.blocks import BlockRow
-from liger_fx.report.facts import Side, tree_rows
+from liger_fx.report.facts import Side, TreeRow
 from liger_fx.report.graph_diff import GraphDiff
 from liger_fx.tracing.inner_blocks import is_block
 from liger_fx.tracing.walk import modules_by_path
@@ -50,10 +50,29 @@ def report_of(root: Any) -> GraphDiff:
     )
 
 
+def sites_of(root: Any) -> tuple[Site, ...]:
+    """Every site of every block."""
+    return tuple(_sites(_served(root)))
+
+
 def side_of(root: Any) -> Side:
     """A model as it stands: its operators, counted over all blocks, and its tree."""
     operators = _operators(_served(root), after=True)
     return Side(root.block_class.__name__, operators, tree_rows(root))
+
+
+def tree_rows(root: nn.Module) -> tuple[TreeRow, ...]:
+    """The module tree as it is now."""
+    return tuple(
+        TreeRow(path, type(module).__name__, _detail(module))
+        for path, module in modules_by_path(root, every_place=True).items()
+    )
+
+
+def _detail(module: nn.Module) -> str:
+    if type(module).extra_repr is nn.Module.extra_repr:
+        return ""
+    return " ".join(module.extra_repr().split())
 
 
 class _Served(NamedTuple):

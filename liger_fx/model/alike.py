@@ -174,8 +174,6 @@ class Transplant:
 
     def onto(self, block: nn.Module) -> None:
         """Give ``block`` modules like the new ones, around its own parameters and modules."""
-        if not self.new:
-            return
         known: dict[int, Any] = {}
         own = places(block)
         for path, module in self.before.items():

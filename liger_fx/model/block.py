@@ -27,7 +27,7 @@ from liger_fx.model.apart import apart, in_the_midst, of_plain_sizes
 from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.compiled import call_compiled
 from liger_fx.model.interpreted import graph_to_interpret
-from liger_fx.model.plan import Plan, module_at
+from liger_fx.model.plan import Plan
 from liger_fx.model.planner import NotNow, Planner
 from liger_fx.report.blocks import FallbackRow
 from liger_fx.report.graph_diff import GraphDiff
@@ -43,6 +43,7 @@ from liger_fx.tracing.inner_blocks import collected, collects_inside, examples_o
 from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.patches import is_tracing
 from liger_fx.tracing.tree_state import GLOBAL_HOOKS
+from liger_fx.tracing.walk import module_at
 
 Ready = tuple[Take, Callable[[], bool], Callable[..., Any], Plan]
 

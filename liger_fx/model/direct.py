@@ -25,7 +25,7 @@ def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a Python function of the block and the inputs in order; KeyError where a module
     is gone. Tracebacks show its lines as long as it is there."""
     code = graph.python_code(root_module="self")
-    source = code.src
+    calls: dict[str, tuple[str, str]] = {}
     for node in graph.find_nodes(op="call_module"):
         path = str(node.target)
         shown = fx.graph._format_target("self", path)
@@ -33,12 +33,17 @@ def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
         # A block is a module for hooks, checkpointing, FSDP2: it is called as such.
         comma = ", " if node.args or node.kwargs else ""
         new = f"self{steps}(" if "plan" in node.meta else f"call(self{steps}{comma}"
-        source = source.replace(f" {node.name} = {shown}(", f" {node.name} = {new}")
+        calls[node.name] = f" = {shown}(", f" = {new}"
+    lines = code.src.splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        if found := calls.get(line.partition(" = ")[0].strip()):
+            lines[i] = line.replace(*found, 1)
+    source = "".join(lines)
     name = f"<graph {next(_numbers)} of liger_fx>"
     scope = {**code.globals, "call": call}
     exec(compile(source, name, "exec"), scope)
     function: Callable[..., Any] = scope["forward"]
-    linecache.cache[name] = len(source), None, source.splitlines(True), name
+    linecache.cache[name] = len(source), None, lines, name
     weakref.finalize(function, linecache.cache.pop, name, None)
     return function
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ from liger_fx.tracing.guards import Guards, Take, compile_take
 from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
 from liger_fx.tracing.tree_state import Kind, Modules, Tree, TreeFacts, add_facts, add_state
-from liger_fx.tracing.walk import modules_by_path
+from liger_fx.tracing.walk import module_at
 
 Operators = dict[str, int]
 
@@ -73,20 +73,19 @@ class Plan:
     def assume(self, block: nn.Module, kinds: Mapping[str, Kind] | None = None) -> None:
         """Take the tree as it is now for the one the graph was made for, but for the dtypes and
         devices in ``kinds``, if given."""
-        tree = modules_by_path(block)
-        there = {path: tree[path] for path in self.paths if path in tree}
+        there = _modules_at(block, self.paths)
         followed = {path: m for path, m in there.items() if not is_leaf(m)}
-        followed |= self._taken_apart(tree)
+        followed |= self._taken_apart(block)
         facts = TreeFacts.of(block, followed)
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
 
-    def _taken_apart(self, tree: Modules) -> Modules:
+    def _taken_apart(self, block: nn.Module) -> Modules:
         """The leaf modules of whose parameters the graph computes what they would."""
         targets = (str(node.target) for node in self.graph.find_nodes(op="get_attr"))
         owners = dict.fromkeys(target.rpartition(".")[0] for target in targets)
-        there = {path: tree[path] for path in owners if path in tree}
+        there = _modules_at(block, owners)
         return {path: m for path, m in there.items() if is_leaf(m) and m._parameters}
 
     def settle(self, block: Any) -> None:
@@ -161,8 +160,7 @@ class Plan:
 
     def followed_modules(self, block: nn.Module) -> Modules:
         """The modules of a block whose code the graph replaces, by path."""
-        tree = modules_by_path(block)
-        return {path: tree[path] for path in self.facts.classes if path in tree}
+        return _modules_at(block, self.facts.classes)
 
     def run(self, block: Any, inputs: tuple[Any, ...]) -> Any:
         """The graph's result for inputs that ``take`` handed out.
@@ -212,12 +210,10 @@ class Plan:
         self._prepare()
 
 
-def module_at(root: nn.Module, path: str) -> Any:
-    """The module at a path below ``root``; None where there is none any more."""
-    module: Any = root
-    for name in path.split("."):
-        module = None if module is None else module._modules.get(name)
-    return module
+def _modules_at(root: nn.Module, paths: Iterable[str]) -> Modules:
+    """Those of the modules that are there."""
+    found = ((path, module_at(root, path)) for path in paths)
+    return {path: module for path, module in found if module is not None}
 
 
 def _alike_of(module: Any) -> Any:

@@ -34,6 +34,7 @@ from liger_fx.tracing.call import (
     with_sizes_of,
 )
 from liger_fx.tracing.inner_blocks import NeedsPlan, NoPlan, examples_of
+from liger_fx.tracing.members import entered_modules
 from liger_fx.tracing.numbers import AsksNumber, another, plain
 from liger_fx.tracing.retry import trace_block
 from liger_fx.tracing.trace import Result, Trace
@@ -65,22 +66,15 @@ class Planner:
     # -- which blocks are alike -------------------------------------------------------------------
 
     def group(self, blocks: Mapping[str, Any]) -> None:
-        """Let alike ones among the blocks, by path, share their plans."""
-        kinds = Counter(block.block_class for block in blocks.values())
-        made: dict[Hashable, list[tuple[Any, dict[str, int]]]] = {}
+        """Let blocks of one class, by path, be taken for alike until one of them is asked for a
+        plan; not the root."""
+        made: dict[Hashable, Alike] = {}
         for path, block in blocks.items():
-            key: Hashable = path
-            ints: dict[str, int] = {}
-            if kinds[block.block_class] > 1:
-                key, ints = self._key(path, block)
-            made.setdefault(key, []).append((block, ints))
-        for key, group in made.items():
-            alike = Alike(key, differing([ints for _, ints in group]))
-            alike.ints = alike.shared(group[0][1])
-            self._alike.append(alike)
-            for block, _ in group:
-                alike.add(block)
-                block._block.alike = alike
+            kind = block.block_class if path else path
+            alike = made.setdefault(kind, Alike(None, ()))
+            alike.add(block)
+            block._block.alike = alike
+        self._alike += made.values()
 
     def _key(self, path: str, block: nn.Module) -> tuple[Hashable, dict[str, int]]:
         key, ints = describe(block)
@@ -106,21 +100,30 @@ class Planner:
         described = [(member, *self._key(member._block.path, member)) for member in alike.members]
         if not any(alike.is_like(key, ints) for _, key, ints in described):
             (alike.key, _), *_ = Counter(key for _, key, _ in described).most_common()
-            alike.ints = alike.shared(next(i for _, key, i in described if key == alike.key))
+            like = [ints for _, key, ints in described if key == alike.key]
+            if not alike.plans:
+                alike.attributes = differing(like)
+            alike.ints = alike.shared(like[0])
         for member, key, ints in described:
             if alike.is_like(key, ints):
                 continue
             alike.remove(member)
             found = next((other for other in self._alike if other.is_like(key, ints)), None)
             if found is None:
-                found = Alike(key, tuple(p for p in alike.attributes if p in ints))
-                found.ints = found.shared(ints)
-                # Each plan checks what it needs: a change may not touch that.
-                found.plans, found.rewritten = list(alike.plans), alike.rewritten
-                self._alike.append(found)
+                found = self._new_group(alike, key, [i for _, k, i in described if k == key])
             found.add(member)
             member._block.alike = found
             member._block.states.clear()
+
+    def _new_group(self, old: Alike, key: Hashable, ints: list[dict[str, int]]) -> Alike:
+        """For blocks of that key and these ints, who were alike to others."""
+        known = tuple(path for path in old.attributes if path in ints[0])
+        found = Alike(key, known if old.plans else differing(ints))
+        found.ints = found.shared(ints[0])
+        # Each plan checks what it needs: a change may not touch that.
+        found.plans, found.rewritten = list(old.plans), old.rewritten
+        self._alike.append(found)
+        return found
 
     def know(self, alike: Alike) -> None:
         """Count in the group of a block that was copied."""
@@ -195,24 +198,30 @@ class Planner:
             if plan.result is None and plan.guards == traced.guards and plan.fits(block):  # loaded
                 plan.result = traced.result
                 return number, plan
-        before = places(block)
-        plan = self._rewritten(block, traced, before)
-        transplant = Transplant(block, before)
+        before = places(block) if len(alike.members) > 1 else {}
+        plan = self._rewritten(block, traced)
         if plan.guards.attributes:
             self._split(alike, block, plan)
-        for other in alike.members:
-            if other is not block:
-                transplant.onto(other)
-        if transplant.new and len(alike.members) > 1:
-            alike.key, ints = self._key(block._block.path, block)
-            alike.ints = alike.shared(ints)
-            for member in alike.members:  # earlier plans look at what is there now
-                member._block.states.clear()
+        if len(alike.members) > 1:
+            self._transplant(alike, block, before)
         plan.settle(block)
         alike.plans.append(plan)
         return len(alike.plans) - 1, plan
 
-    def _rewritten(self, block: Any, trace: Trace, before: dict[str, nn.Module]) -> Plan:
+    def _transplant(self, alike: Alike, block: Any, before: dict[str, nn.Module]) -> None:
+        """Give the others of the group what was put into ``block``."""
+        transplant = Transplant(block, before)
+        if not transplant.new:
+            return
+        for other in alike.members:
+            if other is not block:
+                transplant.onto(other)
+        alike.key, ints = self._key(block._block.path, block)
+        alike.ints = alike.shared(ints)
+        for member in alike.members:  # earlier plans look at what is there now
+            member._block.states.clear()
+
+    def _rewritten(self, block: Any, trace: Trace) -> Plan:
         """NotNow where named modules would have to be made around parameters that are stand-ins:
         they would keep them."""
         if self.selection is None:
@@ -221,6 +230,7 @@ class Planner:
         selection = self.selection.below(block._block.path)
         if _holds_its_own(block):
             return Plan(trace, tuple(rewrite(trace, discover(), selection).sites), operators)
+        before = places(block)
         try:
             rewriting = rewrite(trace, discover(), selection)
         except AttributeError:  # what should be a parameter is none
@@ -349,7 +359,9 @@ class Planner:
 
 def _holds_its_own(block: nn.Module) -> bool:
     return all(
-        isinstance(p, nn.Parameter) and not isinstance(p, FakeTensor) for p in block.parameters()
+        p is None or isinstance(p, nn.Parameter) and not isinstance(p, FakeTensor)
+        for module in entered_modules(block).values()
+        for p in module._parameters.values()
     )
 
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Self
 
-import torch
-
 from liger_fx import __version__
 from liger_fx.engine.site import Site
 from liger_fx.report.blocks import BlockRow, FallbackRow
@@ -42,14 +40,6 @@ class Side:
     class_name: str
     operators: dict[str, int]
     tree: tuple[TreeRow, ...]
-
-
-def tree_rows(root: torch.nn.Module) -> tuple[TreeRow, ...]:
-    """The module tree as it is now."""
-    return tuple(
-        TreeRow(path, type(module).__name__, " ".join(module.extra_repr().split()))
-        for path, module in root.named_modules(remove_duplicate=False)
-    )
 
 
 @dataclass(frozen=True)

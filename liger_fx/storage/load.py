@@ -18,12 +18,11 @@ from torch import nn
 
 from liger_fx.codec import inside
 from liger_fx.errors import LoadError, RetraceWarning
-from liger_fx.model.account import blocks_of
+from liger_fx.model.account import blocks_of, tree_rows
 from liger_fx.model.alike import Alike
 from liger_fx.model.block import Block
 from liger_fx.model.build import turn_into_blocks
 from liger_fx.model.planner import Planner
-from liger_fx.report.facts import tree_rows
 from liger_fx.storage import arguments, skeleton
 from liger_fx.storage.files import unreplaced
 from liger_fx.storage.records import Document

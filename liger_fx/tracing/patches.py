@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -23,9 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from liger_fx.tracing.leaf_modules import run_on_fakes
+from liger_fx.tracing.members import Members
 from liger_fx.tracing.recorder import CannotRecord, Recorder
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
-from liger_fx.tracing.walk import modules_by_path
 
 _lock = threading.RLock()
 _thread = threading.local()
@@ -35,7 +35,7 @@ _MISSING = object()
 class Tracing(Protocol):
     """What the patches ask of the tracer that installed them."""
 
-    root: nn.Module
+    members: Members
     recorder: Recorder
     leaves: TransformersLeaves
 
@@ -108,7 +108,7 @@ def patched(tracer: Tracing) -> Iterator[None]:
             _patch_autocast(replace)
             _patch_attention(replace)
             _patch_caches(replace)
-            _patch_mask_builders(replace, tracer.root)
+            _patch_mask_builders(replace, tracer.members.entered.values())
             yield
         finally:
             _thread.tracer = outer
@@ -252,7 +252,7 @@ def _patch_caches(replace: Any) -> None:
     replace(EncoderDecoderCache, "__init__", traced_init_pair)
 
 
-def _patch_mask_builders(replace: Any, root: nn.Module) -> None:
+def _patch_mask_builders(replace: Any, modules: Iterable[nn.Module]) -> None:
     """Mask builders are imported by name, so each modelling file of the model holds its own
     reference."""
     builders = {
@@ -260,7 +260,7 @@ def _patch_mask_builders(replace: Any, root: nn.Module) -> None:
         for name, builder in vars(masking_utils).items()
         if name.startswith("create_") and name.endswith("_mask") and inspect.isfunction(builder)
     }
-    for module in _modelling_files(root):
+    for module in _modelling_files(modules):
         for name, value in list(vars(module).items()):
             if inspect.isfunction(value) and value in builders:
                 replace(module, name, builders[value])
@@ -277,8 +277,8 @@ def _traced_mask_builder(name: str, original: Any) -> Any:
     return build
 
 
-def _modelling_files(root: nn.Module) -> set[Any]:
-    classes = {cls for module in modules_by_path(root).values() for cls in type(module).__mro__}
+def _modelling_files(modules: Iterable[nn.Module]) -> set[Any]:
+    classes = {cls for module in modules for cls in type(module).__mro__}
     names = {cls.__module__ for cls in classes} - {masking_utils.__name__, "builtins"}
     return {
         sys.modules[name] for name in names if name in sys.modules and not name.startswith("torch.")

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from liger_fx.tracing.tree_state import is_capturing
 from liger_fx.tracing.walk import modules_by_path
 
 _alone = threading.RLock()
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
-_NO_TENSORS = _CONTAINERS | {type(None), bool, int, float, str, tuple}
-
-
-def named_tensors(modules: Mapping[str, nn.Module]) -> dict[int, str]:
-    """Paths of parameters, buffers and tensors held as plain attributes of modules by path, by
-    identity."""
-    named: dict[int, str] = {}
-    for path, module in modules.items():
-        prefix = f"{path}." if path else ""
-        for group in (module._parameters, module._buffers, module.__dict__):
-            for name, value in group.items():
-                # Asking a class that is known first: most values are PyTorch's own dictionaries.
-                if type(value) not in _NO_TENSORS and isinstance(value, torch.Tensor):
-                    named.setdefault(id(value), prefix + name)
-    return named
 
 
 @contextlib.contextmanager
@@ -48,27 +36,35 @@ def attributes_kept(
     root: nn.Module, modules: Iterable[nn.Module] | None = None
 ) -> Iterator[Snapshot]:
     """Models store things on themselves during forward; none of it stays after the block.
-    ``modules`` are those whose attributes are looked at, all of ``root`` by default; of the others
-    it is the hooks after their forward, which transformers puts on when outputs are collected.
+    ``modules`` are those whose attributes are looked at, all of ``root`` by default; the others
+    lose the hooks that transformers puts on them when outputs are collected.
 
     A second thread that wants to trace waits: it must not take the first one's fakes for its own.
     """
     with _alone:
-        tree = modules_by_path(root).values()
-        entered = dict.fromkeys(tree if modules is None else modules)
-        before = Snapshot(entered, [m for m in tree if m not in entered])
+        before = Snapshot(modules_by_path(root).values() if modules is None else modules)
+        first = RemovableHandle.next_id
         try:
             yield before
         finally:
+            if modules is not None and RemovableHandle.next_id != first:
+                _remove_collecting_hooks(root, first)
             before.restore()
+
+
+def _remove_collecting_hooks(root: nn.Module, first: int) -> None:
+    """Those of transformers, from that number on."""
+    for module in modules_by_path(root).values():
+        hooks = module._forward_hooks
+        for number in [n for n, hook in hooks.items() if n >= first and is_capturing(hook)]:
+            del hooks[number]
 
 
 class Snapshot:
     """All attributes of some modules: parameters, buffers, children, plain values, and what is in
-    the dictionaries, lists and sets among them; of others, ``hooked``, the hooks after their
-    forward. No tensor's data is copied."""
+    the dictionaries, lists and sets among them. No tensor's data is copied."""
 
-    def __init__(self, modules: Iterable[nn.Module], hooked: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._seen: dict[int, tuple[Any, Any]] = {}
         self._empty: list[Any] = []
         for module in modules:
@@ -79,11 +75,6 @@ class Snapshot:
                     self._empty.append(value)
                 else:
                     self._take(value)
-        for module in hooked:
-            if hooks := module._forward_hooks:
-                self._take(hooks)
-            else:
-                self._empty.append(hooks)
         self._were_empty = set(map(id, self._empty))
 
     def _take(self, value: Any) -> None:
@@ -128,8 +119,8 @@ def _same(container: Any, contents: Any) -> bool:
         return False
     if isinstance(contents, set):
         return {id(item) for item in container} == {id(item) for item in contents}
-    if isinstance(contents, dict) and list(container) != list(contents):
+    if isinstance(contents, dict) and not all(map(operator.eq, container, contents)):
         return False
     now = container.values() if isinstance(contents, dict) else container
     then = contents.values() if isinstance(contents, dict) else contents
-    return list(map(id, now)) == list(map(id, then))
+    return all(map(operator.is_, now, then))

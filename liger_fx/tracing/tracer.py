@@ -25,7 +25,6 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.errors import TraceError
@@ -65,15 +64,11 @@ from liger_fx.tracing.leaf_modules import (
     is_parametrized_code,
     offloaded,
 )
+from liger_fx.tracing.members import Members
 from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.patches import patched, put_aside
 from liger_fx.tracing.recorder import CannotRecord, Recorder, Recording
-from liger_fx.tracing.root_state import (
-    Snapshot,
-    attributes_kept,
-    autocast_cache_off,
-    named_tensors,
-)
+from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
 from liger_fx.tracing.size_guards import size_guards
 from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
 from liger_fx.tracing.state import HiddenState, Place, written
@@ -81,7 +76,6 @@ from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 from liger_fx.tracing.tree_state import asks_mode, hooks_of, is_capturing
-from liger_fx.tracing.walk import modules_by_path
 
 
 class AsksAttributes(BaseException):
@@ -169,14 +163,12 @@ class HFTracer(fx.Tracer, Recording):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.world = FakeWorld(self.plans.exact)
         self.recorder = Recorder(self.graph, self.world, self)
-        self.leaves = TransformersLeaves(self.recorder, root, self)
         self.calls = [ModuleCall(0, "", type(root), None)]
         self.stack: list[tuple[ModuleCall, nn.Module]] = [(self.calls[0], root)]
-        modules = modules_by_path(root)
-        self.paths = {module: path for path, module in modules.items()}
+        self.members = Members(root, inside=self.plans.inside)
+        self.leaves = TransformersLeaves(self.recorder, self.members, self)
         self.reads: list[Read] = []
         self.numbers: dict[str, Read] = {}
-        self._named_tensors = named_tensors(modules)
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
@@ -187,12 +179,12 @@ class HFTracer(fx.Tracer, Recording):
         forward = forward or type(root).forward
         # No size is tied to another because a contiguous tensor of these sizes was asked for.
         with self.world.mode, self.world.shape_env.suppress_guards():
-            for _, _, tensor, device in offloaded(modules.values()):
+            for _, _, tensor, device in offloaded(self.members.entered.values()):
                 self.world.place(tensor, device)
             arguments = self._placeholders(call, examples or {})
-        entered = None if self.plans.inside else _entered(root)
-        with attributes_kept(root, entered) as before, patched(self):
-            self.hidden = HiddenState(before, modules, self.writes)
+        entered = self.members.entered
+        with attributes_kept(root, entered.values()) as before, patched(self):
+            self.hidden = HiddenState(before, entered, self.writes)
             with self._symbolic_attributes():
                 result, output = self._run(forward, arguments)
             self.hidden.show(root)
@@ -217,13 +209,22 @@ class HFTracer(fx.Tracer, Recording):
             sizes=tuple(sizes),
             training=self.root.training,
             grad_enabled=torch.is_grad_enabled() if asked else None,
-            autocast=autocast_state(_device_types(self.root, call)),
+            autocast=autocast_state(self._device_types(call)),
             attention_fixed=self.leaves.masks_are_read,
             attributes={_symbol(path): path for path in fixed},
             reads=tuple(self.reads),
             numbers={n: r for n, r in self.numbers.items() if any(n in guard for guard in sizes)},
             other_mode=tuple(sorted(self._in_other_mode())),
         )
+
+    def _device_types(self, call: CallSpec) -> tuple[str, ...]:
+        """The devices of the inputs and parameters. (Blocks inside look at theirs themselves.)"""
+        types = {spec.device.type for spec in call.tensors.values()}
+        for module in self.members.entered.values():
+            types |= {p.device.type for p in module._parameters.values() if p is not None}
+            if is_block(module):
+                types |= {p.device.type for p in itertools.islice(module.parameters(), 1)}
+        return tuple(sorted(types - {"meta"})) or ("cpu",)
 
     def _in_other_mode(self) -> set[str]:
         """The modules that ask for their mode and are in another than the root, by path."""
@@ -376,10 +377,9 @@ class HFTracer(fx.Tracer, Recording):
 
     def trace_module_call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What ``module(*args, **kwargs)`` does during the trace."""
-        path = self.paths.get(module)
-        if (
-            path is None
-        ):  # made on the fly by the model's code: its parameters are constants to the graph
+        path = self.members.path_of(module)
+        # One made on the fly by the model's code: its parameters are constants to the graph.
+        if path is None:
             return _forward_of(module)(module, *args, **kwargs)
         if is_block(module) and not self.plans.inside and not self.is_leaf_module(module, path):
             return self._call_block(module, path, args, kwargs)
@@ -502,12 +502,12 @@ class HFTracer(fx.Tracer, Recording):
 
     def _refuse_writes(self, before: Snapshot) -> None:
         """What the code writes to the model a flat graph would not: find the module that does."""
-        places = written(before, self.paths, self.world)
+        places = written(before, self.members.paths, self.world)
         if not places:
             return
         path, name = places[0]
         stack = [("", self.root)]
-        stack += [(p, m) for m, p in self.paths.items() if p and _holds_one_of({path}, p)]
+        stack += [(p, m) for m, p in self.members.paths.items() if p and _holds_one_of({path}, p)]
         cut = next((i for i, (p, m) in enumerate(stack) if p and self.is_leaf_module(m, p)), None)
         if cut is None:
             cause = f"its forward changes its own attribute {name}"
@@ -563,7 +563,7 @@ class HFTracer(fx.Tracer, Recording):
         return call.index, call.path
 
     def node_of_real(self, tensor: torch.Tensor) -> fx.Node:
-        path = self._named_tensors.get(id(tensor))
+        path = self.members.path_of_tensor(tensor)
         if path is None:
             path = next(
                 p
@@ -572,15 +572,16 @@ class HFTracer(fx.Tracer, Recording):
                 and not hasattr(self.root, p)
             )
             self._constants[path] = tensor
-            self._named_tensors[id(tensor)] = path
+            self.members.name_tensor(tensor, path)
         return self.get_attr(path)
 
     def node_of_module(self, module: nn.Module) -> fx.Node:
-        if module is self.root or module not in self.paths:
+        path = None if module is self.root else self.members.path_of(module)
+        if path is None:
             raise TypeError(
                 f"a {type(module).__name__} that is no submodule of the model is handed to a leaf"
             )
-        return self.get_attr(self.paths[module])
+        return self.get_attr(path)
 
     def get_attr(self, path: str) -> fx.Node:
         # The first use dominates the later ones: the graph is a straight line.
@@ -639,16 +640,6 @@ def _let_collect(module: nn.Module, args: Any, result: Any) -> None:
             hook(module, args, result)
 
 
-def _entered(root: nn.Module) -> Iterator[nn.Module]:
-    """The modules that a trace may change: not what is below the layers that are blocks of their
-    own, which it does not enter. (In a deep model they are nearly all modules.)"""
-    pending = [root]
-    for module in pending:  # grows while it is walked
-        yield module
-        if module is root or not is_block(module) or isinstance(module, PreTrainedModel):
-            pending += module.children()
-
-
 def _symbol(path: str) -> str:
     return f"own_{path.replace('.', '_')}"
 
@@ -656,12 +647,6 @@ def _symbol(path: str) -> str:
 def _forward_of(module: Any) -> Any:
     """The forward of the module's class; of a block's own class, not the one that runs a graph."""
     return module.block_class.forward if is_block(module) else type(module).forward
-
-
-def _device_types(root: nn.Module, call: CallSpec) -> tuple[str, ...]:
-    types = {spec.device.type for spec in call.tensors.values()}
-    types |= {p.device.type for p in root.parameters()}
-    return tuple(sorted(types - {"meta"})) or ("cpu",)
 
 
 def _holds_one_of(paths: set[str], ancestor: str) -> bool:

@@ -17,17 +17,16 @@ from transformers.configuration_utils import PreTrainedConfig
 from liger_fx.tracing import leaves
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.fakes import node_of
+from liger_fx.tracing.members import Members
 from liger_fx.tracing.recorder import CannotRecord, Recorder
 from liger_fx.tracing.stand_ins import Host, Origin, become, origin_of
-from liger_fx.tracing.walk import modules_by_path
 
 
 class TransformersLeaves:
     """Records the calls that the patches of transformers hand over."""
 
-    def __init__(self, recorder: Recorder, root: torch.nn.Module, host: Host) -> None:
-        self.recorder, self.root, self.host = recorder, root, host
-        self._modules = modules_by_path(root)
+    def __init__(self, recorder: Recorder, members: Members, host: Host) -> None:
+        self.recorder, self.members, self.host = recorder, members, host
         self._masks: list[tuple[fx.Node, Any]] = []
         self.masks_are_read = False
 
@@ -115,20 +114,16 @@ class TransformersLeaves:
     def _owner_of(self, config: PreTrainedConfig) -> fx.Node:
         """The node of a module below the root that carries this very config, or of the root's
         config."""
-        owners = [
-            (path.count("."), path)
-            for path, module in self._modules.items()
-            if path and module.__dict__.get("config") is config
-        ]
-        if owners:
-            return self.recorder.owner.get_attr(min(owners)[1])
-        if getattr(self.root, "config", None) is config:
+        owner = self.members.owner_of_config(config)
+        if owner is not None:
+            return self.recorder.owner.get_attr(owner)
+        if getattr(self.members.root, "config", None) is config:
             return self.recorder.owner.get_attr("config")
         raise CannotRecord(f"a {type(config).__name__} that no module carries as .config")
 
     def _owner_and_changes(self, config: PreTrainedConfig) -> tuple[fx.Node, dict[str, Any]]:
         """The same for a config that may be a changed copy of the root's, and the changes."""
-        own = getattr(self.root, "config", None)
+        own = getattr(self.members.root, "config", None)
         try:
             return self._owner_of(config), {}
         except CannotRecord:
@@ -142,7 +137,7 @@ class TransformersLeaves:
     def materialise_masks(self) -> None:
         """Have masks built in full wherever something other than attention reads them."""
         for node, builder in self._masks:
-            if all(_hands_it_on(user, self.root) for user in node.users):
+            if all(_hands_it_on(user, self.members.root) for user in node.users):
                 continue
             self.masks_are_read = True
             skippable = "allow_is_causal_skip" in inspect.signature(builder).parameters

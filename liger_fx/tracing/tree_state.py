@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.guards import Guards
-from liger_fx.tracing.walk import modules_by_path
+from liger_fx.tracing.walk import module_at, modules_by_path
 
 # Looked up when the graph runs, so it may change.
 _ATTENTION = ("_attn_implementation_internal", "_attn_implementation")
@@ -222,10 +222,8 @@ def _group_of(root: nn.Module, path: str, group: str = "_parameters") -> tuple[d
     """The dictionary that holds the parameter (or module) at ``path``, empty if there is no such
     module."""
     owner, _, name = path.rpartition(".")
-    try:
-        return getattr(root.get_submodule(owner), group), name
-    except AttributeError:
-        return {}, name
+    holder = module_at(root, owner)
+    return {} if holder is None else getattr(holder, group), name
 
 
 class _ConfigState:
@@ -253,7 +251,9 @@ def configs_of(modules: Modules) -> dict[Place, Any]:
     found: dict[Place, Any] = {}
     seen: set[int] = set()
     pending: list[tuple[Place, Any]] = [
-        ((path,), getattr(module, "config", None)) for path, module in modules.items()
+        ((path,), module.config)
+        for path, module in modules.items()
+        if "config" in module.__dict__ or hasattr(type(module), "config")
     ]
     for place, config in pending:  # grows while it is walked
         if isinstance(config, PreTrainedConfig) and id(config) not in seen:

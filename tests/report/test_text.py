@@ -10,8 +10,8 @@ from torch import fx, nn
 import liger_fx
 from liger_fx.engine.counts import count_operators
 from liger_fx.engine.site import Site
+from liger_fx.model.account import tree_rows
 from liger_fx.report import GraphDiff, Side
-from liger_fx.report.facts import tree_rows
 from liger_fx.report.fitting import fitted
 from liger_fx.tiny import tiny_model
 
