@@ -25,10 +25,19 @@ from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Guards, Take, compile_take
 from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
-from liger_fx.tracing.tree_state import Kind, Modules, Tree, TreeFacts, add_facts, add_state
+from liger_fx.tracing.tree_state import (
+    Kind,
+    Modules,
+    Tree,
+    TreeFacts,
+    add_facts,
+    add_state,
+    places_of,
+)
 from liger_fx.tracing.walk import module_at
 
 Operators = dict[str, int]
+_DERIVED = ("function", "inner", "_places")  # made when they are first asked for
 
 
 class Plan:
@@ -80,6 +89,7 @@ class Plan:
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
+        self._forget()
 
     def _taken_apart(self, block: nn.Module) -> Modules:
         """The leaf modules of whose parameters the graph computes what they would."""
@@ -113,8 +123,13 @@ class Plan:
         return check.compiled()()
 
     def _tree(self, block: nn.Module) -> Tree:
-        called = [path for path, _ in self.inner]
-        return Tree.of(block, self.followed_modules(block), self.facts, self.guards, called)
+        modules = self.followed_modules(block)
+        return Tree.of(block, modules, self.facts, self.guards, self._places)
+
+    @functools.cached_property
+    def _places(self) -> list[str]:
+        called = (path for path, _ in self.inner)
+        return places_of((*self.facts.classes, *called))
 
     def add_states(self, check: Check, block: Any) -> None:
         """Add that the block is as the graph assumes: its modes, hooks, dtypes, devices and
@@ -135,7 +150,7 @@ class Plan:
         """The paths of all that the graph calls."""
         return {str(node.target) for node in self.graph.find_nodes(op="call_module")}
 
-    @property
+    @functools.cached_property
     def inner(self) -> list[tuple[str, int]]:
         """The blocks that the graph calls, each by its path and the number of its plan."""
         nodes = self.graph.find_nodes(op="call_module")
@@ -151,6 +166,10 @@ class Plan:
     def function(self) -> Callable[..., Any]:
         """The graph as a Python function of the block and the inputs in order, for compilers."""
         return compile_graph(self.graph)
+
+    def _forget(self) -> None:
+        for name in _DERIVED:
+            self.__dict__.pop(name, None)
 
     def explain(self, reasons: Mapping[tuple[str, str], str]) -> None:
         """Say in the report why sites, named by rule and path, were left alone."""
@@ -196,12 +215,12 @@ class Plan:
         """The same plan with another graph."""
         plan = Plan.__new__(Plan)
         plan.__dict__.update(self.__dict__, graph=graph)
-        plan.__dict__.pop("function", None)
+        plan._forget()
         plan._prepare()
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("take", "function", "direct", "graph", "result", "has_regions")
+        left_out = (*_DERIVED, "take", "direct", "has_regions", "graph", "result")
         state = {k: v for k, v in self.__dict__.items() if k not in left_out}
         return {**state, "graph": encode_graph(self.graph)}
 

@@ -95,13 +95,16 @@ class Tree(NamedTuple):
         modules: Modules,
         facts: TreeFacts,
         guards: Guards,
-        called: Iterable[str],
+        places: Iterable[str],
     ) -> Tree:
-        """``called`` are the paths of the blocks that the graph calls."""
-        # A list of layers may be cut.
-        paths = {above for path in (*modules, *called) if path for above in _and_above(path)}
-        places = [_group_of(root, path, "_modules") for path in sorted(paths)]
-        return cls(root, modules, facts, guards, places)
+        """``places`` are those of ``places_of``."""
+        groups = [_group_of(root, path, "_modules") for path in places]
+        return cls(root, modules, facts, guards, groups)
+
+
+def places_of(paths: Iterable[str]) -> list[str]:
+    """Where modules at these paths hang, and what is around them: a list of layers may be cut."""
+    return sorted({above for path in paths if path for above in _and_above(path)})
 
 
 def add_facts(check: Check, tree: Tree) -> None:
