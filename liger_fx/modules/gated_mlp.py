@@ -99,7 +99,12 @@ class _GatedMLP(NamedModule):
 
 def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
     """Whether a call of ``down`` would keep its input for a backward on a GPU: a plain linear layer
-    that is trained."""
+    that is trained.
+
+    Not where hooks take what is saved: a checkpoint keeps nothing, and computes a layer again only
+    down to what is saved last. PyTorch's linear saves its input before it multiplies, an operator
+    of ours after, so that its product would be computed twice.
+    """
     return (
         type(down) is nn.Linear
         and down.weight.requires_grad
@@ -107,6 +112,7 @@ def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
         and uses_triton(gate, down.weight)
         and gate.dtype is down.weight.dtype
         and only_runs_forward(down)
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and not torch.is_autocast_enabled(gate.device.type)
     )
 
