@@ -45,6 +45,52 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 151936,
         },
     ),
+    "gemma2": (  # the 2B shape, 8 of its 26 layers
+        "gemma2",
+        {
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 256000,
+        },
+    ),
+    "olmo2": (  # the 7B shape, 8 of its 32 layers
+        "olmo2",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 100352,
+        },
+    ),
+    "glm4": (  # the 9B shape, 8 of its 40 layers
+        "glm4",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 13696,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "vocab_size": 151552,
+        },
+    ),
+    "smollm3": (  # the 3B shape, 12 of its 36 layers
+        "smollm3",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "vocab_size": 128256,
+        },
+    ),
     "tiny": (  # for a look at the script itself, on any device
         "llama",
         {
@@ -75,6 +121,12 @@ WORKLOADS = {
     "llama1b": Workload("llama1b"),
     "llama8b": Workload("llama8b"),
     "qwen3": Workload("qwen3"),
+    "gemma2": Workload("gemma2"),
+    "olmo2": Workload("olmo2"),
+    "glm4": Workload("glm4"),
+    "smollm3": Workload("smollm3"),
+    "llama1b_long": Workload("llama1b", batch=1, length=16384),
+    "llama1b_short": Workload("llama1b", batch=1, length=128),
     "llama1b_checkpointed": Workload("llama1b", batch=8, checkpointed=True),
     "llama8b_lora": Workload("llama8b", lora=True),
     "llama8b_lora_checkpointed": Workload("llama8b", batch=8, checkpointed=True, lora=True),
@@ -101,7 +153,7 @@ def prepare(workload: Workload) -> Any:
 def build(name: str) -> PreTrainedModel:
     """A new model in bf16 and train mode on the GPU, if there is one; random weights of seed 0.
 
-    Head and embedding are not tied, as is the default of both types; attention is SDPA.
+    Head and embedding are tied where that is the type's default; attention is SDPA.
     """
     family, sizes = MODELS[name]
     torch.manual_seed(0)
