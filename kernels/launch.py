@@ -96,7 +96,8 @@ def _start(
         return
     compiled = kernel[(programs,)](*args, **constants)
     if not INTERPRETED and torch.version.cuda is not None:
-        rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        given = {name: p.default for name, p in kernel.signature.parameters.items()} | constants
+        rest = tuple(given[name] for name in kernel.arg_names[len(args) :])
         _compiled[key] = compiled, rest
 
 

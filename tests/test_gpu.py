@@ -118,6 +118,19 @@ def test_the_loss_against_float64(
             assert mine <= 1.1 * plain + max(FLOAT32_SLACK, 0.1 * torch.finfo(dtype).eps)
 
 
+def test_a_gated_mlp_keeps_no_product() -> None:
+    config = LlamaConfig(hidden_size=512, intermediate_size=8192, num_hidden_layers=1, vocab_size=8)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    mlp = liger_fx.optimize(model).model.layers[0].mlp
+    x = torch.randn(1, 4096, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    mlp(x).sum().backward()  # what a first call allocates for good
+    before = torch.cuda.memory_allocated()
+    y = mlp(x)
+    kept = torch.cuda.memory_allocated() - before
+    assert kept <= (2 * 8192 + 512) * 4096 * 2 + 2**20
+    y.sum().backward()
+
+
 def test_the_loss_keeps_no_logits() -> None:
     leaves, labels = loss_inputs(4096, 65536, 1024, torch.bfloat16)
     loss_of(leaves, labels).backward()

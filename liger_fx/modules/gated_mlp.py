@@ -97,16 +97,22 @@ class _GatedMLP(NamedModule):
         return "gate_up" in self.roles
 
 
+# Elements of a product that is kept all the same: some megabytes, against the 40 microseconds that
+# the operator takes longer to call.
+_SMALL = 1 << 22
+
+
 def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
-    """Whether a call of ``down`` would keep its input for a backward on a GPU: a plain linear layer
-    that is trained.
+    """Whether a call of ``down`` would keep a large input for a backward on a GPU: a plain linear
+    layer that is trained.
 
     Not where hooks take what is saved: a checkpoint keeps nothing, and computes a layer again only
     down to what is saved last. PyTorch's linear saves its input before it multiplies, an operator
     of ours after, so that its product would be computed twice.
     """
     return (
-        type(down) is nn.Linear
+        gate.numel() > _SMALL
+        and type(down) is nn.Linear
         and down.weight.requires_grad
         and torch.is_grad_enabled()
         and uses_triton(gate, down.weight)

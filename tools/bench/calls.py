@@ -1,5 +1,5 @@
-"""What it costs to call a named module on little data, beside what it stands for: the Python and the
-launches, not the work.
+"""What it costs to call a named module on little data, beside what it stands for: the Python and
+the launches, not the work.
 
     python tools/bench/calls.py  ->  results/calls.json (calls_cpu.json without a GPU) and a table
 
