@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from liger_fx.tracing.call import PLAIN
+
 _MOST = 512  # calls of ever new sizes must not fill the memory
 
 
@@ -44,6 +46,12 @@ def _circumstances(root: nn.Module, arguments: Mapping[str, Any]) -> Hashable:
 
 
 def _kind(value: Any) -> str:
+    """Of a tensor, no value: to read one waits for the device."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {tuple(value.shape)} {value.device}"
-    return f"{type(value).__name__} {value!r}"[:200]
+    name = type(value).__name__
+    if isinstance(value, dict):
+        return f"{name} {[(repr(key), _kind(item)) for key, item in value.items()]}"
+    if isinstance(value, (tuple, list)):
+        return f"{name} {list(map(_kind, value))}"
+    return f"{name} {value!r}"[:200] if isinstance(value, PLAIN) else name

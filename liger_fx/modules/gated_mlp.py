@@ -111,7 +111,7 @@ def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
     of ours after, so that its product would be computed twice.
     """
     return (
-        gate.numel() > _SMALL
+        _is_large(gate)
         and type(down) is nn.Linear
         and down.weight.requires_grad
         and torch.is_grad_enabled()
@@ -121,6 +121,12 @@ def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and not torch.is_autocast_enabled(gate.device.type)
     )
+
+
+def _is_large(product: torch.Tensor) -> bool:
+    """No for a size that is symbolic: a trace must not depend on the answer."""
+    size = product.numel()
+    return isinstance(size, int) and size > _SMALL
 
 
 class LigerSwiGLUMLP(_GatedMLP):
