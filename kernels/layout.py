@@ -33,6 +33,11 @@ def empty_rows_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
     return out
 
 
+def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x` if its last stride is 1, else a dense copy in its order of dimensions."""
+    return x if x.stride(-1) == 1 else empty_rows_like(x).copy_(x)
+
+
 def laid_out(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`value` in the strides of `empty_rows_like(x)`, copied if need be.
 

@@ -165,7 +165,8 @@ def _backward_kernel(
         if HAS_WEIGHT:
             g = dy * w[None, :]
         squares, products = tl.split(tl.sum(tl.join(x * x, g * x), axis=1))  # one reduction
-        r = tl.rsqrt(squares / width + eps)
+        # Rows past the last are zeros, whose root is infinite without eps: they shall add nothing.
+        r = tl.where(row < rows, tl.rsqrt(squares / width + eps), 0.0)
         slope = r * r * (products / width)
         dx = r[:, None] * (g - x * slope[:, None])
         if HAS_MORE:
@@ -276,13 +277,20 @@ def norm_backward(
         HAS_MORE=more is not None,
         ROWS=tile.rows, COLS=tile.cols, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    if weight_grad:
-        tile = sum_launch(programs)
-        launch(
-            _sum_kernel, ceil_div(width, tile.cols), x.device, partial, dw, programs, width,
-            ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
-        )  # fmt: skip
+    if partial is not None:
+        sum_of_rows(partial, dw)
     return dx, dw
+
+
+def sum_of_rows(partial: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the sum of the rows of a float32 matrix into a vector, in an order that is always the
+    same; both are contiguous."""
+    rows, width = partial.shape
+    tile = sum_launch(rows)
+    launch(
+        _sum_kernel, ceil_div(width, tile.cols), out.device, partial, out, rows, width,
+        ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def norm_backward_fake(

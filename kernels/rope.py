@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
-from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out
+from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out, with_unit_stride
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -59,7 +59,7 @@ def rope_pair(
     memory, in `out_dtype` (by default what x * cos has); float64 is computed in float64.
     Where cos or sin require a gradient, PyTorch's own operations run. ValueError for other shapes.
     """
-    _check(cos, sin, half_tables, q, k)
+    check_tables(cos, sin, half_tables, q, k)
     form = (interleaved_in, interleaved_out, half_tables, False)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         form = Form(*form)
@@ -81,7 +81,7 @@ def rope(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """What `rope_pair` does, to one tensor."""
-    _check(cos, sin, half_tables, x)
+    check_tables(cos, sin, half_tables, x)
     form = Form(interleaved_in, interleaved_out, half_tables)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return rope_reference(x, cos, sin, form, out_dtype)
@@ -124,7 +124,9 @@ def _ends(table: torch.Tensor, form: Form) -> Pair:
     return (table, table) if form.half_tables else _split(table, form.interleaved_out)
 
 
-def _check(cos: torch.Tensor, sin: torch.Tensor, half_tables: bool, *xs: torch.Tensor) -> None:
+def check_tables(
+    cos: torch.Tensor, sin: torch.Tensor, half_tables: bool, *xs: torch.Tensor
+) -> None:
     table = cos.shape
     for x in xs:
         shape = x.shape
@@ -142,7 +144,7 @@ def _check(cos: torch.Tensor, sin: torch.Tensor, half_tables: bool, *xs: torch.T
 
 
 @triton.jit
-def _load_pairs(ptr, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+def load_pairs(ptr, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Both ends, float32 (rows, PAIRS), of the first HALF pairs at each of (rows, 1) pointers."""
     if INTERLEAVED:
         i = tl.arange(0, 2 * PAIRS)[None, :]
@@ -156,7 +158,22 @@ def _load_pairs(ptr, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED:
 
 
 @triton.jit
-def _load_table(
+def store_pairs(
+    ptr, a, b, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+):  # fmt: skip
+    """The inverse of `load_pairs`: a and b in the dtype that ptr points to."""
+    if INTERLEAVED:
+        i = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.reshape(tl.join(a, b), (ptr.shape[0], 2 * PAIRS))
+        tl.store(ptr + i, both, mask & (i < 2 * HALF))
+    else:
+        j = tl.arange(0, PAIRS)[None, :]
+        tl.store(ptr + j, a, mask & (j < HALF))
+        tl.store(ptr + HALF + j, b, mask & (j < HALF))
+
+
+@triton.jit
+def load_table(
     ptr, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, SHORT: tl.constexpr
 ):  # fmt: skip
     """The entries (1, PAIRS) of cos or sin for both ends of a token's pairs."""
@@ -167,7 +184,7 @@ def _load_table(
         entries = tl.load(ptr + j, mask & (j < HALF), other=0.0).to(tl.float32)
         return entries, entries
     else:
-        return _load_pairs(ptr, mask, HALF, PAIRS, INTERLEAVED)
+        return load_pairs(ptr, mask, HALF, PAIRS, INTERLEAVED)
 
 
 @triton.jit
@@ -183,17 +200,10 @@ def _turn_heads(
         head = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
         mask = head < HEADS
         x_ptrs, y_ptrs = x_ptr + head * x_head, y_ptr + head * y_head
-        a, b = _load_pairs(x_ptrs, mask, HALF, PAIRS, IN)
+        a, b = load_pairs(x_ptrs, mask, HALF, PAIRS, IN)
         new_a = (a * cos_a - b * sin_a).to(dtype)
         new_b = (b * cos_b + a * sin_b).to(dtype)
-        if OUT:
-            i = tl.arange(0, 2 * PAIRS)[None, :]
-            both = tl.reshape(tl.join(new_a, new_b), (ROWS, 2 * PAIRS))
-            tl.store(y_ptrs + i, both, mask & (i < 2 * HALF))
-        else:
-            j = tl.arange(0, PAIRS)[None, :]
-            tl.store(y_ptrs + j, new_a, mask & (j < HALF))
-            tl.store(y_ptrs + HALF + j, new_b, mask & (j < HALF))
+        store_pairs(y_ptrs, new_a, new_b, mask, HALF, PAIRS, OUT)
         if REST:
             i = 2 * HALF + tl.arange(0, REST)[None, :]
             rest = tl.load(x_ptrs + i, mask & (i < DIM), other=0.0)
@@ -216,8 +226,8 @@ def _kernel(
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     cos_ptr += batch * cos_batch + token * cos_token
     sin_ptr += batch * sin_batch + token * sin_token
-    cos_a, cos_b = _load_table(cos_ptr, HALF, PAIRS, TABLE, SHORT)
-    sin_a, sin_b = _load_table(sin_ptr, HALF, PAIRS, TABLE, SHORT)
+    cos_a, cos_b = load_table(cos_ptr, HALF, PAIRS, TABLE, SHORT)
+    sin_a, sin_b = load_table(sin_ptr, HALF, PAIRS, TABLE, SHORT)
     if TRANSPOSED:
         sin_a, sin_b = -sin_b, -sin_a
     q_ptr += batch * q_batch + token * q_token
@@ -241,7 +251,7 @@ def rope_launch(pairs: int) -> Launch:
     return Launch(rows=max(1, 2048 // pairs), cols=pairs, warps=4)
 
 
-def _run(
+def rope_forward(
     tensors: tuple[torch.Tensor, ...],
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -260,13 +270,8 @@ def _run(
     outs = tuple(_fake(x, cos, dtype) for x, dtype in zip(tensors, dtypes, strict=True))
     batch, _, tokens, _ = outs[0].shape
     if batch * tokens:
-        tensors = tuple(
-            x if x.stride(-1) == 1 else torch.empty_like(out, dtype=x.dtype).copy_(x)
-            for x, out in zip(tensors, outs, strict=True)
-        )
-        if cos.stride(-1) != 1 or sin.stride(-1) != 1:
-            cos, sin = cos.contiguous(), sin.contiguous()
-        _launch(tensors, outs, cos, sin, form)
+        tensors = tuple(map(with_unit_stride, tensors))
+        _launch(tensors, outs, with_unit_stride(cos), with_unit_stride(sin), form)
     return outs
 
 
@@ -306,14 +311,18 @@ def _launch(
     launch(
         _kernel, batch * tokens, q.device, q, k, new_q, new_k, cos, sin, tokens,
         *q.stride()[:3], *new_q.stride()[:3], *k.stride()[:3], *new_k.stride()[:3],
-        cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
-        sin.stride(0) if sin.shape[0] > 1 else 0, sin.stride(1),
+        *table_strides(cos), *table_strides(sin),
         Q_HEADS=q_heads, K_HEADS=k_heads, Q_DIM=q_dim, K_DIM=k_dim, HALF=half,
         IN=target if form.transposed else source, OUT=source if form.transposed else target,
         TABLE=target, SHORT=form.half_tables, TRANSPOSED=form.transposed, PAIRS=tile.cols,
         Q_ROWS=min(power_of_two(q_heads), tile.rows), K_ROWS=min(power_of_two(k_heads), tile.rows),
         Q_REST=_rest(q_dim, half), K_REST=_rest(k_dim, half), num_warps=tile.warps,
     )  # fmt: skip
+
+
+def table_strides(table: torch.Tensor) -> tuple[int, int]:
+    """Those of batch and tokens; a table that all batches share has the first of 0."""
+    return table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)
 
 
 def _rest(dim: int, half: int) -> int:
@@ -328,13 +337,13 @@ def _fake(x: torch.Tensor, cos: torch.Tensor, out_dtype: torch.dtype | None) -> 
 _FORM = "bool interleaved_in, bool interleaved_out, bool half_tables, bool transposed"
 _rope = define_op(
     f"rope(Tensor x, Tensor cos, Tensor sin, {_FORM}, ScalarType? out_dtype) -> Tensor",
-    lambda x, cos, sin, *rest: _run((x,), cos, sin, Form(*rest[:4]), rest[4:])[0],
+    lambda x, cos, sin, *rest: rope_forward((x,), cos, sin, Form(*rest[:4]), rest[4:])[0],
     lambda x, cos, sin, *rest: _fake(x, cos, rest[4]),
 )
 _rope_pair = define_op(
     f"rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, {_FORM}, ScalarType? q_dtype,"
     " ScalarType? k_dtype) -> (Tensor, Tensor)",
-    lambda q, k, cos, sin, *rest: _run((q, k), cos, sin, Form._make(rest[:4]), rest[4:]),
+    lambda q, k, cos, sin, *rest: rope_forward((q, k), cos, sin, Form._make(rest[:4]), rest[4:]),
     lambda q, k, cos, sin, *rest: (_fake(q, cos, rest[4]), _fake(k, cos, rest[5])),
 )
 
@@ -350,7 +359,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _refuse(*ctx.needs_input_grad[1:3])
+        refuse_table_gradients(*ctx.needs_input_grad[1:3])
         return _rope(dy, *ctx.saved_tensors, *ctx.form, ctx.dtype), *(None,) * 7
 
 
@@ -370,7 +379,7 @@ class _RopePair(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _refuse(*ctx.needs_input_grad[2:4])
+        refuse_table_gradients(*ctx.needs_input_grad[2:4])
         grads = _rope_pair(dq, dk, *ctx.saved_tensors, *ctx.form, *ctx.dtypes)
         return *grads, *(None,) * 8
 
@@ -380,7 +389,7 @@ def _back(rest: tuple[Any, ...]) -> Form:
     return form._replace(transposed=not form.transposed)
 
 
-def _refuse(cos_needs_grad: bool, sin_needs_grad: bool) -> None:
+def refuse_table_gradients(cos_needs_grad: bool, sin_needs_grad: bool) -> None:
     if cos_needs_grad or sin_needs_grad:
         raise RuntimeError(
             "torch.ops.liger_fx.rope gives cos and sin no gradient; call rope or rope_pair of "

@@ -23,8 +23,9 @@ from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, cho
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term, same
 from liger_fx.modules import LigerRotaryEmbedding, LigerSingleRotaryEmbedding
+from liger_fx.tracing.trace import TensorSpec
 
-x, rest, heads = Tensor("x"), Tensor("rest"), Constant("heads")
+rest, heads = Tensor("rest"), Constant("heads")
 
 
 def table(name: str, half: bool) -> Pattern:
@@ -35,7 +36,7 @@ def table(name: str, half: bool) -> Pattern:
     )
 
 
-def turned_whole(partner: Pattern, half: bool = False) -> Pattern:
+def turned_whole(x: Pattern, partner: Pattern, half: bool = False) -> Pattern:
     """x * cos + partner * sin, where ``partner`` is (-b, a) for x = (a, b)."""
     return x * table("cos", half) + partner * table("sin", half)
 
@@ -54,20 +55,25 @@ class Layout(NamedTuple):
     half_tables: bool
 
 
-turned = choice(
-    "layout",
-    {
-        Layout(False, False, False): turned_whole(cat(-upper(x), lower(x))),
-        Layout(True, True, True): either(
-            turned_whole(interleave(-odd(x), even(x)), half=True),
-            interleave(*turned_ends(even(x), odd(x))),
-        ),
-        Layout(True, True, False): turned_whole(interleave(-odd(x), even(x))),
-        Layout(False, False, True): cat(*turned_ends(lower(x), upper(x))),
-        Layout(True, False, True): cat(*turned_ends(even(x), odd(x))),
-        Layout(False, True, True): interleave(*turned_ends(lower(x), upper(x))),
-    },
-)
+def turned(x: Pattern) -> Pattern:
+    """Every form of x turned; the layout is captured."""
+    ends = (lower(x), upper(x)), (even(x), odd(x))
+    return choice(
+        "layout",
+        {
+            Layout(False, False, False): turned_whole(x, cat(-upper(x), lower(x))),
+            Layout(True, True, True): either(
+                turned_whole(x, interleave(-odd(x), even(x)), half=True),
+                interleave(*turned_ends(*ends[1])),
+            ),
+            Layout(True, True, False): turned_whole(x, interleave(-odd(x), even(x))),
+            Layout(False, False, True): cat(*turned_ends(*ends[0])),
+            Layout(True, False, True): cat(*turned_ends(*ends[1])),
+            Layout(False, True, True): interleave(*turned_ends(*ends[0])),
+        },
+    )
+
+
 complex_turned = Op("view_as_real", (anything,))
 products = anything * anything
 plus, minus = products + products, products - products
@@ -84,7 +90,7 @@ class RotaryEmbedding(Rule):
     """A child of the attention module, whose code turns q and k."""
 
     name = "rotary_embedding"
-    pattern = either(cat(turned, rest), turned, complex_turned)
+    pattern = either(cat(turned(Tensor("x")), rest), turned(Tensor("x")), complex_turned)
     looks_like = either(
         *(join(-anything, anything) for join in (cat, interleave)),
         *(join(anything, -anything) for join in (cat, interleave)),
@@ -105,11 +111,11 @@ class RotaryEmbedding(Rule):
         if "rest" in match:
             source = _head(source, match["rest"])
             turned_term = turned_term.operands[0]
-        heads_dim = _heads_dim(match, source, rotary_dim // (2 if layout.half_tables else 1))
+        width = rotary_dim // (2 if layout.half_tables else 1)
         options = {
             **layout._asdict(),
             "cast": rounding(match, turned_term, "x", "cos"),
-            "heads_dim": heads_dim,
+            "heads_dim": heads_dim(match, source.spec, width),
             "rotary_dim": rotary_dim,
             "head_dim": source.width,
         }
@@ -140,15 +146,15 @@ def _head(part: Term, rest: Term) -> Term:
     raise Reject("what stands beside the turned part is not the rest of the same head", rest.node)
 
 
-def _heads_dim(match: Match, source: Term, width: int) -> int:
-    """1 for (batch, heads, tokens, D), 2 for (batch, tokens, heads, D), read off cos."""
-    cos, sin, spec = match.spec("cos"), match.spec("sin"), source.spec
-    heads_dim = {-3: 1, -2: 2}.get(match["heads"])
-    if spec is None or len(spec.shape) != 4 or len(cos.shape) != 3 or heads_dim is None:
+def heads_dim(match: Match, spec: TensorSpec | None, width: int) -> int:
+    """Where what is turned has its heads, read off cos, of ``width`` entries: 1 for (batch, heads,
+    tokens, D), 2 for (batch, tokens, heads, D). Reject what is laid out otherwise."""
+    cos, sin, place = match.spec("cos"), match.spec("sin"), {-3: 1, -2: 2}.get(match["heads"])
+    if spec is None or len(spec.shape) != 4 or len(cos.shape) != 3 or place is None:
         raise Reject(f"cos of {cos} is not laid out for x of {spec}", match.root)
     if (cos.shape, cos.dtype) != (sin.shape, sin.dtype):
         raise Reject(f"cos is {cos} and sin {sin}", match.root)
-    batch, tokens = spec.shape[0], spec.shape[3 - heads_dim]
+    batch, tokens = spec.shape[0], spec.shape[3 - place]
     if cos.shape not in ((1, tokens, width), (batch, tokens, width)):
         raise Reject(f"cos of {cos} is broadcast over x of {spec}", match.root)
-    return heads_dim
+    return place

@@ -15,7 +15,7 @@ from liger_fx.engine.rule import Reject, Rule
 from liger_fx.engine.search import Refusal
 from liger_fx.engine.site import Site
 from liger_fx.engine.term import describe
-from liger_fx.tracing.trace import Source, Trace
+from liger_fx.tracing.trace import Source
 from liger_fx.tracing.walk import module_at
 
 
@@ -57,14 +57,15 @@ def refused(rule: Rule, refusal: Refusal, facts: Facts) -> Site:
     )
 
 
-def unexplained(trace: Trace, rules: Sequence[Rule], sites: Iterable[Site]) -> list[Site]:
-    """A refused site for each module with a candidate's class name that no site speaks of."""
-    opaque = {leaf.path: leaf for leaf in trace.opaque}
+def unexplained(facts: Facts, rules: Sequence[Rule], sites: Iterable[Site]) -> list[Site]:
+    """A refused site for each module with a candidate's class name that no site speaks of, and of
+    which something is left."""
+    opaque = {leaf.path: leaf for leaf in facts.trace.opaque}
     spoken: dict[str, set[str]] = {rule.name: set() for rule in rules}
     for site in sites:
         spoken[site.rule].update(_with_ancestors(site.path))
     found: list[Site] = []
-    called = _called(trace)
+    called = _called(facts)
     for path in sorted(called, key=lambda path: path.count("."), reverse=True):
         name, source, is_leaf = called[path]
         kin = [rule.name for rule in rules if rule.knows(name)]
@@ -86,18 +87,24 @@ def _with_ancestors(path: str) -> Iterator[str]:
     yield from (".".join(parts[:i]) for i in range(1, len(parts) + 1))
 
 
-def _called(trace: Trace) -> dict[str, tuple[str, Source | None, bool]]:
+def _called(facts: Facts) -> dict[str, tuple[str, Source | None, bool]]:
     """Every called module by path: class name, where it was called or begins, whether a leaf.
 
-    The modules of torch.nn and of this package are what they say they are, and are left out.
+    The modules of torch.nn and of this package are what they say they are, and are left out; so are
+    those whose operations were all replaced.
     """
+    trace = facts.trace
     first: dict[int, Source | None] = {}
     leaves: dict[str, fx.Node] = {}
     for node in trace.graph.nodes:
         first.setdefault(node.meta.get("call") or 0, node.meta.get("source"))
         if node.op == "call_module":
             leaves.setdefault(str(node.target), node)
-    called = {c.path: (c.cls.__name__, first.get(c.index), False) for c in trace.calls if c.path}
+    called = {
+        call.path: (call.cls.__name__, first.get(call.index), False)
+        for call in trace.calls
+        if call.path and not facts.is_replaced(call)
+    }
     for path, node in leaves.items():
         cls = type(module_at(trace.root, path))
         if not cls.__module__.startswith(("torch.nn", "liger_fx.")):

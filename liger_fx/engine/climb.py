@@ -8,6 +8,7 @@ It is read off the pattern: where what it looks like stands in it, and which ope
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from torch import fx
 
@@ -56,6 +57,7 @@ class Climb:
         return sorted(seen, key=facts.position.__getitem__, reverse=True)
 
 
+@cache  # a part that stands in many places of a pattern is looked at once
 def _above(pattern: Pattern, looks_like: Pattern) -> Climb | None:
     """What stands above ``looks_like`` in the pattern; None where it does not stand in it."""
     ops, steps = set[str](), 0 if _shows(pattern, looks_like) else None
@@ -69,6 +71,7 @@ def _above(pattern: Pattern, looks_like: Pattern) -> Climb | None:
     return None if steps is None else Climb(frozenset(ops), steps)
 
 
+@cache
 def _shows(pattern: Pattern, looks_like: Pattern) -> bool:
     """Whether the two can be the same place of a graph, told by operators that both name."""
     if isinstance(looks_like, Tensor | Anything):

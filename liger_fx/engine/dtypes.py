@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Reject
@@ -16,15 +17,23 @@ def rounding(match: Match, value: Term, x: str, factor: str) -> Cast:
     Where the trace's dtypes leave both open, ``value``, the term of the result, decides: a cast
     at the very end goes back. Reject when the model's result has neither dtype.
     """
-    input_dtype = product = match.spec(x).dtype
-    if factor in match:
-        product = torch.promote_types(input_dtype, match.spec(factor).dtype)
-    dtypes: dict[Cast, torch.dtype] = {"input": input_dtype, "promote": product}
-    goes_back = value.op == "cast" or factor not in match
+    by = match.spec(factor).dtype if factor in match else None
+    return rounded_to(match.root_spec.dtype, value, match.spec(x).dtype, by, match.root)
+
+
+def rounded_to(
+    result: torch.dtype, value: Term, x: torch.dtype, factor: torch.dtype | None, node: fx.Node
+) -> Cast:
+    """The same of dtypes: that of the result, of what comes in, and of what multiplies it, if
+    anything does. node: what a Reject is about."""
+    dtypes: dict[Cast, torch.dtype] = {
+        "input": x, "promote": x if factor is None else torch.promote_types(x, factor)
+    }  # fmt: skip
+    goes_back = value.op == "cast" or factor is None
     order: tuple[Cast, ...] = ("input", "promote") if goes_back else ("promote", "input")
     for cast in order:
-        if dtypes[cast] == match.root_spec.dtype:
+        if dtypes[cast] == result:
             return cast
-    names = [str(d).removeprefix("torch.") for d in (match.root_spec.dtype, input_dtype, product)]
+    names = [str(d).removeprefix("torch.") for d in (result, *dtypes.values())]
     reason = f"the result is {names[0]}, neither the input's {names[1]} nor {names[2]}"
-    raise Reject(reason, match.root)
+    raise Reject(reason, node)

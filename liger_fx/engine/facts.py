@@ -110,6 +110,12 @@ class Facts:
             yield self.trace.calls[index]
             pending += self._children.get(index, ())
 
+    def is_replaced(self, call: ModuleCall) -> bool:
+        """Whether a module call has computed something, and nothing of that stands any more."""
+        indices = [inner.index for inner in self.calls_below(call)]
+        made = [node for i in indices for node in self._nodes_of.get(i, ()) if computes(node)]
+        return bool(made) and not any(node in self.position for node in made)
+
     def is_inside(self, call: ModuleCall | None, outer: ModuleCall) -> bool:
         """Whether a call is the other one, or was made during it."""
         while call is not None and call.index > outer.index:

@@ -19,7 +19,7 @@ from torch import fx
 from liger_fx.engine import pattern as p
 from liger_fx.engine.match import Match, Miss
 from liger_fx.engine.slices import whole
-from liger_fx.engine.term import Term, is_transparent, loses_nothing, same
+from liger_fx.engine.term import Term, bare, is_transparent, loses_nothing, same
 from liger_fx.engine.terms import Terms
 
 
@@ -130,15 +130,21 @@ class Attempt:
         del self.covered[mark:]
 
     def _match_inner(self, pattern: p.Inner, term: Term) -> Iterator[None]:
-        before = self.inner.get(pattern.name)
+        before, node = self.inner.get(pattern.name), bare(term).node
+        around = within = self.home
+        if pattern.apart and node is not None:
+            within = node.meta.get("call")
         if pattern.anywhere:
             self.anywhere.add(pattern.name)
+        self.home = within
         for _ in self.match(pattern.value, term):
-            self.inner[pattern.name] = term
+            self.inner[pattern.name], self.home = term, around
             yield
             del self.inner[pattern.name]
+            self.home = within
             if before is not None:  # the name stands twice
                 self.inner[pattern.name] = before
+        self.home = around
 
     def _match_either(self, pattern: p.Either, term: Term) -> Iterator[None]:
         for alternative in pattern.alternatives:

@@ -203,11 +203,14 @@ class Inner(Pattern):
 
     anywhere: whether everything behind the formula may read it, and it may be computed outside the
     module whose place the named module takes, which is called with it.
+    apart: whether a module of its own may compute it. Casts that such a module makes of what it is
+    given are looked through like those of the module that computes the whole.
     """
 
     name: str
     value: Pattern
     anywhere: bool = False
+    apart: bool = False
 
     def below(self) -> tuple[Pattern, ...]:
         return (self.value,)

@@ -61,7 +61,7 @@ def rewrite(
             if _Pass(facts, view, rule, selection or Selection(), drawer).run(sites):
                 view = Terms(trace.root)
         follow(trace.calls, facts)
-        sites += unexplained(trace, rules, sites)
+        sites += unexplained(facts, rules, sites)
     return Rewriting(trace.graph, trace.root, sites)
 
 

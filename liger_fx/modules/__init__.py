@@ -5,6 +5,7 @@ from liger_fx.modules.gated_mlp import LigerGEGLUMLP, LigerReGLUMLP, LigerSwiGLU
 from liger_fx.modules.gated_product import LigerGEGLU, LigerReGLU, LigerSwiGLU
 from liger_fx.modules.linear_cross_entropy import LigerFusedLinearCrossEntropy
 from liger_fx.modules.mlp import LigerMLP
+from liger_fx.modules.qk_norm_rotary import LigerNormRotaryEmbedding, LigerQKNormRotaryEmbedding
 from liger_fx.modules.rms_norm import LigerRMSNorm
 from liger_fx.modules.rotary import LigerRotaryEmbedding, LigerSingleRotaryEmbedding
 
@@ -14,6 +15,8 @@ __all__ = [
     "LigerGEGLU",
     "LigerGEGLUMLP",
     "LigerMLP",
+    "LigerNormRotaryEmbedding",
+    "LigerQKNormRotaryEmbedding",
     "LigerRMSNorm",
     "LigerReGLU",
     "LigerReGLUMLP",

@@ -15,7 +15,7 @@ from liger_fx.modules.casting import Cast, check_cast, result_dtype
 from liger_fx.modules.origin import NamedModule
 
 
-class _Rotary(NamedModule):
+class Rotary(NamedModule):
     """interleaved_in, interleaved_out: whether pair j is elements (2j, 2j + 1), not (j, j + R / 2).
     half_tables: cos and sin hold one entry a pair (R / 2), not R laid out as the output is.
     cast: "input" where results have the dtype of q and k, "promote" that of q * cos and k * cos.
@@ -83,8 +83,8 @@ class _Rotary(NamedModule):
         return ", ".join(parts)
 
 
-class LigerRotaryEmbedding(_Rotary):
-    """q and k turned in one launch: see `_Rotary` for the arguments, `rope_pair` for the maths."""
+class LigerRotaryEmbedding(Rotary):
+    """q and k turned in one launch: see `Rotary` for the arguments, `rope_pair` for the maths."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -112,8 +112,8 @@ class LigerRotaryEmbedding(_Rotary):
         return new_q, new_k
 
 
-class LigerSingleRotaryEmbedding(_Rotary):
-    """One tensor turned, where q and k are not turned together: see `_Rotary` for the arguments."""
+class LigerSingleRotaryEmbedding(Rotary):
+    """One tensor turned, where q and k are not turned together: see `Rotary` for the arguments."""
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x: (batch, heads, tokens, D) or (batch, tokens, heads, D), as heads_dim says; cos, sin:
