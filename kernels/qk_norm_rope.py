@@ -156,7 +156,6 @@ def _check(
     if (k is None) != (k_weight is None):
         raise ValueError("qk_norm_rope: k and k_weight come together")
     for x, weight in _heads(q, k, q_weight, k_weight):
-        check_tables(cos, sin, half_tables, x)
         if weight.shape != x.shape[-1:] or weight.shape != q_weight.shape:
             raise ValueError(
                 f"qk_norm_rope: heads of {x.shape[-1]} and a weight of {tuple(weight.shape)}, "
@@ -167,6 +166,7 @@ def _check(
                 f"qk_norm_rope: q is {q.dtype} times {q_weight.dtype}, and k {x.dtype} times "
                 f"{weight.dtype}"
             )
+        check_tables(cos, sin, half_tables, x)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from liger_fx.kernels.add_rms_norm import add_rms_norm
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
 from liger_fx.kernels.launch import INTERPRETED
 from liger_fx.kernels.linear_cross_entropy import Form
+from liger_fx.kernels.qk_norm_rope import qk_norm_rope
 from liger_fx.kernels.rms_norm import rms_norm
 from liger_fx.kernels.rope import rope, rope_pair
 
@@ -63,6 +64,28 @@ DIRECT: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "add_rms_norm backward": lambda: (
         OPS.add_rms_norm_backward,
         (heads(5, 3, 8), torch.randn(2, 3, 5, 8), heads(5, 3, 8), torch.randn(8), 1e-5, 1.0, True),
+    ),
+    "qk_norm_rope": lambda: (
+        OPS.qk_norm_rope,
+        (leaf(heads(5, 3, 8)), leaf(torch.randn(2, 1, 5, 8)), leaf(torch.randn(8)),
+         leaf(torch.randn(8)), table(5, 6), table(5, 6), 1e-5, 1.0, True, False, False,
+         torch.float32, BF16),
+    ),
+    "qk_norm_rope of one": lambda: (
+        OPS.qk_norm_rope,
+        (leaf(torch.randn(2, 5, 9, 16)[:, :, 1:4].transpose(1, 2)), None, leaf(torch.randn(16)),
+         None, table(5, 4), table(5, 4), 1e-5, 0.0, False, False, True, BF16, torch.float32),
+    ),
+    "qk_norm_rope backward": lambda: (
+        OPS.qk_norm_rope_backward,
+        (torch.randn(2, 3, 5, 8), heads(5, 1, 8), heads(5, 3, 8), torch.randn(2, 1, 5, 8),
+         torch.randn(8), torch.randn(8), table(5, 8), table(5, 8), 1e-5, 0.0, False, False, False,
+         torch.float32, torch.float32, True),
+    ),
+    "qk_norm_rope backward, frozen": lambda: (
+        OPS.qk_norm_rope_backward,
+        (torch.randn(2, 3, 5, 8), None, heads(5, 3, 8), None, torch.randn(8), None, table(5, 8),
+         table(5, 8), 1e-5, 0.0, False, True, False, torch.float32, torch.float32, False),
     ),
     "rope": lambda: (
         OPS.rope, (leaf(heads(5, 3, 8)), table(5, 6), table(5, 6), True, False, False, False, BF16)
@@ -133,13 +156,14 @@ def every_op(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor) -> torch.
     x, s = add_rms_norm(rms_norm(x, weight, 1e-5, 1.0), x, weight, 1e-5)
     x = x + s
     q, k = rope_pair(x, x, cos, cos, interleaved_in=True)
+    q, k = qk_norm_rope(q, k, weight, weight, cos, cos, 1e-5)
     q = gated_activation(q, rope(k, cos, cos), "silu") + activation(k, "relu")
     return packed_gated_activation(torch.cat((q, k), dim=-1), "gelu")
 
 
 NAMES = [
-    "rms_norm", "add_rms_norm", "rope_pair", "rope", "gated_activation", "activation",
-    "packed_gated_activation",
+    "rms_norm", "add_rms_norm", "rope_pair", "qk_norm_rope", "rope", "gated_activation",
+    "activation", "packed_gated_activation",
 ]  # fmt: skip
 
 
@@ -169,7 +193,7 @@ def test_compile_sees_one_operator_each(dynamic: bool) -> None:
     forward, backward = graphs[:2]
     assert ours(forward) == NAMES
     assert sorted(ours(backward)) == sorted(
-        name if "rope" in name else f"{name}_backward" for name in NAMES
+        name if name.startswith("rope") else f"{name}_backward" for name in NAMES
     )
     assert len(graphs) == (2 if dynamic else 4)
     torch._dynamo.reset()

@@ -20,6 +20,7 @@ from liger_fx.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from liger_fx.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from liger_fx.kernels.rms_norm import rms_norm, rms_norm_reference
 from liger_fx.kernels.rope import Form as Turn
 from liger_fx.kernels.rope import rope, rope_pair, rope_reference
@@ -61,6 +62,24 @@ CASES: dict[str, tuple[int, Function, Function]] = {
         lambda q, k: turned(q, lambda q, cos, sin: torch.stack(rope_pair(q, k, cos, sin))),
         lambda q, k: torch.stack(
             [turned(x, lambda x, cos, sin: rope_reference(x, cos, sin, Turn())) for x in (q, k)]
+        ),
+    ),
+    "qk_norm_rope": (
+        2,
+        lambda q, k: turned(
+            q,
+            lambda q, cos, sin: torch.stack(
+                qk_norm_rope(q, k, q[0, 0, 0], k[0, 0, 0], cos, sin, 1e-5, 1.0)
+            ),
+        ),
+        lambda q, k: turned(
+            q,
+            lambda q, cos, sin: torch.stack(
+                qk_norm_rope_reference(
+                    q, k, q[0, 0, 0], k[0, 0, 0], cos, sin, 1e-5, 1.0, False, False, False,
+                    q.dtype, q.dtype,
+                )
+            ),
         ),
     ),
     "gated_activation": (

@@ -78,6 +78,8 @@ MADE: dict[str, dict[str, Any]] = {
     "LigerAddRMSNorm": {"width": 8, "eps": None, "weight_name": "weight"},
     "LigerFusedLinearCrossEntropy": {"reduction": "sum", "softcap": 30.0, "biased": True},
     "LigerRMSNorm": {"width": 8, "eps": 1e-5, "offset": 1.0, "cast": "promote"},
+    "LigerNormRotaryEmbedding": {"eps": None, "exchanged": True, "heads_dim": 2},
+    "LigerQKNormRotaryEmbedding": {"eps": 1e-5, "offset": 1.0, "norm_cast": "promote"},
     "LigerRotaryEmbedding": {"interleaved_in": True, "half_tables": True, "rotary_dim": 4},
     "LigerSingleRotaryEmbedding": {"heads_dim": 2, "cast": "input", "head_dim": 8},
     "LigerSwiGLU": {"gate_first": False, "width": 3},
