@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import liger_fx
 from liger_fx.kernels import linear_cross_entropy as loss_kernel
 from liger_fx.kernels.linear_cross_entropy import Form, linear_cross_entropy
-from tests.kernels.accuracy import FLOAT32_SLACK
+from tests.kernels.accuracy import FLOAT32_SLACK, drawing
+from tests.kernels.test_qk_norm_rope import assert_near
+from tests.kernels.test_rope import tables
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +64,17 @@ def test_the_kernels_are_what_runs() -> None:
     assert names.count("_backward_kernel") >= 7 + 3
     assert names.count("_kernel") >= 2 * 3  # rotary, forward and backward
     assert not any("rsqrt" in name for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim, width", [(64, 64), (80, 40), (128, 128), (256, 256)])
+def test_norm_and_turn_of_heads_against_float64(dim: int, width: int, dtype: torch.dtype) -> None:
+    """Both from the layout of a projection; gradients as attention gives them, heads first."""
+    torch.manual_seed(0)
+    draw, tokens = drawing(dtype), 515
+    q, k = (draw(2, tokens, heads, dim).transpose(1, 2) for heads in (16, 8))
+    grads = draw(2, 16, tokens, dim), draw(2, 8, tokens, dim)
+    assert_near((q, k, draw(dim), draw(dim)), grads, *tables(2, tokens, width, "cuda", dtype))
 
 
 def loss_inputs(

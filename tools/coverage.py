@@ -29,7 +29,9 @@ from liger_fx.errors import FallbackWarning, LigerFxError, TraceError, UsageErro
 from liger_fx.inputs import example_inputs  # noqa: E402
 from liger_fx.tiny import tiny_model  # noqa: E402
 
-RULES = ("rms_norm", "add_rms_norm", "rotary_embedding", "gated_mlp", "plain_mlp")
+RULES = (
+    "rms_norm", "add_rms_norm", "rotary_embedding", "qk_norm_rotary", "gated_mlp", "plain_mlp"
+)  # fmt: skip
 CLOSE = 1e-5
 
 

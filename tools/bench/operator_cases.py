@@ -70,6 +70,17 @@ def eager_rope(
     return turn(q), turn(k)
 
 
+def eager_qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return eager_rope(eager_rms_norm(q, q_weight), eager_rms_norm(k, k_weight), cos, sin)
+
+
 def eager_packed(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -133,15 +144,20 @@ def _packed_case(rows: int, width: int) -> Case:
     )
 
 
+def _tables(tokens: int, dim: int) -> Tensors:
+    """cos and sin as models have them, the same for both halves of a head."""
+    places = torch.arange(tokens, device="cuda")[:, None]
+    angles = places / 10000 ** (torch.arange(0, dim, 2, device="cuda") / dim)
+    angles = torch.cat((angles, angles), dim=-1)[None]
+    return angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
 def _rope_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
     from liger_fx.kernels.rope import rope_pair
 
     def inputs() -> tuple[Tensors, Tensors]:
-        places = torch.arange(tokens, device="cuda")[:, None]
-        angles = places / 10000 ** (torch.arange(0, dim, 2, device="cuda") / dim)
-        angles = torch.cat((angles, angles), dim=-1)[None]
         q, k = (_random(batch, tokens, h, dim).transpose(1, 2) for h in (heads, kv_heads))
-        return (q, k), (angles.cos().bfloat16(), angles.sin().bfloat16())
+        return (q, k), _tables(tokens, dim)
 
     functions: dict[str, Callable[..., Any]] = {
         "ours": rope_pair,
@@ -150,6 +166,21 @@ def _rope_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> 
     }
     shape = f"{batch}x{tokens}, {heads}/{kv_heads} of {dim}"
     return Case("RoPE", shape, dim, inputs, functions, kept=0)
+
+
+def _qk_norm_rope_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
+    from liger_fx.kernels.qk_norm_rope import qk_norm_rope
+
+    def inputs() -> tuple[Tensors, Tensors]:
+        q, k = (_random(batch, tokens, h, dim).transpose(1, 2) for h in (heads, kv_heads))
+        return (q, k, _random(dim), _random(dim)), _tables(tokens, dim)
+
+    functions: dict[str, Callable[..., Any]] = {
+        "ours": lambda *tensors: qk_norm_rope(*tensors, EPS),
+        "eager": eager_qk_norm_rope,
+    }
+    shape = f"{batch}x{tokens}, {heads}/{kv_heads} of {dim}"
+    return Case("QK norm and RoPE", shape, dim, inputs, functions, kept=4)
 
 
 def _liger(name: str) -> Callable[..., Any]:
@@ -168,6 +199,7 @@ def cases() -> list[Case]:
         _packed_case(8192, 14336),
         _rope_case(4, 2048, 32, 8, 128),
         _rope_case(1, 8192, 32, 8, 128),
+        _qk_norm_rope_case(4, 2048, 16, 8, 128),
     ]
 
 
