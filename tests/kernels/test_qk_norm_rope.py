@@ -33,7 +33,7 @@ EPS = 1e-5
 PLAIN = {"interleaved_in": False, "interleaved_out": False, "half_tables": False}
 
 
-def as_models_do(cos: T, sin: T, offset: float = 0.0, **form: bool) -> Callable[..., Any]:
+def as_models_do(cos: T, sin: T, offset: float = 0.0, **form: Any) -> Callable[..., Any]:
     """In the dtype of what comes in, as formulas in a paper."""
 
     def heads(x: T, weight: T) -> T:
@@ -43,18 +43,18 @@ def as_models_do(cos: T, sin: T, offset: float = 0.0, **form: bool) -> Callable[
     return lambda q, k, a, b: (heads(q, a), heads(k, b))
 
 
-def in_two(cos: T, sin: T, offset: float = 0.0, **form: bool) -> Callable[..., Any]:
+def in_two(cos: T, sin: T, offset: float = 0.0, **form: Any) -> Callable[..., Any]:
     return lambda q, k, a, b: rope_pair(
         rms_norm(q, a, EPS, offset), rms_norm(k, b, EPS, offset), cos, sin, **form
     )
 
 
-def in_one(cos: T, sin: T, offset: float = 0.0, **form: bool) -> Callable[..., Any]:
+def in_one(cos: T, sin: T, offset: float = 0.0, **form: Any) -> Callable[..., Any]:
     return lambda q, k, a, b: qk_norm_rope(q, k, a, b, cos, sin, EPS, offset, **form)
 
 
 def best(
-    leaves: Sequence[T], exact: Sequence[T], cos: T, sin: T, offset: float, **form: bool
+    leaves: Sequence[T], exact: Sequence[T], cos: T, sin: T, offset: float, **form: Any
 ) -> Any:
     """What the best kernel stores: the norm rounded, and the turn of it; each gradient, once."""
     dtype, results = leaves[0].dtype, []
@@ -67,12 +67,12 @@ def best(
 
 
 def assert_near(
-    leaves: Sequence[T], grads: Sequence[T], cos: T, sin: T, offset: float = 0.0, **form: bool
+    leaves: Sequence[T], grads: Sequence[T], cos: T, sin: T, offset: float = 0.0, **form: Any
 ) -> list[T]:
     """Results and gradients at most 1.1 times as far from float64 as the best kernel's, in float32
     as a model's code. Returns them."""
     ours = with_gradients(in_one(cos, sin, offset, **form), leaves, *grads)
-    in_float64 = as_models_do(*doubled((cos, sin)), offset, **form)
+    in_float64 = as_models_do(cos.double(), sin.double(), offset, **form)
     exact = with_gradients(in_float64, doubled(leaves), *grads)
     others = best(leaves, exact, cos, sin, offset, **form)
     if leaves[0].dtype == torch.float32:
@@ -163,7 +163,8 @@ def test_frozen_inputs(frozen: tuple[bool, ...], device: str) -> None:
     made = [i for i, result in enumerate(results) if result.requires_grad]
     torch.autograd.backward([results[i] for i in made], [grads[i] for i in made])
     for leaf, grad in zip(leaves, full, strict=True):
-        assert torch.equal(leaf.grad, grad) if leaf.requires_grad else leaf.grad is None
+        assert (leaf.grad is None) != leaf.requires_grad
+        assert leaf.grad is None or torch.equal(leaf.grad, grad)
     if all(frozen[2:]):
         *_, dw = kernel._backward(*grads, *given, cos, sin, EPS, 0.0, *PLAIN.values(),
                                   torch.float32, torch.float32, False)  # fmt: skip
@@ -346,8 +347,9 @@ def test_what_is_refused(changed: dict[str, Any], message: str) -> None:
     draw = torch.randn
     given: dict[str, Any] = {"q": draw(2, 3, 5, 8), "k": draw(2, 1, 5, 8), "a": draw(8)}
     given |= {"b": draw(8), "cos": draw(1, 5, 8), "sin": draw(1, 5, 8)} | changed
+    q, k, a, b, cos, sin = given.values()
     with pytest.raises(ValueError, match=message):
-        qk_norm_rope(*given.values(), EPS)
+        qk_norm_rope(q, k, a, b, cos, sin, EPS)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about a Triton kernel on the CPU")
@@ -357,5 +359,5 @@ def test_batches_tokens_and_heads_beyond_32_bits(tmp_path: Path) -> None:
         place = (cos[:, : view.shape[2]], sin[:, : view.shape[2]])
         (y,) = qk_norm_rope(view, None, w, None, *place, EPS)
         wide = view.double(), view.double(), w.double(), w.double()
-        exact, _ = as_models_do(*doubled(place))(*wide)
+        exact, _ = as_models_do(place[0].double(), place[1].double())(*wide)
         assert relative_error(y, exact) < 4e-7

@@ -176,7 +176,7 @@ def _qk_norm_rope_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: 
         return (q, k, _random(dim), _random(dim)), _tables(tokens, dim)
 
     functions: dict[str, Callable[..., Any]] = {
-        "ours": lambda *tensors: qk_norm_rope(*tensors, EPS),
+        "ours": partial(qk_norm_rope, eps=EPS),
         "eager": eager_qk_norm_rope,
     }
     shape = f"{batch}x{tokens}, {heads}/{kv_heads} of {dim}"
