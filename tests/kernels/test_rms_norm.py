@@ -55,6 +55,13 @@ def test_output_and_gradients(layout: str, dtype: torch.dtype, device: str) -> N
     assert_as_accurate(ours, eager, exact)
 
 
+def test_rows_that_do_not_fill_a_tile_without_eps(device: str) -> None:
+    """What lies past the last row adds nothing to the weight's gradient, as 0 * infinity would."""
+    x, weight = torch.randn(5, 8, device=device), torch.randn(8, device=device)
+    ours = with_gradients(lambda x, w: rms_norm(x, w, 0.0), (x, weight), x.cos())
+    assert all(t.isfinite().all() for t in ours)
+
+
 @pytest.mark.parametrize("layout", ["transposed heads", "three strides", "expanded"])
 def test_result_keeps_the_order_in_memory(layout: str) -> None:
     x = LAYOUTS[layout](drawing(torch.float32))

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 import liger_fx
 from liger_fx.engine.rule import Selection
+from liger_fx.errors import LoadError
 from liger_fx.passes.qk_norm_rotary import QKNormRotary
 from liger_fx.passes.rms_norm import RMSNorm
 from liger_fx.passes.rotary_embedding import RotaryEmbedding
@@ -19,7 +20,7 @@ from tests.engine.graphs import Rewritten, differences, rewritten
 from tests.passes import test_rms_norm as norms
 from tests.passes import test_rotary_embedding as turns
 from tests.passes.test_rotary_embedding import HEAD, Turn
-from tests.support.families import make_inputs
+from tests.support.families import build, make_inputs
 from tests.support.pairs import fresh
 from tests.support.pairs import pair as family
 
@@ -281,9 +282,25 @@ def test_saved_and_bound_again_only_to_the_same_norm(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**inputs).logits, opt(**inputs).logits)
     kinds = [type(m).__name__ for m in loaded.modules()]
     assert kinds.count("LigerQKNormRotaryEmbedding") == 2
+    other = build("qwen3")
+    other.model.layers[1].self_attn.k_norm.variance_epsilon = 1e-3
+    with pytest.raises(LoadError, match="variance_epsilon"):
+        liger_fx.load(tmp_path / "saved", model=other)
+
+
+def test_flat_exported_and_compiled(tmp_path: Path) -> None:
+    model, opt = fresh("qwen3")
+    inputs = make_inputs(model, pad=True)
+    wanted = model(**inputs).logits
     flat = liger_fx.flatten(opt)
     assert isinstance(flat, fx.GraphModule)
-    torch.testing.assert_close(flat(**inputs).logits, model(**inputs).logits)
+    torch.testing.assert_close(flat(**inputs).logits, wanted)
+    program = liger_fx.export(opt, tmp_path / "model.pt2")
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("liger_fx.qk_norm_rope.default") == 2
+    torch.testing.assert_close(program.module()(**inputs)["logits"], wanted)
+    compiled = torch.compile(opt, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).logits, wanted)
 
 
 def test_a_hook_on_a_norm_keeps_it_a_call() -> None:
