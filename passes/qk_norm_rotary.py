@@ -89,7 +89,7 @@ class QKNormRotary(Rule):
             "cast": cast,
             "exchanged": match["exchanged"],
             "heads_dim": heads_dim(
-                match, match.root_spec, rotary_dim // (2 if layout.half_tables else 1)
+                match, match.view(match.root), rotary_dim // (2 if layout.half_tables else 1)
             ),
             "rotary_dim": rotary_dim,
             "head_dim": head_dim,

@@ -23,7 +23,6 @@ from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, cho
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term, same
 from liger_fx.modules import LigerRotaryEmbedding, LigerSingleRotaryEmbedding
-from liger_fx.tracing.trace import TensorSpec
 
 rest, heads = Tensor("rest"), Constant("heads")
 
@@ -115,7 +114,7 @@ class RotaryEmbedding(Rule):
         options = {
             **layout._asdict(),
             "cast": rounding(match, turned_term, "x", "cos"),
-            "heads_dim": heads_dim(match, source.spec, width),
+            "heads_dim": heads_dim(match, source, width),
             "rotary_dim": rotary_dim,
             "head_dim": source.width,
         }
@@ -146,10 +145,11 @@ def _head(part: Term, rest: Term) -> Term:
     raise Reject("what stands beside the turned part is not the rest of the same head", rest.node)
 
 
-def heads_dim(match: Match, spec: TensorSpec | None, width: int) -> int:
-    """Where what is turned has its heads, read off cos, of ``width`` entries: 1 for (batch, heads,
+def heads_dim(match: Match, heads: Term, width: int) -> int:
+    """Where ``heads`` that are turned lie, read off cos, of ``width`` entries: 1 for (batch, heads,
     tokens, D), 2 for (batch, tokens, heads, D). Reject what is laid out otherwise."""
-    cos, sin, place = match.spec("cos"), match.spec("sin"), {-3: 1, -2: 2}.get(match["heads"])
+    cos, sin, spec = match.spec("cos"), match.spec("sin"), heads.spec
+    place = {-3: 1, -2: 2}.get(match["heads"])
     if spec is None or len(spec.shape) != 4 or len(cos.shape) != 3 or place is None:
         raise Reject(f"cos of {cos} is not laid out for x of {spec}", match.root)
     if (cos.shape, cos.dtype) != (sin.shape, sin.dtype):
