@@ -110,11 +110,11 @@ class RotaryEmbedding(Rule):
         if "rest" in match:
             source = _head(source, match["rest"])
             turned_term = turned_term.operands[0]
-        width = rotary_dim // (2 if layout.half_tables else 1)
+        place = heads_dim(match, source, rotary_dim // (2 if layout.half_tables else 1))
         options = {
             **layout._asdict(),
             "cast": rounding(match, turned_term, "x", "cos"),
-            "heads_dim": heads_dim(match, source, width),
+            "heads_dim": place,
             "rotary_dim": rotary_dim,
             "head_dim": source.width,
         }

@@ -205,7 +205,8 @@ def work(layers: int) -> int:
 
 def test_the_work_grows_with_the_depth_and_not_with_its_square() -> None:
     work(2)  # fills caches
-    assert work(96) <= 4 * work(24)  # a scan of the graph for each site makes it 16 times
+    # Sorting makes it a little more than 4 times, a scan of the graph for each site 16 times.
+    assert work(96) <= 4.2 * work(24)
 
 
 def test_two_matches_of_one_call_are_found_at_any_depth() -> None:
