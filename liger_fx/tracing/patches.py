@@ -165,7 +165,7 @@ def _patch_questions(replace: Any) -> None:
     def is_grad_enabled() -> bool:
         tracer = recording_tracer()
         if tracer is not None:
-            tracer.recorder.grad_mode_asked = True
+            tracer.recorder.ask_about_gradients()
         return original()
 
     replace(torch, "is_grad_enabled", is_grad_enabled)

@@ -7,16 +7,15 @@ x.view(4, -1) of 4 rows              ->  "batch == 4"
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import sympy
 from torch.utils._sympy.printers import PythonPrinter
 
-from liger_fx.tracing.fakes import FakeWorld
+from liger_fx.tracing.fakes import FakeWorld, Question
 from liger_fx.tracing.recorder import CannotRecord
 
 
-def size_guards(world: FakeWorld, own_guards: Iterable[Any]) -> list[str]:
+def size_guards(world: FakeWorld, questions: Iterable[Question]) -> list[str]:
     """Size comparisons of the model's own code, and sizes of inputs that came out fixed or tied.
 
     CannotRecord for a comparison with a size that no check before the call can know.
@@ -32,14 +31,23 @@ def size_guards(world: FakeWorld, own_guards: Iterable[Any]) -> list[str]:
         return {str(s) for s in expr.free_symbols} <= names.keys()
 
     guards = set()
-    for guard in own_guards:
-        if not is_known(guard.expr):
+    for expr in dict.fromkeys(map(_as_fact, questions)):
+        if not is_known(expr):
             raise CannotRecord(
                 "a branch depends on a size that only the graph, as it runs, can tell"
             )
-        guards.add(text(guard.expr))
+        guards.add(text(expr))
     for name, size in world.symbols.items():
         now = size.node.expr
         if now != size.node._expr and is_known(now):
             guards.add(f"{name} == {text(now)}")
     return sorted(guards - {"True"})
+
+
+def _as_fact(question: Question) -> sympy.Basic:
+    """The answer as a comparison that holds."""
+    if question.answer == sympy.true:
+        return question.expr
+    if question.answer == sympy.false:
+        return sympy.Not(question.expr)
+    return sympy.Eq(question.expr, question.answer)

@@ -52,6 +52,11 @@ def asks_about_gradients(func: Any, name: str) -> bool:
     return asked in ("requires_grad", "grad_fn", "is_leaf", "grad", "is_inference")
 
 
+def asks_about_rank(func: Any, name: str) -> bool:
+    """Whether the answer is a number of dimensions."""
+    return name in ("dim", "ndimension") or (name == "__get__" and func.__self__.__name__ == "ndim")
+
+
 def is_in_place(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether the call writes into one of its arguments."""
     return (

@@ -44,6 +44,7 @@ class ModuleCall:
     """One call of a module that was traced through; leaves are call_module nodes instead.
 
     ``args``, ``kwargs`` and ``output`` are fx argument trees: nodes stand where the tensors stood.
+    ``asks`` is what its code asked about, of which another call may have another answer.
     """
 
     index: int
@@ -53,6 +54,7 @@ class ModuleCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+    asks: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

@@ -328,9 +328,8 @@ class HFTracer(fx.Tracer, Recording):
             recorder.recording = True
             try:
                 result = forward(self.root, **arguments)
-                recorder.take_own_guards()
                 recorder.recording = False
-                self.size_guards = size_guards(self.world, recorder.own_guards)
+                self.size_guards = size_guards(self.world, recorder.questions)
                 return describe_result(result, self.world), self._tree_argument(result)
             except (Untraceable, TraceError, UnsupportedCall):
                 raise
@@ -389,8 +388,11 @@ class HFTracer(fx.Tracer, Recording):
         self.calls.append(call)
         call.args, call.kwargs = self._noted(args), self._noted(kwargs)
         self.stack.append((call, module))
+        asked_before = len(self.recorder.questions)
         try:
             result = _forward_of(module)(module, *args, **kwargs)
+            if len(self.recorder.questions) > asked_before:
+                self.note_question("how large something is")
             self._refuse_fixed_sizes()
         except (Untraceable, TraceError, UnsupportedCall):
             raise
@@ -561,6 +563,9 @@ class HFTracer(fx.Tracer, Recording):
     def current_call(self) -> tuple[int, str]:
         call = self.stack[-1][0]
         return call.index, call.path
+
+    def note_question(self, what: str) -> None:
+        self.stack[-1][0].asks.add(what)
 
     def node_of_real(self, tensor: torch.Tensor) -> fx.Node:
         path = self.members.path_of_tensor(tensor)
