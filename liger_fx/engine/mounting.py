@@ -204,8 +204,13 @@ class Mounting:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two named modules compute the same, the names of their layers' roles included."""
-    return type(a) is type(b) and b is not None and a.options() == b.options()
+    """Whether two named modules compute the same, the roles of their layers included. (A rule's
+    module that says nothing of its options is known by what it shows.)"""
+    return type(a) is type(b) and b is not None and _options(a) == _options(b)
+
+
+def _options(module: Any) -> Any:
+    return module.options() if hasattr(module, "options") else module.extra_repr()
 
 
 def _counts(node: fx.Node) -> bool:

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from liger_fx.tracing.call import CallSpec, Constant, InputSpec, Items, Number, Opaque, Spec
+from liger_fx.tracing.call import (
+    CallSpec,
+    Constant,
+    InputSpec,
+    Items,
+    Number,
+    Opaque,
+    Spec,
+    may_hold_more,
+)
 from liger_fx.tracing.check import Check
 
 # The graph's inputs for a call of a block with these named arguments; None if it is not for them.
@@ -131,7 +140,8 @@ def _answers(read: Read, block: nn.Module, examples: Mapping[str, Any]) -> bool:
         return True
     scope = {"block": block, "value": examples[read.argument]}
     try:
-        return bool(eval(f"value{_steps_text(read.steps)}", scope) == read.value)
+        found = eval(f"value{_steps_text(read.steps)}", scope)
+        return type(found) is type(read.value) and bool(found == read.value)
     except (LookupError, AttributeError, ArithmeticError, TypeError):
         return False
 
@@ -207,10 +217,14 @@ class _TakeWriter:
         self.lines.append(f"{v} = {place}")
         if isinstance(spec, Items):
             self.conditions.append(f"type({v}) is {self._constant(spec.kind)}")
-            whole = f"len({v}) == {len(spec.items)}"
-            if spec.keys is not None:
-                whole = f"tuple({v}) == {self._constant(spec.keys)}"
-            self.conditions.append(whole)
+            if may_hold_more(spec.kind):
+                self.conditions.append(f"not {v}.__dict__")
+            if spec.keys is None:
+                self.conditions.append(f"len({v}) == {len(spec.items)}")
+            else:  # 1 == True
+                kinds = self._constant(tuple(map(type, spec.keys)))
+                self.conditions.append(f"tuple({v}) == {self._constant(spec.keys)}")
+                self.conditions.append(f"tuple(map(type, {v})) == {kinds}")
             for key, item in spec.places():
                 self._visit(item, f"{v}[{key!r}]")
             return
@@ -230,6 +244,8 @@ class _TakeWriter:
             return
         name = self._constant(value)
         self.conditions += [f"type({place}) is type({name})", f"{place} == {name}"]
+        if isinstance(value, float) and value == 0:  # 0.0 == -0.0
+            self.conditions.append(f"math.copysign(1, {place}) == {math.copysign(1, value)}")
 
     def _tensor(self, spec: InputSpec, v: str) -> None:
         self.lines.append(f"s{v} = {v}.shape")
@@ -252,8 +268,8 @@ class _TakeWriter:
         value = names[read.argument] + _steps_text(read.steps)
         if read.value is None or isinstance(read.value, bool):
             return f"{value} is {read.value!r}"
-        name = self._constant(read.value)
-        return f"{value} == {name}"
+        name, found = self._constant(read.value), f"r{len(self.scope)}"
+        return f"type({found} := {value}) is type({name}) and {found} == {name}"
 
 
 def _steps_text(steps: tuple[tuple[Any, ...], ...]) -> str:

@@ -19,7 +19,6 @@ import sympy
 import torch
 from torch import fx, nn
 from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers.utils import output_capturing
 
 from liger_fx.tracing.call import (
@@ -36,6 +35,7 @@ from liger_fx.tracing.call import (
 from liger_fx.tracing.fakes import FakeWorld, as_expr
 from liger_fx.tracing.numbers import TracedNumber, plain
 from liger_fx.tracing.recorder import CannotRecord
+from liger_fx.tracing.sizes import SizeArithmetic
 from liger_fx.tracing.stand_ins import origin_of
 from liger_fx.tracing.trace import Result, ResultSize, ResultTensor
 from liger_fx.tracing.tree_state import is_capturing
@@ -213,7 +213,7 @@ class Results:
         if isinstance(expr, int) or expr.is_number:
             return int(expr)
         known = {symbol: self._symbol(symbol) for symbol in expr.free_symbols}
-        return sympy_interp(PythonReferenceAnalysis, known, expr)
+        return sympy_interp(SizeArithmetic, known, expr)
 
     def _symbol(self, symbol: sympy.Symbol) -> Any:
         name = self.result.names.get(symbol)

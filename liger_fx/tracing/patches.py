@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
+from liger_fx.tracing import leaves
 from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.members import Members
 from liger_fx.tracing.recorder import CannotRecord, Recorder
@@ -104,6 +105,7 @@ def patched(tracer: Tracing) -> Iterator[None]:
             _thread.tracer = tracer
             _patch_modules(replace)
             _patch_questions(replace)
+            _patch_sizes(replace)
             _patch_attributes(replace)
             _patch_autocast(replace)
             _patch_attention(replace)
@@ -169,6 +171,28 @@ def _patch_questions(replace: Any) -> None:
         return original()
 
     replace(torch, "is_grad_enabled", is_grad_enabled)
+
+
+def _patch_sizes(replace: Any) -> None:
+    """A size as text, or divided with its rest, which PyTorch's symbolic ones do not do: the code
+    asks for the number."""
+    size = torch.SymInt
+
+    def by_number(name: str) -> Any:
+        original = getattr(size, name)
+
+        @functools.wraps(original)
+        def method(self: torch.SymInt, *args: Any) -> Any:
+            if recording_tracer() is None:
+                return original(self, *args)
+            return getattr(int(self), name)(*args)
+
+        return method
+
+    for name in ("__str__", "__repr__", "__format__"):
+        replace(size, name, by_number(name))
+    replace(size, "__divmod__", lambda self, other: (self // other, self % other))
+    replace(size, "__rdivmod__", lambda self, other: (other // self, other % self))
 
 
 def _patch_attributes(replace: Any) -> None:
@@ -256,9 +280,8 @@ def _patch_mask_builders(replace: Any, modules: Iterable[nn.Module]) -> None:
     """Mask builders are imported by name, so each modelling file of the model holds its own
     reference."""
     builders = {
-        builder: _traced_mask_builder(name, builder)
-        for name, builder in vars(masking_utils).items()
-        if name.startswith("create_") and name.endswith("_mask") and inspect.isfunction(builder)
+        (builder := getattr(masking_utils, name)): _traced_mask_builder(name, builder)
+        for name in leaves.MASK_BUILDERS
     }
     for module in _modelling_files(modules):
         for name, value in list(vars(module).items()):

@@ -364,7 +364,10 @@ class HFTracer(fx.Tracer, Recording):
         needed = {leaf for leaf in self.opaque_leaves if _holds_one_of(changing, leaf)}
         needed |= self._given_objects
         erase_unread_nodes(self.graph, self.root, needed)
-        self.leaves.materialise_masks()
+        try:
+            self.leaves.materialise_masks()
+        except CannotRecord as error:
+            raise self._untraceable(error) from error
         self.world.settle(self.graph)
 
     # -- module calls
