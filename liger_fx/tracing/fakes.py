@@ -124,9 +124,10 @@ class FakeWorld:
             self.symbols[name] = made
         return self.symbols[name]
 
-    def fresh_size(self, hint: int) -> Any:
-        """A symbolic size without a name: a node of the graph gives it when it runs."""
-        hint = hint if self.exact else self._another_hint()
+    def fresh_size(self, hint: int, *, exact: bool = False) -> Any:
+        """A symbolic size without a name: a node of the graph gives it when it runs. ``exact``: no
+        other example will do."""
+        hint = hint if exact or self.exact else self._another_hint()
         self._hints.add(hint)
         source = ConstantSource(f"fresh_{len(self._fresh)}")
         symbol = self.shape_env.create_symbol(

@@ -174,25 +174,9 @@ def _patch_questions(replace: Any) -> None:
 
 
 def _patch_sizes(replace: Any) -> None:
-    """A size as text, or divided with its rest, which PyTorch's symbolic ones do not do: the code
-    asks for the number."""
-    size = torch.SymInt
-
-    def by_number(name: str) -> Any:
-        original = getattr(size, name)
-
-        @functools.wraps(original)
-        def method(self: torch.SymInt, *args: Any) -> Any:
-            if recording_tracer() is None:
-                return original(self, *args)
-            return getattr(int(self), name)(*args)
-
-        return method
-
-    for name in ("__str__", "__repr__", "__format__"):
-        replace(size, name, by_number(name))
-    replace(size, "__divmod__", lambda self, other: (self // other, self % other))
-    replace(size, "__rdivmod__", lambda self, other: (other // self, other % self))
+    """divmod, which PyTorch's symbolic sizes lack."""
+    replace(torch.SymInt, "__divmod__", lambda self, other: (self // other, self % other))
+    replace(torch.SymInt, "__rdivmod__", lambda self, other: (other // self, other % self))
 
 
 def _patch_attributes(replace: Any) -> None:

@@ -10,7 +10,7 @@ Found by running the operator at other sizes on tensors without data.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -31,50 +31,51 @@ def follows_sizes(
 ) -> bool:
     """Whether ``run(*args, **kwargs)`` gives something else than as many tensors of as many
     dimensions as ``result`` where the sizes in the questions are others."""
-    made_of = _made_of(result)
-    for sizes in _other_sizes(world, questions):
+    asked = itertools.chain(*(question.expr.free_symbols for question in questions))
+    for sizes in other_sizes(world, asked):
         try:
             with unset_fake_temporarily(), torch.no_grad():
                 given, named = pytree.tree_map(_at(sizes), (args, kwargs))
                 other = run(*given, **named)
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError):
             continue  # no such call can be
-        if _made_of(other) != made_of:
+        if made_of(other) != made_of(result):
             return True
     return False
 
 
-def _other_sizes(
-    world: FakeWorld, questions: Iterable[Question]
-) -> Iterator[dict[sympy.Symbol, int]]:
-    """The trace's examples with one of the sizes that were asked about changed: to one, which is
-    broadcast and dropped, and to more than there were."""
+def other_sizes(world: FakeWorld, asked: Iterable[Any]) -> Iterator[dict[sympy.Symbol, int]]:
+    """The trace's examples with one of these sizes changed: to one, which is broadcast and dropped,
+    and to more than there were."""
     examples = world.examples
-    asked = dict.fromkeys(itertools.chain(*(q.expr.free_symbols for q in questions)))
-    for symbol in sorted(asked.keys() & examples.keys(), key=str):
+    for symbol in sorted(examples.keys() & set(asked), key=str):
         for other in (1, 2 * examples[symbol] + 1):
             yield {**examples, symbol: other}
 
 
-def _at(sizes: dict[sympy.Symbol, int]) -> Callable[[Any], Any]:
-    def number(size: Any) -> int:
-        return int(size.node.expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
+def number_at(size: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    """What a symbolic number is at these sizes; anything else as it is."""
+    return int(size.node.expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
 
+
+def _at(sizes: Mapping[sympy.Symbol, int]) -> Callable[[Any], Any]:
     def concrete(value: Any) -> Any:
-        if isinstance(value, FakeTensor):
-            shape, strides = map(number, value.shape), map(number, value.stride())
-            return torch.empty_strided(
-                tuple(shape), tuple(strides), dtype=value.dtype, device="meta"
-            )
-        return number(value)
+        if not isinstance(value, FakeTensor):
+            return number_at(value, sizes)
+        shape, strides = (
+            tuple(number_at(n, sizes) for n in numbers) for numbers in (value.shape, value.stride())
+        )
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
 
     return concrete
 
 
-def _made_of(value: Any) -> Any:
+def made_of(value: Any) -> Any:
     """How many tensors of how many dimensions; numbers as they are."""
     if isinstance(value, torch.Tensor):
         return value.ndim
     if isinstance(value, (tuple, list)):
-        return tuple(map(_made_of, value))
+        return tuple(map(made_of, value))
+    if isinstance(value, dict):
+        return tuple((key, made_of(item)) for key, item in value.items())
     return value if isinstance(value, (bool, int, float)) else type(value)
