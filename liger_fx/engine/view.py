@@ -14,7 +14,6 @@ from torch import fx
 from liger_fx.engine.term import Term, constant
 from liger_fx.tracing.trace import TensorSpec
 
-
 _OWN = ("opaque", "dropout")  # what equals itself alone
 
 

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.utils._sympy.interp import sympy_interp
 from transformers.utils import output_capturing
 
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.call import (
     CallSpec,
     Constant,
@@ -34,7 +35,6 @@ from liger_fx.tracing.call import (
 )
 from liger_fx.tracing.fakes import FakeWorld, as_expr
 from liger_fx.tracing.numbers import TracedNumber, plain
-from liger_fx.tracing.recorder import CannotRecord
 from liger_fx.tracing.sizes import SizeArithmetic
 from liger_fx.tracing.stand_ins import origin_of
 from liger_fx.tracing.trace import Result, ResultSize, ResultTensor

@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.fakes import tensors_in
 from liger_fx.tracing.memo import Unknowable, run_without_grad
-from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import origin_of
 from liger_fx.tracing.structure import made_of, number_at, other_sizes
 from liger_fx.tracing.tree_state import class_of

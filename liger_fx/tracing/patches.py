@@ -23,9 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from liger_fx.tracing import leaves
+from liger_fx.tracing.asked import CannotRecord
+from liger_fx.tracing.guards import MODES
 from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.members import Members
-from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 
 _lock = threading.RLock()
@@ -167,10 +169,23 @@ def _patch_questions(replace: Any) -> None:
     def is_grad_enabled() -> bool:
         tracer = recording_tracer()
         if tracer is not None:
-            tracer.recorder.ask_about_gradients()
+            tracer.recorder.facts.ask_about_gradients()
         return original()
 
     replace(torch, "is_grad_enabled", is_grad_enabled)
+    for name in MODES:
+        replace(torch, name, _asking(name))
+
+
+def _asking(name: str) -> Any:
+    original = MODES[name]
+
+    @functools.wraps(original)
+    def ask() -> Any:
+        tracer = recording_tracer()
+        return original() if tracer is None else tracer.recorder.facts.ask_mode(name)
+
+    return ask
 
 
 def _patch_sizes(replace: Any) -> None:

@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from liger_fx.tracing.asked import AskedFacts, CannotRecord
 from liger_fx.tracing.fakes import FakeWorld, Question, node_of, set_node
 from liger_fx.tracing.memo import Memo, run_without_grad
 from liger_fx.tracing.numbers import TracedNumber
@@ -35,12 +36,11 @@ from liger_fx.tracing.sizes import SizeNodes
 from liger_fx.tracing.structure import follows_sizes
 from liger_fx.tracing.torch_calls import (
     as_node_target,
-    asks_about_gradients,
     asks_about_metadata,
-    asks_about_rank,
     holds_values,
     is_in_place,
     modes,
+    question_of,
     source_line,
     tensor_ids,
 )
@@ -52,10 +52,6 @@ DATA_DEPENDENT = (
 )
 
 
-class CannotRecord(Exception):
-    """A value reached the graph of which no node is known; its text says which."""
-
-
 class Recorder(TorchFunctionMode):
     """The mode that records; ``recording`` is off while a leaf's insides run."""
 
@@ -65,8 +61,7 @@ class Recorder(TorchFunctionMode):
         self.sizes = SizeNodes(graph)
         self.memo = Memo(world)
         self.recording = False
-        # Whether the code asked for the grad mode, or changes it: it is guarded then.
-        self.grad_mode_asked = False
+        self.facts = AskedFacts(owner)
 
     def __torch_function__(
         self,
@@ -81,11 +76,10 @@ class Recorder(TorchFunctionMode):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if asks_about_metadata(func, name, args, kwargs):
-            if asks_about_gradients(func, name):
-                self.ask_about_gradients()
-            if asks_about_rank(func, name):
-                self.owner.note_question("how many dimensions there are")
-            return func(*args, **kwargs)
+            answer = func(*args, **kwargs)
+            if args and isinstance(args[0], torch.Tensor):
+                self.facts.note(args[0], *question_of(func, name), answer)
+            return answer
         if func is torch._C._set_grad_enabled:
             return self._set_grad_enabled(func, *args)
         if func is torch.Tensor.__iter__:
@@ -123,13 +117,8 @@ class Recorder(TorchFunctionMode):
         finally:
             self.questions[before:] = kept
 
-    def ask_about_gradients(self) -> None:
-        """Note that the model's code asked for the grad mode, or for what follows from it."""
-        self.grad_mode_asked = True
-        self.owner.note_question("whether gradients are recorded")
-
     def _set_grad_enabled(self, func: Any, enabled: bool) -> None:
-        self.grad_mode_asked = True
+        self.facts.grad_mode_asked = True
         if enabled != torch.is_grad_enabled():
             self.create_node("call_function", func, (enabled,))
         func(enabled)
@@ -153,6 +142,8 @@ class Recorder(TorchFunctionMode):
         else:
             given = args, kwargs
             result = self.memo.infer((func, *modes()), run, args, kwargs)
+        if not kwargs.get("dtype") and not tensor_ids((args, kwargs)):
+            self.facts.ask_mode("get_default_dtype")
         asked = self.questions[before:]
         if asked and follows_sizes(self.world, asked, func, *given, result):
             kept += asked
@@ -283,6 +274,10 @@ class Recording:
     def note_question(self, what: str) -> None:
         """The code of the innermost module call asked about this, which may be otherwise in
         another call."""
+        raise NotImplementedError
+
+    def path_of_real(self, tensor: torch.Tensor) -> str | None:
+        """Where the model holds a parameter, buffer or plain tensor."""
         raise NotImplementedError
 
     def node_of_real(self, tensor: torch.Tensor) -> fx.Node:

@@ -14,8 +14,8 @@ from sympy.logic.boolalg import Boolean
 from torch.utils._sympy import functions
 from torch.utils._sympy.printers import PythonPrinter
 
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.fakes import FakeWorld, Question
-from liger_fx.tracing.recorder import CannotRecord
 
 # What a guard may be made of (liger_fx/storage/expressions.py reads no more), besides powers.
 _PLAIN = (

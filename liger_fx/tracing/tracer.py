@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.errors import TraceError
 from liger_fx.tracing import leaves
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.call import (
     CallSpec,
     Constant,
@@ -42,6 +43,7 @@ from liger_fx.tracing.call import (
 from liger_fx.tracing.cleanup import erase_unread_nodes
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.guards import Guards, Read, autocast_state
+from liger_fx.tracing.identity import compares_identity, writes_into_inputs
 from liger_fx.tracing.inner_blocks import (
     InnerNames,
     NeedsInside,
@@ -67,7 +69,7 @@ from liger_fx.tracing.leaf_modules import (
 from liger_fx.tracing.members import Members
 from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.patches import patched, put_aside
-from liger_fx.tracing.recorder import CannotRecord, Recorder, Recording
+from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
 from liger_fx.tracing.size_guards import size_guards
 from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
@@ -198,7 +200,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _guards(self, call: CallSpec) -> Guards:
         """The assumptions of the trace that just finished in this thread's modes."""
-        asked = self.recorder.grad_mode_asked or not torch.is_grad_enabled()
+        asked = self.recorder.facts.grad_mode_asked or not torch.is_grad_enabled()
         sizes = self.size_guards
         if values := self._asked_attributes(sizes):
             raise AsksAttributes(values)
@@ -215,6 +217,10 @@ class HFTracer(fx.Tracer, Recording):
             reads=tuple(self.reads),
             numbers={n: r for n, r in self.numbers.items() if any(n in guard for guard in sizes)},
             other_mode=tuple(sorted(self._in_other_mode())),
+            contiguous=self.recorder.facts.layout_asked,
+            distinct=self._takes_distinct_tensors(),
+            modes=self.recorder.facts.modes,
+            tensors=self.recorder.facts.tensors,
         )
 
     def _device_types(self, call: CallSpec) -> tuple[str, ...]:
@@ -225,6 +231,10 @@ class HFTracer(fx.Tracer, Recording):
             if is_block(module):
                 types |= {p.device.type for p in itertools.islice(module.parameters(), 1)}
         return tuple(sorted(types - {"meta"})) or ("cpu",)
+
+    def _takes_distinct_tensors(self) -> bool:
+        followed = {getattr(call.cls, "block_class", call.cls) for call in self.calls}
+        return any(map(compares_identity, followed)) or writes_into_inputs(self.graph, self.root)
 
     def _in_other_mode(self) -> set[str]:
         """The modules that ask for their mode and are in another than the root, by path."""
@@ -569,6 +579,9 @@ class HFTracer(fx.Tracer, Recording):
 
     def note_question(self, what: str) -> None:
         self.stack[-1][0].asks.add(what)
+
+    def path_of_real(self, tensor: torch.Tensor) -> str | None:
+        return self.members.path_of_tensor(tensor)
 
     def node_of_real(self, tensor: torch.Tensor) -> fx.Node:
         path = self.members.path_of_tensor(tensor)

@@ -15,10 +15,11 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
 from liger_fx.tracing import leaves
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.fakes import node_of
 from liger_fx.tracing.members import Members
-from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import Host, Origin, become, origin_of
 
 
