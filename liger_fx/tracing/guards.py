@@ -99,7 +99,8 @@ class Guards:
     was off. ``reads`` are what the code asked of opaque arguments; ``numbers`` what it compared,
     by the names that ``sizes`` have for it. ``other_mode`` are modules in the other mode than
     ``training`` says, by path. ``contiguous``: every tensor input must be, because the code asked
-    for strides. ``distinct``: no tensor may be given twice. ``modes`` are answers of functions in MODES.
+    for strides. ``distinct``: no tensor may be given twice. ``modes`` are answers of functions in
+    MODES.
     """
 
     call: CallSpec

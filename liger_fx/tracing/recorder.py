@@ -137,15 +137,15 @@ class Recorder(TorchFunctionMode):
         in_place = is_in_place(name, kwargs)
         run, before = functools.partial(func, *args, **kwargs), len(self.questions)
         if in_place:
-            given = pytree.tree_map(self.world.renewed, (args, kwargs))
+            given, named = pytree.tree_map(self.world.renewed, (args, kwargs))
             result = self._run_in_place(run, args)
         else:
-            given = args, kwargs
+            given, named = args, kwargs
             result = self.memo.infer((func, *modes()), run, args, kwargs)
         if not kwargs.get("dtype") and not tensor_ids((args, kwargs)):
             self.facts.ask_mode("get_default_dtype")
         asked = self.questions[before:]
-        if asked and follows_sizes(self.world, asked, func, *given, result):
+        if asked and follows_sizes(self.world, asked, func, given, named, result):
             kept += asked
         if name != "__setitem__" and not holds_values(result):
             return result
