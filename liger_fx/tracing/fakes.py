@@ -57,6 +57,15 @@ class Question(NamedTuple):
     expr: Any
     answer: Any
 
+    @property
+    def fact(self) -> Any:
+        """The answer as a comparison that holds."""
+        if self.answer == sympy.true:
+            return self.expr
+        if self.answer == sympy.false:
+            return sympy.Not(self.expr)
+        return sympy.Eq(self.expr, self.answer)
+
 
 class _Sizes(ShapeEnv):
     """PyTorch's account of symbolic sizes, with a list of all that is asked of them.

@@ -1,9 +1,8 @@
-"""Whether a graph holds only for tensors that are all different objects.
+"""Whether code asks if two of its values are one object: the trace saw two different ones.
 
-if key is query: ...                the trace saw two different ones
-x.add_(1); y.sum()                  the graph writes into what is y as well, if x is y
+if key is query: ...      ->  the graph is not for a call that gives one tensor twice
 
-Which objects a comparison sees no trace can tell: it is looked for in the compiled code.
+No trace can tell which objects a comparison sees: it is looked for in the compiled code.
 """
 
 from __future__ import annotations
@@ -12,10 +11,6 @@ import dis
 import inspect
 import weakref
 from types import CodeType
-
-from torch import fx, nn
-
-from liger_fx.tracing.effects import is_effectful
 
 _LOCAL = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")
 _COMPARES: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
@@ -41,17 +36,3 @@ def _compares(code: CodeType) -> bool:
         and ("_LOAD" in names[i - 1].removeprefix("LOAD_") or names[i - 2].startswith(_LOCAL))
         for i, name in enumerate(names)
     )
-
-
-def writes_into_inputs(graph: fx.Graph, root: nn.Module) -> bool:
-    """Whether a tensor that the graph is given is written into, or what may be a view of one."""
-    return any(_is_of_input(node) for node in graph.nodes if is_effectful(node, root))
-
-
-def _is_of_input(node: fx.Node) -> bool:
-    while node.op != "placeholder":
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            return False
-        node = source
-    return "spec" in node.meta

@@ -62,6 +62,8 @@ class Recorder(TorchFunctionMode):
         self.memo = Memo(world)
         self.recording = False
         self.facts = AskedFacts(owner)
+        # What was asked of sizes that decides what results are made of.
+        self.decisive: list[Question] = []
 
     def __torch_function__(
         self,
@@ -147,6 +149,7 @@ class Recorder(TorchFunctionMode):
         asked = self.questions[before:]
         if asked and follows_sizes(self.world, asked, func, given, named, result):
             kept += asked
+            self.decisive += asked
         if name != "__setitem__" and not holds_values(result):
             return result
         node = self._emit(func, name, args, kwargs)

@@ -49,7 +49,7 @@ def size_guards(world: FakeWorld, questions: Iterable[Question]) -> list[str]:
         return {str(s) for s in expr.free_symbols} <= names.keys()
 
     guards = set()
-    for fact in dict.fromkeys(map(_as_fact, questions)):
+    for fact in dict.fromkeys(question.fact for question in questions):
         if not is_known(fact):
             raise CannotRecord(
                 "a branch depends on a size that only the graph, as it runs, can tell"
@@ -63,15 +63,6 @@ def size_guards(world: FakeWorld, questions: Iterable[Question]) -> list[str]:
         if now != size.node._expr and is_known(now):
             guards.add(f"{name} == {text(now)}")
     return sorted(guards - {"True"})
-
-
-def _as_fact(question: Question) -> sympy.Basic:
-    """The answer as a comparison that holds."""
-    if question.answer == sympy.true:
-        return question.expr
-    if question.answer == sympy.false:
-        return sympy.Not(question.expr)
-    return sympy.Eq(question.expr, question.answer)
 
 
 def _is_plain(expr: sympy.Basic) -> bool:

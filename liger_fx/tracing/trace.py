@@ -89,10 +89,12 @@ class ResultSize:
 @dataclass(frozen=True)
 class Result:
     """What a block returns: a tree of tuples, lists and mappings of tensors, plain values, sizes
-    and opaque objects; ``names`` are those of the sizes in it, as the call has them."""
+    and opaque objects; ``names`` are those of the sizes in it, as the call has them. ``assumes``
+    are the facts about sizes that decide what it is made of."""
 
     tree: Any
     names: dict[sympy.Symbol, str]
+    assumes: tuple[sympy.Basic, ...] = ()
 
 
 @dataclass

@@ -43,7 +43,7 @@ from liger_fx.tracing.call import (
 from liger_fx.tracing.cleanup import erase_unread_nodes
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.guards import Guards, Read, autocast_state
-from liger_fx.tracing.identity import compares_identity, writes_into_inputs
+from liger_fx.tracing.identity import compares_identity
 from liger_fx.tracing.inner_blocks import (
     InnerNames,
     NeedsInside,
@@ -218,7 +218,7 @@ class HFTracer(fx.Tracer, Recording):
             numbers={n: r for n, r in self.numbers.items() if any(n in guard for guard in sizes)},
             other_mode=tuple(sorted(self._in_other_mode())),
             contiguous=self.recorder.facts.layout_asked,
-            distinct=self._takes_distinct_tensors(),
+            distinct=self._compares_identity(),
             modes=self.recorder.facts.modes,
             tensors=self.recorder.facts.tensors,
         )
@@ -232,9 +232,9 @@ class HFTracer(fx.Tracer, Recording):
                 types |= {p.device.type for p in itertools.islice(module.parameters(), 1)}
         return tuple(sorted(types - {"meta"})) or ("cpu",)
 
-    def _takes_distinct_tensors(self) -> bool:
+    def _compares_identity(self) -> bool:
         followed = {getattr(call.cls, "block_class", call.cls) for call in self.calls}
-        return any(map(compares_identity, followed)) or writes_into_inputs(self.graph, self.root)
+        return any(map(compares_identity, followed))
 
     def _in_other_mode(self) -> set[str]:
         """The modules that ask for their mode and are in another than the root, by path."""
@@ -340,7 +340,9 @@ class HFTracer(fx.Tracer, Recording):
                 result = forward(self.root, **arguments)
                 recorder.recording = False
                 self.size_guards = size_guards(self.world, recorder.questions)
-                return describe_result(result, self.world), self._tree_argument(result)
+                return describe_result(result, self.world, recorder.decisive), self._tree_argument(
+                    result
+                )
             except (Untraceable, TraceError, UnsupportedCall):
                 raise
             except Exception as error:
@@ -423,7 +425,7 @@ class HFTracer(fx.Tracer, Recording):
         if keys and collects_inside(block, keys):
             raise NeedsInside
         # Nothing here is the model's code: its questions need not go through the recorder.
-        with recorder.paused(), torch._C.DisableTorchFunction():
+        with recorder.paused() as kept, torch._C.DisableTorchFunction():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             arguments = block.signature.named(args, kwargs)
             names = InnerNames(self.world)
@@ -444,7 +446,11 @@ class HFTracer(fx.Tracer, Recording):
             )  # fmt: skip
             node.meta["plan"] = number
             inputs = dict(zip((name for name, _ in call.leaves()), values, strict=True))
+            before = len(recorder.questions)
             made = Results(self.world, result, names.symbols, inputs).make()
+            if result.assumes:
+                kept += recorder.questions[before:]
+                recorder.decisive += kept
             changed_by_call(values)
             made = self._with_objects(recorder.bind(made, node), node)
         _let_collect(block, args, made)
@@ -581,7 +587,8 @@ class HFTracer(fx.Tracer, Recording):
         self.stack[-1][0].asks.add(what)
 
     def path_of_real(self, tensor: torch.Tensor) -> str | None:
-        return self.members.path_of_tensor(tensor)
+        path = self.members.path_of_tensor(tensor)
+        return None if path in self._constants else path
 
     def node_of_real(self, tensor: torch.Tensor) -> fx.Node:
         path = self.members.path_of_tensor(tensor)

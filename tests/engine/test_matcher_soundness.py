@@ -177,11 +177,13 @@ class NoisyLinear(Noisy):
 
 
 VALUES: dict[str, Any] = {
-    "two dropouts": lambda m, x: (h := m.lin(x)) * F.dropout(h) * torch.sigmoid(F.dropout(h)),
+    "two dropouts": lambda m, x: F.dropout(h := m.lin(x)) * torch.sigmoid(F.dropout(h)) * h.cos(),
     "two dropouts of a norm": lambda m, x: (
         F.dropout(h := m.lin(x)) * torch.rsqrt(squared(F.dropout(h)) + 1e-6)
     ),
-    "two calls of a dropout": lambda m, x: (h := m.lin(x)) * m.drop(h) * torch.sigmoid(m.drop(h)),
+    "two calls of a dropout": lambda m, x: (
+        m.drop(h := m.lin(x)) * torch.sigmoid(m.drop(h)) * h.cos()
+    ),
     "two calls of a noisy layer": lambda m, x: m.noisy(x) * torch.sigmoid(m.noisy(x)) * m.lin(x),
     "before and after a write": writes_between,
     "a norm before and after a write": writes_between_norms,

@@ -50,7 +50,8 @@ def squeezed_in_place(m: Any, x: T) -> T:
 
 def asked_after_a_kernel(m: Any, x: T) -> T:
     h = m.lin(x)
-    _ = h.squeeze(), h.expand(h.shape[0], 8)  # their kernels ask the same of the size
+    # Their kernels ask the same of the size.
+    _ = h.squeeze(), h + torch.ones(h.shape[0], 1), h.expand(h.shape[0], 8)
     return h * 3 if x.shape[0] == 1 else h
 
 
@@ -334,7 +335,6 @@ IDENTITY: dict[str, Any] = {
     "is": lambda m, x, y: m.lin(x) * (2 if x is y else 1),
     "is not": lambda m, x, y: m.lin(x) * (2 if y is not x else 1),
     "in a comprehension": lambda m, x, y: m.lin(x) * (1 + sum(one is x for one in [y, y])),
-    "a write": lambda m, x, y: m.lin(x.add_(1)) + y,
 }
 
 
@@ -457,3 +457,28 @@ def test_a_mask_of_ones_over_patches() -> None:
         "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
     }
     assert beside(Siglip2VisionModel(config).eval(), call, grad=False) == RIGHT
+
+
+# -- blocks inside ---------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self, shapes: Callable[[T], T]) -> None:
+        super().__init__()
+        self.lin, self.shapes = nn.Linear(8, 8), shapes
+
+    def forward(self, h: T) -> T:
+        return self.shapes(self.lin(h))
+
+
+def through_layers(m: Any, x: T) -> T:
+    for layer in m.layers:
+        x = layer(x)
+    return ranked(x) * x.shape[0]
+
+
+@pytest.mark.parametrize("shapes", [lambda h: h.squeeze(0), lambda h: h.squeeze()])
+def test_the_rank_that_a_block_inside_returns(shapes: Any) -> None:
+    layers = nn.ModuleList([Layer(shapes), Layer(shapes)])
+    model = Small(through_layers, layers=layers)
+    beside(model, rows(4, 3), [rows(*sizes) for sizes in ((1, 3), (4, 3), (1, 1))])
