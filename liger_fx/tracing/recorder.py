@@ -39,6 +39,7 @@ from liger_fx.tracing.torch_calls import (
     asks_about_metadata,
     holds_values,
     is_in_place,
+    is_model_code,
     modes,
     question_of,
     source_line,
@@ -79,7 +80,9 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if asks_about_metadata(func, name, args, kwargs):
             answer = func(*args, **kwargs)
-            if args and isinstance(args[0], torch.Tensor):
+            # PyTorch's own code asks as well: to print a tensor, say.
+            is_own = is_model_code(sys._getframe(1).f_code)
+            if is_own and args and isinstance(args[0], torch.Tensor):
                 self.facts.note(args[0], *question_of(func, name), answer)
             return answer
         if func is torch._C._set_grad_enabled:
