@@ -25,7 +25,8 @@ from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term, is_transparent
 from liger_fx.modules import LigerFusedLinearCrossEntropy
 
-x, labels, items, cap = Tensor("x"), Tensor("labels"), Tensor("items"), Constant("softcap")
+x, cap = Tensor("x"), Constant("softcap")
+labels, items = (Tensor(name, integers=True) for name in ("labels", "items"))
 plain = linear(x, Constant("head"))
 layer = either(plain + Tensor("bias"), plain)
 scaled = either(layer * Constant("scale"), div(layer, Constant("divisor")), layer)

@@ -20,7 +20,7 @@ from liger_fx.engine.match import Match
 from liger_fx.engine.operators import mean, rsqrt, sqrt, square
 from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
-from liger_fx.engine.term import Term, same
+from liger_fx.engine.term import Term
 from liger_fx.modules import LigerRMSNorm
 from liger_fx.modules.casting import Cast
 
@@ -81,7 +81,7 @@ def check_norm(match: Match, x: Term) -> None:
         raise Reject(f"the weight has shape {shape}, not ({width},)", match["weight"].node)
     if x.op != "sub" or x.operands[1].op != "mean":
         return
-    if same(x.operands[0], x.operands[1].operands[0]):
+    if match.view.same(x.operands[0], x.operands[1].operands[0]):
         raise Reject("it subtracts the mean first: a LayerNorm, not an RMSNorm", x.node)
 
 
@@ -99,7 +99,7 @@ def _check_comes_back(match: Match, x: Term) -> None:
     """Reject a norm that goes up to float32 and stays there: in float32, which shows no difference,
     its module would look like one whose result has the dtype of what comes in."""
     casts = [term for term in map(match.view, match.covered) if term.op == "cast"]
-    goes_up = any(same(cast.operands[0], x) for cast in casts)
+    goes_up = any(match.view.same(cast.operands[0], x) for cast in casts)
     comes_back = any(cast.operands[0].op in ("mul", "rsqrt") for cast in casts)
     if goes_up and not comes_back:
         raise Reject("its result stays in float32, whatever comes in", match.root)

@@ -21,7 +21,7 @@ from liger_fx.engine.match import Match
 from liger_fx.engine.operators import cat, even, interleave, lower, odd, unsqueeze, upper
 from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, choice, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
-from liger_fx.engine.term import Term, same
+from liger_fx.engine.term import Term
 from liger_fx.modules import LigerRotaryEmbedding, LigerSingleRotaryEmbedding
 
 rest, heads = Tensor("rest"), Constant("heads")
@@ -108,7 +108,7 @@ class RotaryEmbedding(Rule):
             layout, source = layout._replace(interleaved_in=True), source.operands[0]
         rotary_dim = source.width
         if "rest" in match:
-            source = _head(source, match["rest"])
+            source = _head(match, source)
             turned_term = turned_term.operands[0]
         place = heads_dim(match, source, rotary_dim // (2 if layout.half_tables else 1))
         options = {
@@ -128,16 +128,17 @@ class RotaryEmbedding(Rule):
     def pair(self, first: Match, second: Match) -> Replacement | None:
         if first.found.options != second.found.options:
             return None
-        if not all(same(first[name], second[name]) for name in ("cos", "sin")):
+        if not all(first.view.same(first[name], second[name]) for name in ("cos", "sin")):
             return None
         module = LigerRotaryEmbedding(**first.found.options)
         inputs = (first.found.source, second.found.source, first["cos"], first["sin"])
         return Replacement(module, inputs, self.name)
 
 
-def _head(part: Term, rest: Term) -> Term:
-    """The tensor whose first elements are ``part`` and whose others are ``rest``."""
-    if part.op == rest.op == "slice" and same(part.operands[0], rest.operands[0]):
+def _head(match: Match, part: Term) -> Term:
+    """The tensor whose first elements are ``part`` and whose others are the rest."""
+    rest: Term = match["rest"]
+    if part.op == rest.op == "slice" and match.view.same(part.operands[0], rest.operands[0]):
         head, begin, end = part.operands[0], part.attributes, rest.attributes
         joined = (begin["start"], begin["stop"], end["stop"], begin["step"], end["step"])
         if joined == (0, end["start"], head.width, 1, 1):

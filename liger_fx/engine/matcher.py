@@ -19,7 +19,7 @@ from torch import fx
 from liger_fx.engine import pattern as p
 from liger_fx.engine.match import Match, Miss
 from liger_fx.engine.slices import whole
-from liger_fx.engine.term import Term, bare, is_transparent, loses_nothing, same
+from liger_fx.engine.term import FLOATS, Term, bare, is_transparent, loses_nothing
 from liger_fx.engine.terms import Terms
 
 
@@ -165,7 +165,7 @@ class Attempt:
         name, known = pattern.name, self.bound.get(pattern.name)
         mark, fits = len(self.covered), False
         for value, passed in self._meanings(term):
-            if value.spec is None or not (known is None or same(known, value)):
+            if not _fits(pattern, value) or not (known is None or self.view.same(known, value)):
                 continue
             fits = True
             self.covered += passed
@@ -176,7 +176,9 @@ class Attempt:
         if known is None:
             self.bound.pop(name, None)
         if not fits:
-            why = f"wanted {name} ({known}) again, found {term}" if known is not None else None
+            why = _why_no_tensor(pattern, term)
+            if known is not None:
+                why = f"wanted {name} ({known}) again, found {term}"
             self.missed(pattern, term, why)
 
     def _meanings(self, term: Term) -> list[tuple[Term, tuple[fx.Node, ...]]]:
@@ -215,6 +217,20 @@ class Attempt:
 
     def _match_anything(self, pattern: p.Anything, term: Term) -> Iterator[None]:
         yield
+
+
+def _fits(pattern: p.Tensor, value: Term) -> bool:
+    """Whether it is a tensor of the kind that the pattern speaks of."""
+    if value.spec is None:
+        return False
+    dtype = value.spec.dtype
+    return dtype in FLOATS or (pattern.integers and not dtype.is_complex)
+
+
+def _why_no_tensor(pattern: p.Tensor, term: Term) -> str | None:
+    if term.spec is None:
+        return None
+    return f"wanted {pattern}, found {term} of {term.spec}: no tensor of floats"
 
 
 def _why_no_part(pattern: p.Pattern, term: Term) -> str | None:

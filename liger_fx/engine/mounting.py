@@ -114,8 +114,8 @@ class Mounting:
                 raise Reject(f"{name} computes more than that: {describe(node)}", node)
         if call.parent is None:
             raise Reject("it is the whole model", root)
-        if _depends_on_mode(self.facts, call):
-            raise Reject(f"{name} asks whether it is training", root)
+        if asked := _asked(self.facts, call):
+            raise Reject(f"{name} asks {asked}", root)
         return Owner(call.path, self.facts.module(call.path)), self._arguments(call)
 
     def _arguments(self, call: ModuleCall | fx.Node) -> tuple[Any, ...]:
@@ -203,8 +203,14 @@ class Mounting:
             return f"{holder_path}.{name}" if holder_path else name
 
 
-def _equal(a: nn.Module, b: nn.Module | None) -> bool:
-    return type(a) is type(b) and b is not None and a.extra_repr() == b.extra_repr()
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two named modules compute the same, the roles of their layers included. (A rule's
+    module that says nothing of its options is known by what it shows.)"""
+    return type(a) is type(b) and b is not None and _options(a) == _options(b)
+
+
+def _options(module: Any) -> Any:
+    return module.options() if hasattr(module, "options") else module.extra_repr()
 
 
 def _counts(node: fx.Node) -> bool:
@@ -214,11 +220,16 @@ def _counts(node: fx.Node) -> bool:
     return "spec" in node.meta or is_effectful(node) or computes(node)
 
 
-def _depends_on_mode(facts: Facts, call: ModuleCall) -> bool:
-    """Whether the code of the call's modules mentions ``training``: the trace saw one mode only."""
-    return any(_mentions_training(inner.cls) for inner in facts.calls_below(call))
-
-
-def _mentions_training(cls: type) -> bool:
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
-    return code is not None and "training" in code.co_names
+def _asked(facts: Facts, call: ModuleCall) -> str | None:
+    """What the code of the call's modules asks that may have another answer in another call, which
+    the trace of that one would no longer see; None for nothing."""
+    for inner in facts.calls_below(call):
+        code = getattr(inspect.unwrap(inner.cls.forward), "__code__", None)  # type: ignore[attr-defined]
+        names: set[str] = set(() if code is None else code.co_names)
+        if "training" in names:
+            return "whether it is training"
+        if "len" in names and names & {"shape", "size"}:
+            return "how many dimensions there are"
+        if inner.asks:
+            return min(inner.asks)
+    return None

@@ -58,9 +58,12 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class Tensor(Pattern):
-    """Any tensor, under a name; casts that lose nothing are looked through where they can be."""
+    """A tensor of floats, under a name; casts that lose nothing are looked through where they can
+    be. integers: whether one of whole numbers (indices, a count) fits as well.
+    """
 
     name: str
+    integers: bool = False
     heads = None
     vagueness = 2
 

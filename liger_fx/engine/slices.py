@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from liger_fx.engine.spellings import argument
-from liger_fx.engine.term import Term, same, target_name
+from liger_fx.engine.term import Term, target_name
 from liger_fx.engine.view import View
 
 Nodes = tuple[fx.Node, ...]
@@ -77,7 +77,7 @@ def whole(view: View, part: Term, which: str) -> Term | None:
 
 def _known(view: View, part: Term, term: Term) -> Term:
     """The same value with its node, where the model has made it on the way to the part."""
-    return next((view(node) for node in part.hidden if same(view(node), term)), term)
+    return next((view(node) for node in part.hidden if view.same(view(node), term)), term)
 
 
 def lower_getitem(view: View, node: fx.Node) -> Term | None:

@@ -123,20 +123,6 @@ def loses_nothing(cast: Term) -> bool:
     return source.dtype == target.dtype or FLOATS[source.dtype] < FLOATS[target.dtype]
 
 
-def same(a: Term, b: Term, depth: int = 8) -> bool:
-    """Whether two terms are the same value: one node, or the same operator on the same values.
-
-    Looks ``depth`` operators deep, and answers no below that. What is opaque equals only itself.
-    """
-    if a is b or (a.node is not None and a.node is b.node):
-        return True
-    if a.op != b.op or a.op == "opaque" or depth == 0 or a.attributes != b.attributes:
-        return False
-    if a.arity != b.arity or (a.arity == 0 and a.op not in ("constant", "get_attr")):
-        return False
-    return all(same(x, y, depth - 1) for x, y in zip(a.operands, b.operands, strict=True))
-
-
 def describe(node: fx.Node, names: Mapping[fx.Node, str] = MappingProxyType({})) -> str:
     """A node as one short text, ``mul(weight, to_4)``; ``names`` are given to its inputs."""
     target = target_name(node)

@@ -13,9 +13,10 @@ from torch import fx, nn
 
 from liger_fx.engine.layer_spellings import LAYERS, MODULE_OPS, lower_module
 from liger_fx.engine.spellings import ARITHMETIC
-from liger_fx.engine.term import Term
+from liger_fx.engine.term import FLOATS, Term
 from liger_fx.engine.view import View
 from liger_fx.engine.views import VIEWS
+from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.walk import module_at
 
 _LOWERINGS = {**ARITHMETIC, **LAYERS, **VIEWS}
@@ -51,7 +52,17 @@ class Terms(View):
             lowered = self.make("get_attr", (), node, path=node.target)
         elif node.target in _LOWERINGS and node.op in ("call_function", "call_method"):
             lowered = _LOWERINGS[node.target][0](self, node)
-        return lowered or self.make("opaque", (), node)
+        if lowered is None or not _is_of_floats(lowered):
+            return self.make("opaque", (), node)
+        return lowered
+
+    def changes_between(self, first: fx.Node, last: fx.Node) -> bool:
+        node = first.next
+        while node is not last:
+            if is_effectful(node, self._root):
+                return True
+            node = node.next
+        return False
 
     def named(self, nodes: Iterable[fx.Node], ops: Iterable[str]) -> Iterator[fx.Node]:
         """The nodes whose term has one of these operators, in the graph's order."""
@@ -65,3 +76,9 @@ class Terms(View):
                 readable = node.op in ("call_function", "call_method") and node.target in targets
             if readable and self(node).op in wanted:
                 yield node
+
+
+def _is_of_floats(term: Term) -> bool:
+    """Whether the rules' formulas hold for the value: not for integers, which wrap around and are
+    rounded, nor for complex numbers, of which a square is no square of a size."""
+    return term.spec is None or term.spec.dtype in FLOATS or term.op == "get_attr"

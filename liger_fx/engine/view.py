@@ -14,6 +14,8 @@ from torch import fx
 from liger_fx.engine.term import Term, constant
 from liger_fx.tracing.trace import TensorSpec
 
+_OWN = ("opaque", "dropout")  # what equals itself alone
+
 
 class View(ABC):
     """A reader of nodes as terms."""
@@ -44,6 +46,35 @@ class View(ABC):
             op, arguments, node=node, hidden=hidden, attributes=attributes, spec=spec,
             resolve=self.operand,
         )  # fmt: skip
+
+    @abstractmethod
+    def changes_between(self, first: fx.Node, last: fx.Node) -> bool:
+        """Whether a node between the two, in the graph's order, changes a tensor, a cache or a
+        mode."""
+
+    def same(self, a: Term, b: Term, depth: int = 8) -> bool:
+        """Whether two terms are the same value: one node, or the same operator on the same values
+        with nothing changed in between.
+
+        Looks ``depth`` operators deep, and answers no below that. What is opaque, drawn at random
+        or a module's result equals only itself.
+        """
+        if a is b or (a.node is not None and a.node is b.node):
+            return True
+        if a.op != b.op or a.spec != b.spec or a.attributes != b.attributes or depth == 0:
+            return False
+        if any(term.op in _OWN or (term.node and term.node.op == "call_module") for term in (a, b)):
+            return False
+        if a.arity != b.arity or (a.arity == 0 and a.op not in ("constant", "get_attr")):
+            return False
+        pairs = zip(a.operands, b.operands, strict=True)
+        return all(self.same(x, y, depth - 1) for x, y in pairs) and not self._changed(a, b)
+
+    def _changed(self, a: Term, b: Term) -> bool:
+        if a.node is None or b.node is None:
+            return False
+        first, last = sorted((a.node, b.node))
+        return self.changes_between(first, last)
 
     @staticmethod
     def spec(value: Any) -> TensorSpec | None:

@@ -25,7 +25,7 @@ from liger_fx.storage.records import GuardsRecord, InputRecord, ReadRecord, size
 from liger_fx.storage.values import FORMS, Devices, ValueReader, read_device
 from liger_fx.tracing import leaves
 from liger_fx.tracing.call import PLAIN, CallSpec, Constant, InputSpec, Items, Number, Opaque, Spec
-from liger_fx.tracing.guards import Attribute, Guards, Read
+from liger_fx.tracing.guards import MODES, Attribute, Guards, Read, TensorFacts
 
 _MAX_DEPTH, _MAX_ITEMS, _MAX_SPECS = 8, 512, 4096
 _CONTAINERS = {kind.__name__: kind for kind in (tuple, list, dict)}
@@ -35,6 +35,7 @@ _ATTRIBUTES = {
     "is_compileable", "is_initialized", "is_updated", "is_croppable", "layers", "keys", "values",
     "self_attention_cache", "cross_attention_cache", "is_sliding",
 }  # fmt: skip
+_DEFAULT_DTYPE = "get_default_dtype"
 _METHODS = {
     "get_seq_length", "get_max_length", "get_max_cache_shape", "get_query_offset",
     "has_previous_state", "get", "is_recording_past", "__len__", "__contains__",
@@ -57,6 +58,13 @@ def guards_record(guards: Guards) -> GuardsRecord:
         reads=list(map(_read_record, guards.reads)),
         numbers={name: _read_record(read) for name, read in guards.numbers.items()},
         other_mode=list(guards.other_mode),
+        contiguous=guards.contiguous,
+        distinct=guards.distinct,
+        default_dtype=guards.modes.get(_DEFAULT_DTYPE),
+        modes={name: value for name, value in guards.modes.items() if name != _DEFAULT_DTYPE},
+        shapes={path: list(shape) for path, shape in guards.tensors.shapes.items()},
+        dtypes=guards.tensors.dtypes,
+        trained=guards.tensors.trained,
     )
 
 
@@ -135,7 +143,23 @@ def read_guards(record: GuardsRecord, devices: Devices) -> Guards:
         reads=reads,
         numbers=numbers,
         other_mode=tuple(record.other_mode),
+        contiguous=record.contiguous,
+        distinct=record.distinct,
+        modes=_read_modes(record),
+        tensors=TensorFacts(
+            {path: tuple(shape) for path, shape in record.shapes.items()},
+            dict(record.dtypes),
+            dict(record.trained),
+        ),
     )
+
+
+def _read_modes(record: GuardsRecord) -> dict[str, Any]:
+    for name in record.modes:
+        if name not in MODES or name == _DEFAULT_DTYPE:
+            raise LoadError(f"{shown(name)} is no mode", "modes")
+    default = record.default_dtype
+    return {**record.modes, **({} if default is None else {_DEFAULT_DTYPE: default})}
 
 
 class _SpecReader:

@@ -18,7 +18,6 @@ from typing import Annotated, Any, NamedTuple, get_args
 
 import torch
 from torch import fx
-from transformers import masking_utils
 
 from liger_fx.codec import Form, decode, inside, shown
 from liger_fx.errors import LoadError
@@ -32,7 +31,7 @@ from liger_fx.storage.targets import (
     SET_GRAD_ENABLED,
 )
 from liger_fx.tracing import leaves
-from liger_fx.tracing.leaves import CACHE_METHODS
+from liger_fx.tracing.leaves import CACHE_METHODS, MASK_BUILDERS
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -69,8 +68,7 @@ def _in(names: Iterable[str], what: str) -> Callable[[str], str]:
 
 
 def _mask_builder(name: str) -> str:
-    fits = name.startswith("create_") and name.endswith("_mask")
-    if not (fits and inspect.isfunction(getattr(masking_utils, name, None))):
+    if name not in MASK_BUILDERS:
         raise LoadError(f"{shown(name)} is no mask builder of this transformers")
     return name
 

@@ -174,6 +174,13 @@ class GuardsRecord:
     reads: list[ReadRecord] = absent([])
     numbers: dict[Name, ReadRecord] = absent({})
     other_mode: list[Path] = absent([])
+    contiguous: bool = absent(False)
+    distinct: bool = absent(False)
+    default_dtype: torch.dtype | None = absent(None)
+    modes: dict[str, bool | int | str] = absent({})
+    shapes: dict[Path, list[int]] = absent({})
+    dtypes: dict[Path, torch.dtype] = absent({})
+    trained: dict[Path, bool] = absent({})
 
 
 @dataclass(frozen=True)

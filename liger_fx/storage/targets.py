@@ -10,6 +10,7 @@ file or a connection, imports, compiles, or takes a function to call.
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 from typing import Any
 
@@ -123,6 +124,7 @@ def _table() -> dict[str, Any]:
         ("torch.fft", torch.fft, _FFT),
         ("torch.nn.init", nn.init, "kaiming_uniform_ uniform_ normal_ zeros_ ones_"),
         ("operator", operator, _OPERATORS),
+        ("math", math, "ceil floor trunc"),
     ]
     # hasattr: an older PyTorch lacks a few
     found = {
@@ -135,6 +137,7 @@ def _table() -> dict[str, Any]:
         **found,
         **{f"liger_fx.{leaf.__name__}": leaf for leaf in _LEAVES},
         "getattr": builtins.getattr,
+        "round": builtins.round,
         "torch.set_grad_enabled": SET_GRAD_ENABLED,
         "torch.enter_autocast": ENTER_AUTOCAST,
         "torch.exit_autocast": EXIT_AUTOCAST,

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from liger_fx.tracing.leaves import is_output_class
 from liger_fx.tracing.numbers import TracedNumber
 
 # Arguments that a graph is made for, one by one.
@@ -217,6 +218,9 @@ def _describe(name: str, value: Any, sizes_of: Namer, taken: set[str]) -> Spec:
         return Number(type(value).__mro__[1])
     if isinstance(value, PLAIN):
         return Constant(value)
+    is_container = isinstance(value, (dict, tuple, list))
+    if is_container and may_hold_more(type(value)) and vars(value):
+        raise UnsupportedCall(f"{name}, a {type(value).__name__} with attributes of its own")
     if isinstance(value, dict):
         items = tuple(
             _describe(inner_name(name, key, taken), item, sizes_of, taken)
@@ -232,6 +236,11 @@ def _describe(name: str, value: Any, sizes_of: Namer, taken: set[str]) -> Spec:
         )
         return Items(type(value), inner)
     return sizes_of.other(name, value)
+
+
+def may_hold_more(kind: type) -> bool:
+    """Whether a container of that class can have attributes that are none of its items."""
+    return kind.__dictoffset__ != 0 and not is_output_class(kind)
 
 
 def is_mask(tensor: torch.Tensor) -> bool:
@@ -301,11 +310,11 @@ def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a block is called: the parameters that may be given by position, without self; those to
-    which None says something; whether there is an *args."""
+    """How a block is called: the parameters that may be given by position, without self; those
+    that are None if they are not given; whether there is an *args."""
 
     positional: tuple[str, ...]
-    kept: frozenset[str]
+    default_none: frozenset[str]
     gathers: bool
 
     @classmethod
@@ -316,25 +325,26 @@ class Signature:
         named = [p for p in parameters if p.kind in (*by_position, inspect.Parameter.KEYWORD_ONLY)]
         return cls(
             tuple(p.name for p in parameters if p.kind in by_position)[1:],
-            frozenset(p.name for p in named if p.default is not None),
+            frozenset(p.name for p in named if p.default is None),
             any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters),
         )
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name, without those that are None by default too (given or not is the
-        same). UnsupportedCall for more positional ones than have names."""
+        same; in a ``**kwargs`` it is not). UnsupportedCall for more positional ones than have
+        names."""
         found: dict[str, Any] = {}
-        kept = self.kept
+        default_none = self.default_none
         if args:
             if len(args) > len(self.positional):
                 count = f"{len(args)} positional argument{'s' * (len(args) > 1)}"
                 why = " where forward takes *args, which has no names for them"
                 raise UnsupportedCall(count + why * self.gathers)
             for name, value in zip(self.positional, args):  # noqa: B905  (there may be fewer)
-                if value is not None or name in kept:
+                if value is not None or name not in default_none:
                     found[name] = value
         for name, value in kwargs.items():
-            if value is not None or name in kept:
+            if value is not None or name not in default_none:
                 found[name] = value
         return found
 

@@ -15,7 +15,7 @@ import copy
 import itertools
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -51,6 +51,39 @@ def sizes_forgotten() -> Iterator[None]:
                 clear()
 
 
+class Question(NamedTuple):
+    """What was asked of sizes, a comparison or a number, and the answer for the examples."""
+
+    expr: Any
+    answer: Any
+
+    @property
+    def fact(self) -> Any:
+        """The answer as a comparison that holds."""
+        if self.answer == sympy.true:
+            return self.expr
+        if self.answer == sympy.false:
+            return sympy.Not(self.expr)
+        return sympy.Eq(self.expr, self.answer)
+
+
+class _Sizes(ShapeEnv):
+    """PyTorch's account of symbolic sizes, with a list of all that is asked of them.
+
+    (Its own list of guards lacks what follows from an earlier one, which a trace may have dropped.)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.asked: list[Question] = []
+
+    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = super().evaluate_expr(orig_expr, *args, **kwargs)
+        if orig_expr.free_symbols and not ShapeEnv._suppress_guards_tls():
+            self.asked.append(Question(orig_expr, answer))
+        return answer
+
+
 class Metadata:
     """Everything about a tensor but its data; fakes of equal metadata share one of these."""
 
@@ -70,7 +103,7 @@ class FakeWorld:
         self.exact = exact
         # Without duck shaping two inputs that happen to be of one size stay apart, and without the
         # specialisation of 0 and 1 the graph holds for a batch of one too.
-        self.shape_env = ShapeEnv(
+        self.shape_env = _Sizes(
             duck_shape=False,
             specialize_zero_one=False,
             allow_scalar_outputs=True,
@@ -100,9 +133,10 @@ class FakeWorld:
             self.symbols[name] = made
         return self.symbols[name]
 
-    def fresh_size(self, hint: int) -> Any:
-        """A symbolic size without a name: a node of the graph gives it when it runs."""
-        hint = hint if self.exact else self._another_hint()
+    def fresh_size(self, hint: int, *, exact: bool = False) -> Any:
+        """A symbolic size without a name: a node of the graph gives it when it runs. ``exact``: no
+        other example will do."""
+        hint = hint if exact or self.exact else self._another_hint()
         self._hints.add(hint)
         source = ConstantSource(f"fresh_{len(self._fresh)}")
         symbol = self.shape_env.create_symbol(
@@ -215,6 +249,12 @@ class FakeWorld:
             if spec is not None:
                 shape = tuple(_settled(size, settled) for size in spec.shape)
                 node.meta["spec"] = spec._replace(shape=shape)
+
+    @property
+    def examples(self) -> dict[sympy.Symbol, int]:
+        """The trace's example of each size."""
+        sizes = [*self.symbols.values(), *self._fresh]
+        return {size.node._expr: self.hint(size) for size in sizes}
 
     def hint(self, size: int | torch.SymInt) -> int:
         """A concrete number for a size: the trace's example of it."""

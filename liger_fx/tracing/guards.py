@@ -10,6 +10,7 @@ A call that breaks one is not this graph's to serve.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from liger_fx.tracing.call import CallSpec, Constant, InputSpec, Items, Number, Opaque, Spec
+from liger_fx.tracing.call import (
+    CallSpec,
+    Constant,
+    InputSpec,
+    Items,
+    Number,
+    Opaque,
+    Spec,
+    may_hold_more,
+)
 from liger_fx.tracing.check import Check
 
 # The graph's inputs for a call of a block with these named arguments; None if it is not for them.
@@ -49,6 +59,36 @@ class Attribute:
     path: str
 
 
+# What a model's code may ask of the process; patches.py notes it, and it is asked again at a call.
+MODES: dict[str, Callable[[], Any]] = {
+    name: getattr(torch, name)
+    for name in (
+        "get_default_dtype", "is_inference_mode_enabled", "are_deterministic_algorithms_enabled",
+        "is_deterministic_algorithms_warn_only_enabled", "get_deterministic_debug_mode",
+        "is_anomaly_enabled", "is_anomaly_check_nan_enabled", "get_float32_matmul_precision",
+        "get_num_threads",
+    )
+    if hasattr(torch, name)
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What the code asked of parameters and buffers, and found, by path."""
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    trained: dict[str, bool] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """Each as a line of text."""
+        lines = [f"{path} is of shape {shape}" for path, shape in self.shapes.items()]
+        lines += [f"{path} is {dtype}" for path, dtype in self.dtypes.items()]
+        return lines + [
+            f"{path} is {'trained' if on else 'frozen'}" for path, on in self.trained.items()
+        ]
+
+
 @dataclass(frozen=True)
 class Guards:
     """The assumptions of one trace.
@@ -58,7 +98,9 @@ class Guards:
     graph serves both; ``autocast`` maps device types to the dtype autocast had, or None where it
     was off. ``reads`` are what the code asked of opaque arguments; ``numbers`` what it compared,
     by the names that ``sizes`` have for it. ``other_mode`` are modules in the other mode than
-    ``training`` says, by path.
+    ``training`` says, by path. ``contiguous``: every tensor input must be, because the code asked
+    for strides. ``distinct``: no tensor may be given twice. ``modes`` are answers of functions in
+    MODES.
     """
 
     call: CallSpec
@@ -71,6 +113,10 @@ class Guards:
     reads: tuple[Read, ...] = ()
     numbers: dict[str, Read] = field(default_factory=dict)
     other_mode: tuple[str, ...] = ()
+    contiguous: bool = False
+    distinct: bool = False
+    modes: dict[str, Any] = field(default_factory=dict)
+    tensors: TensorFacts = field(default_factory=TensorFacts)
 
     def describe(self) -> list[str]:
         """Each assumption as a line of text."""
@@ -80,6 +126,11 @@ class Guards:
         sizes = (_with_places(guard, told) for guard in self.sizes)
         lines += [f"{guard}, asked by the model's code" for guard in sizes]
         lines += [f"{read}, asked by the model's code" for read in self.reads]
+        asked = [f"torch.{name}() is {value}" for name, value in self.modes.items()]
+        asked += self.tensors.describe()
+        asked += ["all tensors are contiguous"] * self.contiguous
+        lines += [f"{line}, asked by the model's code" for line in asked]
+        lines += ["no tensor is given twice"] * self.distinct
         lines.append(f"the model is in {'train' if self.training else 'eval'} mode")
         lines += [f"{path} is not" for path in self.other_mode]
         if self.grad_enabled is not None:
@@ -102,6 +153,8 @@ class Guards:
                 check.add(f"not {{}}({kind!r})", torch.is_autocast_enabled)
             else:
                 check.add(f"{{}}({kind!r}) is {{}}", _autocast_dtype, dtype)
+        for name, value in self.modes.items():
+            check.add("{}() == {}", MODES[name], value)
 
     def reads_hold(self, block: nn.Module, examples: Mapping[str, Any]) -> bool:
         """Whether opaque arguments, by name, would answer what the code asked as they did."""
@@ -131,7 +184,8 @@ def _answers(read: Read, block: nn.Module, examples: Mapping[str, Any]) -> bool:
         return True
     scope = {"block": block, "value": examples[read.argument]}
     try:
-        return bool(eval(f"value{_steps_text(read.steps)}", scope) == read.value)
+        found = eval(f"value{_steps_text(read.steps)}", scope)
+        return type(found) is type(read.value) and bool(found == read.value)
     except (LookupError, AttributeError, ArithmeticError, TypeError):
         return False
 
@@ -179,6 +233,10 @@ class _TakeWriter:
             self.bound[name] = f"({names[read.argument]}{_steps_text(read.steps)})"
         self.conditions += [f"({_with_places(guard, self.bound)})" for guard in guards.sizes]
         self.conditions += [self._read(read, names) for read in guards.reads]
+        if guards.distinct:
+            tensors = [names[name] for name in guards.call.tensors]
+            pairs = itertools.combinations(tensors, 2)
+            self.conditions += [f"{a} is not {b}" for a, b in pairs]
         body = [f"        {line}" for line in self.lines]
         inputs = "".join(f"{name}, " for name in self.inputs)
         return "\n".join(
@@ -207,10 +265,14 @@ class _TakeWriter:
         self.lines.append(f"{v} = {place}")
         if isinstance(spec, Items):
             self.conditions.append(f"type({v}) is {self._constant(spec.kind)}")
-            whole = f"len({v}) == {len(spec.items)}"
-            if spec.keys is not None:
-                whole = f"tuple({v}) == {self._constant(spec.keys)}"
-            self.conditions.append(whole)
+            if may_hold_more(spec.kind):
+                self.conditions.append(f"not {v}.__dict__")
+            if spec.keys is None:
+                self.conditions.append(f"len({v}) == {len(spec.items)}")
+            else:  # 1 == True
+                kinds = self._constant(tuple(map(type, spec.keys)))
+                self.conditions.append(f"tuple({v}) == {self._constant(spec.keys)}")
+                self.conditions.append(f"tuple(map(type, {v})) == {kinds}")
             for key, item in spec.places():
                 self._visit(item, f"{v}[{key!r}]")
             return
@@ -230,6 +292,8 @@ class _TakeWriter:
             return
         name = self._constant(value)
         self.conditions += [f"type({place}) is type({name})", f"{place} == {name}"]
+        if isinstance(value, float) and value == 0:  # 0.0 == -0.0
+            self.conditions.append(f"math.copysign(1, {place}) == {math.copysign(1, value)}")
 
     def _tensor(self, spec: InputSpec, v: str) -> None:
         self.lines.append(f"s{v} = {v}.shape")
@@ -240,6 +304,8 @@ class _TakeWriter:
         ]
         for dim, size in enumerate(spec.sizes):
             self._size(size, f"s{v}[{dim}]")
+        if self.guards.contiguous:
+            self.conditions += [f"{v}.is_contiguous()", f"{v}.storage_offset() == 0"]
 
     def _size(self, size: int | str, place: str) -> None:
         if isinstance(size, str) and size not in self.bound:
@@ -252,8 +318,8 @@ class _TakeWriter:
         value = names[read.argument] + _steps_text(read.steps)
         if read.value is None or isinstance(read.value, bool):
             return f"{value} is {read.value!r}"
-        name = self._constant(read.value)
-        return f"{value} == {name}"
+        name, found = self._constant(read.value), f"r{len(self.scope)}"
+        return f"type({found} := {value}) is type({name}) and {found} == {name}"
 
 
 def _steps_text(steps: tuple[tuple[Any, ...], ...]) -> str:

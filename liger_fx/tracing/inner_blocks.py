@@ -11,7 +11,7 @@ trace starts again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ import sympy
 import torch
 from torch import fx, nn
 from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 from transformers.utils import output_capturing
 
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.call import (
     CallSpec,
     Constant,
@@ -33,9 +33,9 @@ from liger_fx.tracing.call import (
     free_numbers,
     is_mask,
 )
-from liger_fx.tracing.fakes import FakeWorld, as_expr
+from liger_fx.tracing.fakes import FakeWorld, Question, as_expr
 from liger_fx.tracing.numbers import TracedNumber, plain
-from liger_fx.tracing.recorder import CannotRecord
+from liger_fx.tracing.sizes import SizeArithmetic
 from liger_fx.tracing.stand_ins import origin_of
 from liger_fx.tracing.trace import Result, ResultSize, ResultTensor
 from liger_fx.tracing.tree_state import is_capturing
@@ -151,13 +151,15 @@ class ResultArgument:
 # -- results ---------------------------------------------------------------------------------------
 
 
-def describe_result(value: Any, world: FakeWorld) -> Result:
-    """What a trace returned, in terms of the sizes of its call."""
+def describe_result(value: Any, world: FakeWorld, decisive: Iterable[Question]) -> Result:
+    """What a trace returned, in terms of the sizes of its call; ``decisive`` are the questions
+    whose answers decide what it is made of."""
     names: dict[sympy.Symbol, str] = {}
     for own in (True, False):  # a size's own name first, then that of a size tied to it
         for name, size in world.symbols.items():
             names.setdefault(size.node._expr if own else size.node.expr, name)
-    return Result(_describe(value, world), names)
+    assumes = tuple(dict.fromkeys(question.fact for question in decisive))
+    return Result(_describe(value, world), names, assumes)
 
 
 def _describe(value: Any, world: FakeWorld) -> Any:
@@ -194,7 +196,11 @@ class Results:
         self._fresh: dict[sympy.Symbol, Any] = {}
 
     def make(self) -> Any:
-        """The result's tree, its tensors without nodes yet."""
+        """The result's tree, its tensors without nodes yet. What it assumes of sizes is asked of
+        those of this trace; CannotRecord where it does not hold."""
+        for fact in self.result.assumes:
+            if not self._size(fact):
+                raise CannotRecord("the graph of a block inside holds for other sizes than these")
         return self._make(self.result.tree)
 
     def _make(self, spec: Any) -> Any:
@@ -213,7 +219,7 @@ class Results:
         if isinstance(expr, int) or expr.is_number:
             return int(expr)
         known = {symbol: self._symbol(symbol) for symbol in expr.free_symbols}
-        return sympy_interp(PythonReferenceAnalysis, known, expr)
+        return sympy_interp(SizeArithmetic, known, expr)
 
     def _symbol(self, symbol: sympy.Symbol) -> Any:
         name = self.result.names.get(symbol)

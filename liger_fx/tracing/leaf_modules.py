@@ -8,20 +8,23 @@ opaque
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.fakes import tensors_in
 from liger_fx.tracing.memo import Unknowable, run_without_grad
 from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import origin_of
+from liger_fx.tracing.structure import made_of, number_at, other_sizes
 from liger_fx.tracing.tree_state import class_of
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
@@ -174,18 +177,40 @@ def _module_key(module: nn.Module) -> Hashable:
 
 
 def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -> Any:
-    """Run the module on random data of distinctive sizes and read the sizes of its results back."""
+    """Run the module on random data. How large its results are is read from them when the graph
+    runs; of how many they are, and of how many dimensions, must hold at other sizes as well.
+
+    CannotRecord for results that a graph cannot take.
+    """
     world = recorder.world
-    sizes: dict[int, Any] = {world.hint(size): size for size in world.symbols.values()}
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, FakeTensor):
-            shape: Any = leaf.shape
-            for size in shape:
-                if isinstance(size, torch.SymInt):
-                    sizes.setdefault(world.hint(size), size)
-    first = list(world.symbols.values())[:2]
-    if len(first) == 2:
-        sizes.setdefault(world.hint(first[0]) * world.hint(first[1]), first[0] * first[1])
+
+    def as_fake(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            shape = [world.fresh_size(size, exact=True) for size in value.shape]
+            return torch.empty(shape, dtype=value.dtype, device=value.device)
+        if type(value) is int:
+            return world.fresh_number(value)
+        if isinstance(value, (bool, float, str)):
+            raise CannotRecord(f"it returns {value!r}, which may be otherwise in another call")
+        return value
+
+    result = _run_at(world.examples, module, args, kwargs)
+    for sizes in other_sizes(world, world.examples):
+        try:
+            other = _run_at(sizes, module, args, kwargs)
+        except Exception:  # whatever its code says of such a call
+            continue
+        if _without_ints(other) != _without_ints(result):
+            raise CannotRecord("what it returns has other parts where its inputs have other sizes")
+    return pytree.tree_map(as_fake, result)
+
+
+def _without_ints(result: Any) -> Any:
+    return made_of(pytree.tree_map(lambda v: None if type(v) is int else v, result))
+
+
+def _run_at(sizes: Mapping[sympy.Symbol, int], module: Any, args: Any, kwargs: Any) -> Any:
+    """What the module makes of random data of these sizes."""
 
     def example(value: Any) -> Any:
         origin = origin_of(value)
@@ -195,17 +220,11 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
             memo = {id(t): example(t) for t in tensors_in(origin.example)}
             return copy.deepcopy(origin.example, memo)
         if isinstance(value, FakeTensor):
-            shape = [world.hint(size) for size in value.shape]
+            shape = [number_at(size, sizes) for size in value.shape]
             if value.dtype.is_floating_point:
                 return torch.randn(shape, device=value.device).to(value.dtype)
             return torch.ones(shape, dtype=value.dtype, device=value.device)
-        return world.hint(value) if isinstance(value, torch.SymInt) else value
-
-    def as_fake(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        shape = [sizes.get(size, size) for size in value.shape]
-        return torch.empty(shape, dtype=value.dtype, device=value.device)
+        return number_at(value, sizes)
 
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng():
         for group in [g for m in module.modules() for g in (m._buffers, m.__dict__)]:
@@ -213,5 +232,4 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
                 if isinstance(value, torch.Tensor):
                     group[name] = value.clone()
         arguments, keywords = pytree.tree_map(example, (args, kwargs))
-        result = _forward_of(module)(*arguments, **keywords)
-    return pytree.tree_map(as_fake, result)
+        return _forward_of(module)(*arguments, **keywords)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 import sys
 from typing import Any
 
@@ -29,6 +30,19 @@ CACHE_METHODS = (
     "get_recurrent_state", "update_indexer", "get_seq_length", "get_mask_sizes", "get_max_length",
     "get_max_cache_shape", "get_query_offset",
 )  # fmt: skip
+
+
+def _skips(builder: Any) -> tuple[str, ...]:
+    names = inspect.signature(builder).parameters
+    return tuple(name for name in names if name.startswith("allow_is_") and name.endswith("_skip"))
+
+
+# transformers' mask builders by name, and the options by which each may answer None.
+MASK_BUILDERS = {
+    name: _skips(builder)
+    for name, builder in vars(masking_utils).items()
+    if name.startswith("create_") and name.endswith("_mask") and inspect.isfunction(builder)
+}
 
 
 def resolve(reference: str) -> Any:
@@ -91,7 +105,7 @@ def build_mask(builder: str, owner: Any, *, materialise: bool = False, **kwargs:
         mask = getattr(masking_utils, builder)(config=config, **kwargs)
         return kwargs["attention_mask"] if mask is None else mask
     if materialise:
-        kwargs["allow_is_causal_skip"] = False
+        kwargs.update(dict.fromkeys(MASK_BUILDERS[builder], False))
     return getattr(masking_utils, builder)(config=config, **kwargs)
 
 

@@ -9,6 +9,7 @@ for its value. What only C code sees (``range(n)``) is found by tracing twice, w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def plain(value: Any) -> Any:
 
 
 def another(value: Any) -> Any:
-    """A number of the same kind, with other properties."""
+    """A number of the same kind, with other properties; a float has another sign, too."""
+    if isinstance(value, float):
+        return math.copysign(abs(value) * 2 + 3, -math.copysign(1, value))
     return type(value)(value * 2 + 3)
 
 

@@ -22,9 +22,12 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
+from liger_fx.tracing import leaves
+from liger_fx.tracing.asked import CannotRecord
+from liger_fx.tracing.guards import MODES
 from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.members import Members
-from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 
 _lock = threading.RLock()
@@ -104,6 +107,7 @@ def patched(tracer: Tracing) -> Iterator[None]:
             _thread.tracer = tracer
             _patch_modules(replace)
             _patch_questions(replace)
+            _patch_sizes(replace)
             _patch_attributes(replace)
             _patch_autocast(replace)
             _patch_attention(replace)
@@ -165,10 +169,29 @@ def _patch_questions(replace: Any) -> None:
     def is_grad_enabled() -> bool:
         tracer = recording_tracer()
         if tracer is not None:
-            tracer.recorder.grad_mode_asked = True
+            tracer.recorder.facts.ask_about_gradients()
         return original()
 
     replace(torch, "is_grad_enabled", is_grad_enabled)
+    for name in MODES:
+        replace(torch, name, _asking(name))
+
+
+def _asking(name: str) -> Any:
+    original = MODES[name]
+
+    @functools.wraps(original)
+    def ask() -> Any:
+        tracer = recording_tracer()
+        return original() if tracer is None else tracer.recorder.facts.ask_mode(name)
+
+    return ask
+
+
+def _patch_sizes(replace: Any) -> None:
+    """divmod, which PyTorch's symbolic sizes lack."""
+    replace(torch.SymInt, "__divmod__", lambda self, other: (self // other, self % other))
+    replace(torch.SymInt, "__rdivmod__", lambda self, other: (other // self, other % self))
 
 
 def _patch_attributes(replace: Any) -> None:
@@ -256,9 +279,8 @@ def _patch_mask_builders(replace: Any, modules: Iterable[nn.Module]) -> None:
     """Mask builders are imported by name, so each modelling file of the model holds its own
     reference."""
     builders = {
-        builder: _traced_mask_builder(name, builder)
-        for name, builder in vars(masking_utils).items()
-        if name.startswith("create_") and name.endswith("_mask") and inspect.isfunction(builder)
+        (builder := getattr(masking_utils, name)): _traced_mask_builder(name, builder)
+        for name in leaves.MASK_BUILDERS
     }
     for module in _modelling_files(modules):
         for name, value in list(vars(module).items()):

@@ -28,17 +28,20 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
+from liger_fx.tracing.asked import AskedFacts, CannotRecord
+from liger_fx.tracing.fakes import FakeWorld, Question, node_of, set_node
 from liger_fx.tracing.memo import Memo, run_without_grad
 from liger_fx.tracing.numbers import TracedNumber
 from liger_fx.tracing.sizes import SizeNodes
+from liger_fx.tracing.structure import follows_sizes
 from liger_fx.tracing.torch_calls import (
     as_node_target,
-    asks_about_gradients,
     asks_about_metadata,
     holds_values,
     is_in_place,
+    is_model_code,
     modes,
+    question_of,
     source_line,
     tensor_ids,
 )
@@ -50,10 +53,6 @@ DATA_DEPENDENT = (
 )
 
 
-class CannotRecord(Exception):
-    """A value reached the graph of which no node is known; its text says which."""
-
-
 class Recorder(TorchFunctionMode):
     """The mode that records; ``recording`` is off while a leaf's insides run."""
 
@@ -63,10 +62,9 @@ class Recorder(TorchFunctionMode):
         self.sizes = SizeNodes(graph)
         self.memo = Memo(world)
         self.recording = False
-        self.own_guards: list[Any] = []
-        self._guards_seen = 0
-        # Whether the code asked for the grad mode, or changes it: it is guarded then.
-        self.grad_mode_asked = False
+        self.facts = AskedFacts(owner)
+        # What was asked of sizes that decides what results are made of.
+        self.decisive: list[Question] = []
 
     def __torch_function__(
         self,
@@ -77,62 +75,84 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self.recording:
-            with self.kernel_guards_dropped():
+            with self.questions_dropped():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if asks_about_metadata(func, name, args, kwargs):
-            self.grad_mode_asked |= asks_about_gradients(func, name)
-            return func(*args, **kwargs)
+            answer = func(*args, **kwargs)
+            # PyTorch's own code asks as well: to print a tensor, say.
+            is_own = is_model_code(sys._getframe(1).f_code)
+            if is_own and args and isinstance(args[0], torch.Tensor):
+                self.facts.note(args[0], *question_of(func, name), answer)
+            return answer
         if func is torch._C._set_grad_enabled:
             return self._set_grad_enabled(func, *args)
         if func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
-        with self.paused():
-            return self._record(func, name, args, kwargs)
+        with self.paused() as kept:
+            return self._record(func, name, args, kwargs, kept)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What runs inside is not recorded; what it asks of sizes is no question of the model's."""
+    def paused(self) -> Iterator[list[Question]]:
+        """What runs inside is not recorded; what it asks of sizes is no question of the model's,
+        but for what is put into the list that is given."""
         was, self.recording = self.recording, False
-        with self.kernel_guards_dropped():
+        with self.questions_dropped() as kept:
             try:
-                yield
+                yield kept
             finally:
                 self.recording = was
 
-    @contextmanager
-    def kernel_guards_dropped(self) -> Iterator[None]:
-        """Forget the size comparisons made inside, in an operation's fake kernel.
+    @property
+    def questions(self) -> list[Question]:
+        """What the model's own code asked of sizes so far."""
+        return self.world.shape_env.asked
 
-        They ask which of several equal ways to take (is a dimension broadcast?), and would turn
+    @contextmanager
+    def questions_dropped(self) -> Iterator[list[Question]]:
+        """Forget what is asked of sizes inside, in an operation's fake kernel, but for what is put
+        into the list that is given.
+
+        It asks which of several equal ways to take (is a dimension broadcast?), and would turn
         away calls that the graph serves correctly.
         """
-        self.take_own_guards()
+        before, kept = len(self.questions), list[Question]()
         try:
-            yield
+            yield kept
         finally:
-            self._guards_seen = len(self.world.shape_env.guards)
-
-    def take_own_guards(self) -> None:
-        """Keep the size comparisons that the model's own code made since the last operation."""
-        guards = self.world.shape_env.guards
-        self.own_guards += guards[self._guards_seen :]
-        self._guards_seen = len(guards)
+            self.questions[before:] = kept
 
     def _set_grad_enabled(self, func: Any, enabled: bool) -> None:
-        self.grad_mode_asked = True
+        self.facts.grad_mode_asked = True
         if enabled != torch.is_grad_enabled():
             self.create_node("call_function", func, (enabled,))
         func(enabled)
 
-    def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kept: list[Question],
+    ) -> Any:
+        """A node for the call; what was asked of sizes that decides what the result is made of is
+        ``kept``."""
         args, kwargs = self.with_fakes(args), self.with_fakes(kwargs)
         in_place = is_in_place(name, kwargs)
-        run = functools.partial(func, *args, **kwargs)
+        run, before = functools.partial(func, *args, **kwargs), len(self.questions)
         if in_place:
+            given, named = pytree.tree_map(self.world.renewed, (args, kwargs))
             result = self._run_in_place(run, args)
         else:
+            given, named = args, kwargs
             result = self.memo.infer((func, *modes()), run, args, kwargs)
+        if not kwargs.get("dtype") and not tensor_ids((args, kwargs)):
+            self.facts.ask_mode("get_default_dtype")
+        asked = self.questions[before:]
+        if asked and follows_sizes(self.world, asked, func, given, named, result):
+            kept += asked
+            self.decisive += asked
         if name != "__setitem__" and not holds_values(result):
             return result
         node = self._emit(func, name, args, kwargs)
@@ -255,6 +275,15 @@ class Recording:
 
     def current_call(self) -> tuple[int, str]:
         """The index and path of the innermost module call that is being traced through."""
+        raise NotImplementedError
+
+    def note_question(self, what: str) -> None:
+        """The code of the innermost module call asked about this, which may be otherwise in
+        another call."""
+        raise NotImplementedError
+
+    def path_of_real(self, tensor: torch.Tensor) -> str | None:
+        """Where the model holds a parameter, buffer or plain tensor."""
         raise NotImplementedError
 
     def node_of_real(self, tensor: torch.Tensor) -> fx.Node:

@@ -2,44 +2,74 @@
 
 if hidden.shape[1] > self.window     ->  "sequence > 16"
 x.view(4, -1) of 4 rows              ->  "batch == 4"
+x[: int(x.shape[0] ** 0.5)] of 4     ->  "batch == 4", as for all that has no plain arithmetic
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import sympy
+from sympy.logic.boolalg import Boolean
+from torch.utils._sympy import functions
 from torch.utils._sympy.printers import PythonPrinter
 
-from liger_fx.tracing.fakes import FakeWorld
-from liger_fx.tracing.recorder import CannotRecord
+from liger_fx.tracing.asked import CannotRecord
+from liger_fx.tracing.fakes import FakeWorld, Question
+
+# What a guard may be made of (liger_fx/storage/expressions.py reads no more), besides powers.
+_PLAIN = (
+    sympy.Symbol, sympy.Number, Boolean, sympy.Add, sympy.Mul, sympy.Max, sympy.Min, sympy.Abs,
+    sympy.floor, sympy.ceiling, functions.Max, functions.Min, functions.FloorDiv, functions.Mod,
+    functions.PythonMod, functions.CleanDiv, functions.IntTrueDiv, functions.FloatTrueDiv,
+    functions.FloorToInt, functions.CeilToInt, functions.TruncToInt, functions.RoundToInt,
+    functions.RoundDecimal, functions.ToFloat,
+)  # fmt: skip
+_LARGEST_POWER = 8
 
 
-def size_guards(world: FakeWorld, own_guards: Iterable[Any]) -> list[str]:
+class _Printer(PythonPrinter):
+    def _print_ToFloat(self, expr: sympy.Expr) -> str:
+        return f"({self._print(expr.args[0])})"  # Python's numbers become floats by themselves
+
+
+def size_guards(world: FakeWorld, questions: Iterable[Question]) -> list[str]:
     """Size comparisons of the model's own code, and sizes of inputs that came out fixed or tied.
 
     CannotRecord for a comparison with a size that no check before the call can know.
     """
     names = {str(size.node._expr): name for name, size in world.symbols.items()}
-    printer = PythonPrinter()
+    examples, printer = world.examples, _Printer()
 
     def text(expr: sympy.Basic) -> str:
         named = {s: sympy.Symbol(names[str(s)], integer=True) for s in expr.free_symbols}
-        return printer.doprint(expr.subs(named))
+        return str(printer.doprint(expr.subs(named)))
 
     def is_known(expr: sympy.Basic) -> bool:
         return {str(s) for s in expr.free_symbols} <= names.keys()
 
     guards = set()
-    for guard in own_guards:
-        if not is_known(guard.expr):
+    for fact in dict.fromkeys(question.fact for question in questions):
+        if not is_known(fact):
             raise CannotRecord(
                 "a branch depends on a size that only the graph, as it runs, can tell"
             )
-        guards.add(text(guard.expr))
+        if _is_plain(fact):
+            guards.add(text(fact))
+        else:
+            guards.update(text(sympy.Eq(s, examples[s])) for s in fact.free_symbols)
     for name, size in world.symbols.items():
         now = size.node.expr
         if now != size.node._expr and is_known(now):
             guards.add(f"{name} == {text(now)}")
     return sorted(guards - {"True"})
+
+
+def _is_plain(expr: sympy.Basic) -> bool:
+    """Whether a guard can compute it anew at each call."""
+    if isinstance(expr, (sympy.Pow, functions.PowByNatural)):
+        exponent = expr.args[1]
+        is_plain = exponent.is_Integer and 0 <= int(exponent) <= _LARGEST_POWER
+    else:
+        is_plain = isinstance(expr, _PLAIN)
+    return bool(is_plain) and all(map(_is_plain, expr.args))

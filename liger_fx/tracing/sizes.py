@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,41 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+
+class SizeArithmetic(PythonReferenceAnalysis):
+    """How sizes are computed: with numbers, PyTorch's symbolic ones, or nodes in a graph."""
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return a / b
+
+    @staticmethod
+    def trunc_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return _call(math.trunc, x)
+
+    @staticmethod
+    def floor_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return _call(math.floor, x)
+
+    @staticmethod
+    def ceil_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return _call(math.ceil, x)
+
+    @staticmethod
+    def round_to_int(x: Any, dtype: torch.dtype) -> Any:
+        return _call(round, x)
+
+    @staticmethod
+    def round_decimal(x: Any, digits: int) -> Any:
+        return _call(round, x, digits)
+
+
+def _call(function: Any, x: Any, *more: Any) -> Any:
+    """What Python's own rounding gives; it takes no proxies."""
+    if isinstance(x, fx.Proxy):
+        return x.tracer.create_proxy("call_function", function, (x, *more), {})
+    return function(x, *more)
 
 
 class SizeNodes:
@@ -73,5 +109,5 @@ class SizeNodes:
             for s in expr.free_symbols
             if (n := self._nodes[s]) is not None
         }
-        result = sympy_interp(PythonReferenceAnalysis, known, expr)
+        result = sympy_interp(SizeArithmetic, known, expr)
         return result.node if isinstance(result, fx.Proxy) else result

@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
 from liger_fx.tracing import leaves
-from liger_fx.tracing.call import PLAIN
+from liger_fx.tracing.asked import CannotRecord
+from liger_fx.tracing.call import PLAIN, UnsupportedCall
 from liger_fx.tracing.fakes import set_node
 from liger_fx.tracing.guards import Attribute, Read
-from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.recorder import Recorder
 
 _UPDATES = ("update",)
 # Methods that hand out states of fixed sizes: what they give is inferred on a copy with fakes.
@@ -294,8 +295,11 @@ def stand_in(origin: Origin) -> Any:
     if isinstance(origin.example, (list, dict)):
         return _Container(origin)
     kind: Any = type(origin.example)
-    made: Any = object.__new__(_class_for(kind))
-    become(made, origin)
+    try:
+        made: Any = object.__new__(_class_for(kind))
+        become(made, origin)
+    except (TypeError, AttributeError):  # a number, an enum: made by a constructor of their own
+        raise UnsupportedCall(f"{origin.argument}, a {kind.__name__}") from None
     return made
 
 

@@ -46,10 +46,21 @@ def asks_about_metadata(func: Any, name: str, args: tuple[Any, ...], kwargs: Any
     return name in _METADATA_FUNCTIONS or (name == "type" and len(args) < 2 and not kwargs)
 
 
-def asks_about_gradients(func: Any, name: str) -> bool:
-    """Whether the answer may depend on the grad mode."""
+_GRADIENTS = {"requires_grad", "grad_fn", "is_leaf", "grad", "is_inference"}
+_FACTS = {
+    **dict.fromkeys(("stride", "is_contiguous", "storage_offset"), "layout"),
+    **dict.fromkeys(("dim", "ndimension", "ndim"), "rank"),
+    **dict.fromkeys(_GRADIENTS, "gradients"),
+    **dict.fromkeys(("shape", "size", "numel", "nelement", "__len__", "nbytes"), "shape"),
+    **dict.fromkeys(("dtype", "is_floating_point", "is_complex", "itemsize"), "dtype"),
+}
+
+
+def question_of(func: Any, name: str) -> tuple[str, str | None]:
+    """The name of what is asked of a tensor, and the kind of fact that the answer depends on:
+    "layout", "rank", "gradients", "shape", "dtype" or none of these."""
     asked = func.__self__.__name__ if name == "__get__" else name
-    return asked in ("requires_grad", "grad_fn", "is_leaf", "grad", "is_inference")
+    return asked, _FACTS.get(asked)
 
 
 def is_in_place(name: str, kwargs: dict[str, Any]) -> bool:

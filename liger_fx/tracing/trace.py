@@ -44,6 +44,7 @@ class ModuleCall:
     """One call of a module that was traced through; leaves are call_module nodes instead.
 
     ``args``, ``kwargs`` and ``output`` are fx argument trees: nodes stand where the tensors stood.
+    ``asks`` is what its code asked about, of which another call may have another answer.
     """
 
     index: int
@@ -53,6 +54,7 @@ class ModuleCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+    asks: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,12 @@ class ResultSize:
 @dataclass(frozen=True)
 class Result:
     """What a block returns: a tree of tuples, lists and mappings of tensors, plain values, sizes
-    and opaque objects; ``names`` are those of the sizes in it, as the call has them."""
+    and opaque objects; ``names`` are those of the sizes in it, as the call has them. ``assumes``
+    are the facts about sizes that decide what it is made of."""
 
     tree: Any
     names: dict[sympy.Symbol, str]
+    assumes: tuple[sympy.Basic, ...] = ()
 
 
 @dataclass

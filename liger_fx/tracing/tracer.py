@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.errors import TraceError
 from liger_fx.tracing import leaves
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.call import (
     CallSpec,
     Constant,
@@ -42,6 +43,7 @@ from liger_fx.tracing.call import (
 from liger_fx.tracing.cleanup import erase_unread_nodes
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.guards import Guards, Read, autocast_state
+from liger_fx.tracing.identity import compares_identity
 from liger_fx.tracing.inner_blocks import (
     InnerNames,
     NeedsInside,
@@ -67,7 +69,7 @@ from liger_fx.tracing.leaf_modules import (
 from liger_fx.tracing.members import Members
 from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.patches import patched, put_aside
-from liger_fx.tracing.recorder import CannotRecord, Recorder, Recording
+from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
 from liger_fx.tracing.size_guards import size_guards
 from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
@@ -198,7 +200,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _guards(self, call: CallSpec) -> Guards:
         """The assumptions of the trace that just finished in this thread's modes."""
-        asked = self.recorder.grad_mode_asked or not torch.is_grad_enabled()
+        asked = self.recorder.facts.grad_mode_asked or not torch.is_grad_enabled()
         sizes = self.size_guards
         if values := self._asked_attributes(sizes):
             raise AsksAttributes(values)
@@ -215,6 +217,10 @@ class HFTracer(fx.Tracer, Recording):
             reads=tuple(self.reads),
             numbers={n: r for n, r in self.numbers.items() if any(n in guard for guard in sizes)},
             other_mode=tuple(sorted(self._in_other_mode())),
+            contiguous=self.recorder.facts.layout_asked,
+            distinct=self._compares_identity(),
+            modes=self.recorder.facts.modes,
+            tensors=self.recorder.facts.tensors,
         )
 
     def _device_types(self, call: CallSpec) -> tuple[str, ...]:
@@ -225,6 +231,10 @@ class HFTracer(fx.Tracer, Recording):
             if is_block(module):
                 types |= {p.device.type for p in itertools.islice(module.parameters(), 1)}
         return tuple(sorted(types - {"meta"})) or ("cpu",)
+
+    def _compares_identity(self) -> bool:
+        followed = {getattr(call.cls, "block_class", call.cls) for call in self.calls}
+        return any(map(compares_identity, followed))
 
     def _in_other_mode(self) -> set[str]:
         """The modules that ask for their mode and are in another than the root, by path."""
@@ -328,10 +338,11 @@ class HFTracer(fx.Tracer, Recording):
             recorder.recording = True
             try:
                 result = forward(self.root, **arguments)
-                recorder.take_own_guards()
                 recorder.recording = False
-                self.size_guards = size_guards(self.world, recorder.own_guards)
-                return describe_result(result, self.world), self._tree_argument(result)
+                self.size_guards = size_guards(self.world, recorder.questions)
+                return describe_result(result, self.world, recorder.decisive), self._tree_argument(
+                    result
+                )
             except (Untraceable, TraceError, UnsupportedCall):
                 raise
             except Exception as error:
@@ -365,7 +376,10 @@ class HFTracer(fx.Tracer, Recording):
         needed = {leaf for leaf in self.opaque_leaves if _holds_one_of(changing, leaf)}
         needed |= self._given_objects
         erase_unread_nodes(self.graph, self.root, needed)
-        self.leaves.materialise_masks()
+        try:
+            self.leaves.materialise_masks()
+        except CannotRecord as error:
+            raise self._untraceable(error) from error
         self.world.settle(self.graph)
 
     # -- module calls
@@ -389,8 +403,11 @@ class HFTracer(fx.Tracer, Recording):
         self.calls.append(call)
         call.args, call.kwargs = self._noted(args), self._noted(kwargs)
         self.stack.append((call, module))
+        asked_before = len(self.recorder.questions)
         try:
             result = _forward_of(module)(module, *args, **kwargs)
+            if len(self.recorder.questions) > asked_before:
+                self.note_question("how large something is")
             self._refuse_fixed_sizes()
         except (Untraceable, TraceError, UnsupportedCall):
             raise
@@ -408,7 +425,7 @@ class HFTracer(fx.Tracer, Recording):
         if keys and collects_inside(block, keys):
             raise NeedsInside
         # Nothing here is the model's code: its questions need not go through the recorder.
-        with recorder.paused(), torch._C.DisableTorchFunction():
+        with recorder.paused() as kept, torch._C.DisableTorchFunction():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
             arguments = block.signature.named(args, kwargs)
             names = InnerNames(self.world)
@@ -429,7 +446,11 @@ class HFTracer(fx.Tracer, Recording):
             )  # fmt: skip
             node.meta["plan"] = number
             inputs = dict(zip((name for name, _ in call.leaves()), values, strict=True))
+            before = len(recorder.questions)
             made = Results(self.world, result, names.symbols, inputs).make()
+            if result.assumes:
+                kept += recorder.questions[before:]
+                recorder.decisive += kept
             changed_by_call(values)
             made = self._with_objects(recorder.bind(made, node), node)
         _let_collect(block, args, made)
@@ -561,6 +582,13 @@ class HFTracer(fx.Tracer, Recording):
     def current_call(self) -> tuple[int, str]:
         call = self.stack[-1][0]
         return call.index, call.path
+
+    def note_question(self, what: str) -> None:
+        self.stack[-1][0].asks.add(what)
+
+    def path_of_real(self, tensor: torch.Tensor) -> str | None:
+        path = self.members.path_of_tensor(tensor)
+        return None if path in self._constants else path
 
     def node_of_real(self, tensor: torch.Tensor) -> fx.Node:
         path = self.members.path_of_tensor(tensor)

@@ -15,10 +15,11 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
 from liger_fx.tracing import leaves
+from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.fakes import node_of
 from liger_fx.tracing.members import Members
-from liger_fx.tracing.recorder import CannotRecord, Recorder
+from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import Host, Origin, become, origin_of
 
 
@@ -27,7 +28,7 @@ class TransformersLeaves:
 
     def __init__(self, recorder: Recorder, members: Members, host: Host) -> None:
         self.recorder, self.members, self.host = recorder, members, host
-        self._masks: list[tuple[fx.Node, Any]] = []
+        self._masks: list[tuple[fx.Node, str]] = []
         self.masks_are_read = False
 
     def attention(
@@ -85,7 +86,7 @@ class TransformersLeaves:
                 return None
             keywords = {key: recorder.argument(value) for key, value in given.items()}
             node = recorder.create_node("call_function", leaves.build_mask, (name, owner), keywords)
-            self._masks.append((node, builder))
+            self._masks.append((node, name))
             return recorder.bind(stand_in, node)
 
     def _mask_stand_in(
@@ -136,13 +137,13 @@ class TransformersLeaves:
 
     def materialise_masks(self) -> None:
         """Have masks built in full wherever something other than attention reads them."""
-        for node, builder in self._masks:
+        for node, name in self._masks:
             if all(_hands_it_on(user, self.members.root) for user in node.users):
                 continue
             self.masks_are_read = True
-            skippable = "allow_is_causal_skip" in inspect.signature(builder).parameters
-            if skippable or node.args[0] == "create_recurrent_attention_mask":
-                node.kwargs = {**node.kwargs, "materialise": True}
+            if not leaves.MASK_BUILDERS[name] and name != "create_recurrent_attention_mask":
+                raise CannotRecord(f"a mask of {name}, which may be None, and is read by its code")
+            node.kwargs = {**node.kwargs, "materialise": True}
 
     def new_cache(
         self, init: Any, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -22,7 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.tracing.check import Check
-from liger_fx.tracing.guards import Guards
+from liger_fx.tracing.guards import Guards, TensorFacts
 from liger_fx.tracing.walk import module_at, modules_by_path
 
 # Looked up when the graph runs, so it may change.
@@ -120,11 +120,30 @@ def add_facts(check: Check, tree: Tree) -> None:
         group, name = _group_of(root, path)
         condition = "(t := {}.get({})) is not None and t.dtype is {} and t.device == {}"
         check.add(condition, group, name, dtype, device)
+    _add_tensors(check, root, guards.tensors)
     unguarded = () if guards.attention_fixed else _ATTENTION
     for place, then in facts.configs.items():
         if place in now:
             config = _ConfigState(now[place], then, unguarded)
             check.add("{} == {} or {}()", config.now, config.then, config.holds)
+
+
+def _add_tensors(check: Check, root: nn.Module, asked: TensorFacts) -> None:
+    for found, attribute in ((asked.shapes, "shape"), (asked.dtypes, "dtype")):
+        for path, value in found.items():
+            condition = f"getattr({{}}.get({{}}), '{attribute}', None) == {{}}"
+            check.add(condition, *_group_of_tensor(root, path), value)
+    for path, on in asked.trained.items():
+        condition = f"getattr({{}}.get({{}}), 'requires_grad', None) is {on}"
+        check.add(condition, *_group_of_tensor(root, path))
+
+
+def _group_of_tensor(root: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    """The dictionary that holds the parameter, buffer or plain tensor at ``path``."""
+    owner, _, name = path.rpartition(".")
+    module = root.get_submodule(owner)
+    groups = (module._parameters, module._buffers, module.__dict__)
+    return next((group for group in groups if name in group), {}), name
 
 
 def add_state(check: Check, tree: Tree) -> None:

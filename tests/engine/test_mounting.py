@@ -103,15 +103,15 @@ def test_a_module_called_twice_is_replaced_once() -> None:
 
 
 class OneWay(BendModule):
-    """Computes a bend only for a tensor of three dimensions."""
+    """Computes a bend only for a tensor of float32."""
 
     def forward(self, x: T) -> T:
-        return x.tanh() * self.scale if x.dim() == 3 else x.relu()
+        return x.tanh() * self.scale if x.dtype is torch.float32 else x.relu()
 
 
 class BothWays(Around):
     def forward(self, x: T) -> T:
-        return self.inner(x.sin()) + self.inner(x[0].sin())
+        return self.inner(x.sin()) + self.inner(x.sin().double()).float()
 
 
 def test_a_module_whose_other_call_does_something_else_stays() -> None:
@@ -172,6 +172,26 @@ class AsksForTheMode(Inner):
         return y.cos() if self.training and x.dim() > 9 else y
 
 
+class AsksForTheRank(Inner):
+    def forward(self, x: T) -> T:
+        return x.tanh() * self.scale if x.ndim == 3 else x.relu()
+
+
+class CountsTheSizes(Inner):
+    def forward(self, x: T) -> T:
+        return x.tanh() * self.scale if len(x.shape) == 3 else x.relu()
+
+
+class AsksForASize(Inner):
+    def forward(self, x: T) -> T:
+        return x.tanh() * self.scale if x.shape[0] > 2 else x.relu()
+
+
+class AsksForGradients(Inner):
+    def forward(self, x: T) -> T:
+        return x.tanh() * self.scale if torch.is_grad_enabled() else x.relu()
+
+
 class Nested(nn.Module):
     """The weight belongs to a module further in."""
 
@@ -203,6 +223,10 @@ REASONS = {
     "ComputesMore computes more than that: cos(sin) (cos(sin) at": Around(ComputesMore()),
     "OtherParameters holds other parameters: bias (mul(tanh, scale) at": Around(OtherParameters()),
     "AsksForTheMode asks whether it is training (mul(": Around(AsksForTheMode()),
+    "AsksForTheRank asks how many dimensions there are (mul(": Around(AsksForTheRank()),
+    "CountsTheSizes asks how many dimensions there are (mul(": Around(CountsTheSizes()),
+    "AsksForASize asks how large something is (mul(": Around(AsksForASize()),
+    "AsksForGradients asks whether gradients are recorded (mul(": Around(AsksForGradients()),
     "inner.deep.scale is not the module's own": Around(Nested()),
     "it is called with arguments by name": NamedArgument(BendModule()),
     "TwoArguments is called with something else (mul(": CallsWithTwo(TwoArguments()),

@@ -1,0 +1,81 @@
+"""What a model's code asks of tensors and of the process besides sizes, to be guarded.
+
+x.stride(0), h.is_contiguous()      every tensor input must be contiguous, as in the trace
+self.weight.requires_grad           it must be trained, or frozen, as it was
+hidden.requires_grad                refused where gradients are recorded: the trace records none
+torch.get_default_dtype()           must be what it was
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from liger_fx.tracing.fakes import node_of
+from liger_fx.tracing.guards import MODES, TensorFacts
+
+
+class CannotRecord(Exception):
+    """A value reached the graph of which no node is known, or a question has no answer that could
+    be guarded; its text says which."""
+
+
+class Asking(Protocol):
+    """What is asked of the tracer."""
+
+    def note_question(self, what: str) -> None:
+        """The code of the innermost module call asked about this."""
+
+    def path_of_real(self, tensor: torch.Tensor) -> str | None:
+        """Where the model holds a parameter, buffer or plain tensor."""
+
+
+class AskedFacts:
+    """The questions of one trace. ``grad_mode_asked``: whether the code asked for the grad mode, or
+    changes it; ``layout_asked``: whether it asked how a tensor lies in memory."""
+
+    def __init__(self, owner: Asking) -> None:
+        self.owner = owner
+        self.grad_mode_asked = self.layout_asked = False
+        self.modes: dict[str, Any] = {}
+        self.tensors = TensorFacts()
+
+    def ask_about_gradients(self) -> None:
+        """The code asked for the grad mode, or for what follows from it."""
+        self.grad_mode_asked = True
+        self.owner.note_question("whether gradients are recorded")
+
+    def ask_mode(self, name: str) -> Any:
+        """What a function of MODES answers."""
+        return self.modes.setdefault(name, MODES[name]())
+
+    def note(self, tensor: torch.Tensor, asked: str, kind: str | None, answer: Any) -> None:
+        """A question of that kind about a tensor, and the trace's answer. CannotRecord for one that
+        a trace cannot answer."""
+        if not isinstance(tensor, FakeTensor):
+            self._note_of_real(tensor, asked, kind)
+        elif kind == "layout":
+            self.layout_asked = True
+        elif kind == "rank":
+            self.owner.note_question("how many dimensions there are")
+        elif kind == "gradients":
+            self.ask_about_gradients()
+            self.ask_mode("is_inference_mode_enabled")
+            node = node_of(tensor)
+            if torch.is_grad_enabled() or (node is not None and node.op == "placeholder"):
+                raise CannotRecord(f"{asked} of a tensor is asked, which no trace can tell")
+
+    def _note_of_real(self, tensor: torch.Tensor, asked: str, kind: str | None) -> None:
+        path = self.owner.path_of_real(tensor)
+        if path is None:
+            return
+        if asked == "grad":
+            raise CannotRecord(f"the gradient of {path} is asked for")
+        if kind in ("shape", "rank", "layout"):
+            self.tensors.shapes[path] = tuple(tensor.shape)
+        elif kind == "dtype":
+            self.tensors.dtypes[path] = tensor.dtype
+        elif kind == "gradients":
+            self.tensors.trained[path] = tensor.requires_grad

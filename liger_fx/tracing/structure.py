@@ -1,0 +1,81 @@
+"""Whether the sizes that an operator's fake kernel asked about decide what its result is made of.
+
+x.split(4) of 8 rows     two tensors; of 12 rows there are three          what was asked is guarded
+x.squeeze() of 8 x 3     two dimensions; of 1 x 3 it is one               the same
+x + y of 8 x 3           two dimensions, whichever of them are broadcast  forgotten
+
+Found by running the operator at other sizes on tensors without data.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils import _pytree as pytree
+
+from liger_fx.tracing.fakes import FakeWorld, Question
+
+
+def follows_sizes(
+    world: FakeWorld,
+    questions: Iterable[Question],
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+) -> bool:
+    """Whether ``run(*args, **kwargs)`` gives something else than as many tensors of as many
+    dimensions as ``result`` where the sizes in the questions are others."""
+    asked = itertools.chain(*(question.expr.free_symbols for question in questions))
+    for sizes in other_sizes(world, asked):
+        try:
+            with unset_fake_temporarily(), torch.no_grad():
+                given, named = pytree.tree_map(_at(sizes), (args, kwargs))
+                other = run(*given, **named)
+        except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError):
+            continue  # no such call can be
+        if made_of(other) != made_of(result):
+            return True
+    return False
+
+
+def other_sizes(world: FakeWorld, asked: Iterable[Any]) -> Iterator[dict[sympy.Symbol, int]]:
+    """The trace's examples with one of these sizes changed: to one, which is broadcast and dropped,
+    and to more than there were."""
+    examples = world.examples
+    for symbol in sorted(examples.keys() & set(asked), key=str):
+        for other in (1, 2 * examples[symbol] + 1):
+            yield {**examples, symbol: other}
+
+
+def number_at(size: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    """What a symbolic number is at these sizes; anything else as it is."""
+    return int(size.node.expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
+
+
+def _at(sizes: Mapping[sympy.Symbol, int]) -> Callable[[Any], Any]:
+    def concrete(value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return number_at(value, sizes)
+        shape, strides = (
+            tuple(number_at(n, sizes) for n in numbers) for numbers in (value.shape, value.stride())
+        )
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
+
+    return concrete
+
+
+def made_of(value: Any) -> Any:
+    """How many tensors of how many dimensions; numbers as they are."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim
+    if isinstance(value, (tuple, list)):
+        return tuple(map(made_of, value))
+    if isinstance(value, dict):
+        return tuple((key, made_of(item)) for key, item in value.items())
+    return value if isinstance(value, (bool, int, float)) else type(value)
