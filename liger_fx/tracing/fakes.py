@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,11 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+)
 
 from liger_fx.tracing.trace import TensorSpec
 
@@ -60,6 +64,23 @@ class Metadata:
         self.template, self.spec, self.device = template, spec, spec.device
 
 
+class Sizes(ShapeEnv):
+    """The symbolic sizes of one trace.
+
+    unanswered: told of each question that only the data could answer, before the error is raised.
+    """
+
+    unanswered: Callable[[Exception], None] | None = None
+
+    def evaluate_sym_node(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluate_sym_node(*args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            if self.unanswered is not None:
+                self.unanswered(error)
+            raise
+
+
 class FakeWorld:
     """The fakes and symbolic sizes of one trace.
 
@@ -70,7 +91,7 @@ class FakeWorld:
         self.exact = exact
         # Without duck shaping two inputs that happen to be of one size stay apart, and without the
         # specialisation of 0 and 1 the graph holds for a batch of one too.
-        self.shape_env = ShapeEnv(
+        self.shape_env = Sizes(
             duck_shape=False,
             specialize_zero_one=False,
             allow_scalar_outputs=True,

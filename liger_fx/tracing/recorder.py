@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,11 +29,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.memo import Memo, run_without_grad
 from liger_fx.tracing.numbers import TracedNumber
 from liger_fx.tracing.sizes import SizeNodes
 from liger_fx.tracing.torch_calls import (
+    PLAIN_ANSWERS,
     as_node_target,
     asks_about_gradients,
     asks_about_metadata,
@@ -50,8 +53,26 @@ DATA_DEPENDENT = (
 )
 
 
+_thread = threading.local()
+
+
+def recorder_of_thread() -> Recorder | None:
+    """What records the calls of this thread at the moment, if anything does."""
+    recorder: Recorder | None = getattr(_thread, "recorder", None)
+    return recorder if recorder is not None and recorder.recording else None
+
+
 class CannotRecord(Exception):
-    """A value reached the graph of which no node is known; its text says which."""
+    """A value reached the graph of which no node is known; its text says which.
+
+    The trace is told at once: the model's own ``except`` may be around it.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        recorder: Recorder | None = getattr(_thread, "recorder", None)
+        if recorder is not None:
+            recorder.owner.failed(self)
 
 
 class Recorder(TorchFunctionMode):
@@ -67,6 +88,21 @@ class Recorder(TorchFunctionMode):
         self._guards_seen = 0
         # Whether the code asked for the grad mode, or changes it: it is guarded then.
         self.grad_mode_asked = False
+        self._outer: Recorder | None = None
+        world.shape_env.unanswered = self._unanswered
+
+    def __enter__(self) -> Recorder:
+        self._outer, _thread.recorder = getattr(_thread, "recorder", None), self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _thread.recorder = self._outer
+        super().__exit__(*exception)
+
+    def _unanswered(self, error: Exception) -> None:
+        if self.recording:
+            self.owner.failed(error)
 
     def __torch_function__(
         self,
@@ -87,18 +123,27 @@ class Recorder(TorchFunctionMode):
             return self._set_grad_enabled(func, *args)
         if func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
-        with self.paused():
-            return self._record(func, name, args, kwargs)
+        try:
+            with self.paused():
+                return self._record(func, name, args, kwargs)
+        except BaseException as error:
+            self.owner.failed(error)
+            raise
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What runs inside is not recorded; what it asks of sizes is no question of the model's."""
+        with self.unrecorded(), self.kernel_guards_dropped():
+            yield
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """What runs inside is not recorded; what it asks of sizes is guarded as ever."""
         was, self.recording = self.recording, False
-        with self.kernel_guards_dropped():
-            try:
-                yield
-            finally:
-                self.recording = was
+        try:
+            yield
+        finally:
+            self.recording = was
 
     @contextmanager
     def kernel_guards_dropped(self) -> Iterator[None]:
@@ -133,10 +178,12 @@ class Recorder(TorchFunctionMode):
             result = self._run_in_place(run, args)
         else:
             result = self.memo.infer((func, *modes()), run, args, kwargs)
-        if name != "__setitem__" and not holds_values(result):
-            return result
+        if result is not None and not holds_values(result):
+            return _answer(name, result)
         node = self._emit(func, name, args, kwargs)
-        if name == "__setitem__":
+        if result is None:
+            if not is_effectful(node):
+                raise CannotRecord(f"{name}, which returns nothing and changes what is not known")
             return None
         return self.bind(result, node, () if in_place else tensor_ids((args, kwargs)))
 
@@ -250,8 +297,21 @@ class Recorder(TorchFunctionMode):
         return node
 
 
+def _answer(name: str, result: Any) -> Any:
+    """What a call gives that has no tensor in it: a fact, which stays true. An object that is
+    more (the handle of a hook, a generator of random numbers) tells of something that no node
+    does."""
+    if all(isinstance(leaf, PLAIN_ANSWERS) for leaf in pytree.tree_leaves(result)):
+        return result
+    raise CannotRecord(f"{name}, which gives a {type(result).__name__}")
+
+
 class Recording:
     """What a recorder asks of the tracer it records for."""
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of what went wrong in a call that the model's code made."""
+        raise NotImplementedError
 
     def current_call(self) -> tuple[int, str]:
         """The index and path of the innermost module call that is being traced through."""
