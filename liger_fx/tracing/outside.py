@@ -27,6 +27,7 @@ from liger_fx.tracing.root_state import Snapshot
 from liger_fx.tracing.state import same
 
 Key = tuple[int, str]
+_ENVIRONMENT = frozenset({"environ", "getenv"})
 _LIVE = (contextvars.ContextVar, Iterator, random.Random, np.random.Generator,
          np.random.RandomState, torch.Generator, threading.local)  # fmt: skip
 
@@ -44,8 +45,6 @@ class Outside:
                     value = place.value()
                     self._then[place.key] = place, value
                     self._snapshot.take(value)
-            for held in reach.held:
-                self._snapshot.take(held)
 
     def changed(self, world: FakeWorld) -> Place | None:
         """A place where something else is than was, or holds something else."""
@@ -71,7 +70,7 @@ class Outside:
         if live is not None:
             return f"its code reads {live.name}, a {type(live.value()).__name__}"
         for reach in reach_of(module):
-            if reach.environment:
+            if not _ENVIRONMENT.isdisjoint(reach.names):
                 return "its code reads the environment of the process"
             for place in reach.places:
                 if place.key in self.written:
@@ -95,13 +94,10 @@ class Outside:
 
 def _live(module: nn.Module) -> Iterator[Place]:
     """Where the module's code finds objects that change as they are read."""
-    for name, value in module.__dict__.items():
-        if _is_live(type(value)):
-            yield Place(module.__dict__, name)
+    own = [name for name, value in module.__dict__.items() if _is_live(type(value))]
     for reach in reach_of(module):
-        for place in reach.places:
-            if _is_live(type(place.value())):
-                yield place
+        yield from (Place(module.__dict__, name) for name in own if name in reach.names)
+        yield from (place for place in reach.places if _is_live(type(place.value())))
 
 
 @functools.lru_cache(4096)
@@ -112,7 +108,11 @@ def _is_live(cls: type) -> bool:
 def _copied(value: Any) -> Any:
     if isinstance(value, contextvars.ContextVar):
         return value  # a trace runs in a context of its own
-    return value.clone_state() if isinstance(value, torch.Generator) else copy.copy(value)
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    # numpy's share their bits with a shallow copy, an iterator's deep copy would copy tensors.
+    is_numpys = type(value).__module__.startswith("numpy")
+    return copy.deepcopy(value) if is_numpys else copy.copy(value)
 
 
 @contextmanager
@@ -132,7 +132,10 @@ def caches_bypassed(reaches: Iterable[Reach]) -> Iterator[None]:
         for place in (place for reach in reaches for place in reach.caches):
             if is_cached(value := place.value()):
                 replaced.append((place, value))
-                place.put(bypassing(value))
+                is_static = isinstance(value, staticmethod)
+                place.put(
+                    staticmethod(bypassing(value.__func__)) if is_static else bypassing(value)
+                )
         yield
     finally:
         for place, value in replaced:

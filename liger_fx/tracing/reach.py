@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from liger_fx.tracing.tree_state import class_of
-
 _MOST_FUNCTIONS = 2000
 _CACHED = functools._lru_cache_wrapper
 # What is called there keeps no state of a model's.
@@ -30,7 +28,8 @@ NOTHING = object()
 
 
 class Place(NamedTuple):
-    """Where code finds a value: in globals or attributes (a dictionary), in a cell, in a class."""
+    """Where code finds a value: in globals or attributes (a dictionary), in a cell, in a class, at
+    a function."""
 
     owner: Any
     name: str
@@ -45,6 +44,8 @@ class Place(NamedTuple):
         owner = self.owner
         if isinstance(owner, types.CellType):
             return _in_cell(owner)
+        if isinstance(owner, types.FunctionType):
+            return getattr(owner, self.name)
         return (owner if isinstance(owner, dict) else vars(owner)).get(self.name, NOTHING)
 
     def put(self, value: Any) -> None:
@@ -68,19 +69,17 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Reach:
-    """places: where code finds values. held: dictionaries and defaults of functions, which it may
-    change as well. caches: the places of functions with a cache. environment: whether it asks for
-    variables of the process."""
+    """places: where code finds values. caches: of these, functions with a cache. names: all that
+    the code names."""
 
     places: tuple[Place, ...]
-    held: tuple[Any, ...]
     caches: tuple[Place, ...]
-    environment: bool
+    names: frozenset[str]
 
 
 def is_cached(value: Any) -> bool:
     """Whether it is a function with a cache of functools around it."""
-    return isinstance(value, _CACHED)
+    return isinstance(_unbound(value), _CACHED)
 
 
 def _in_cell(cell: types.CellType) -> Any:
@@ -92,7 +91,7 @@ def _in_cell(cell: types.CellType) -> Any:
 
 def reach_of(module: nn.Module) -> Iterator[Reach]:
     """What the code of a module can touch: its class's forward, functions among its attributes."""
-    yield _of_code(class_of(module))
+    yield _of_code(type(module))
     for value in module.__dict__.values():
         if type(value) in _FUNCTIONS:
             yield _of_code(value)
@@ -103,7 +102,7 @@ def _of_code(code: Any) -> Reach:
     if found is None:
         walk = _Walk(code)
         caches = tuple(place for place in walk.places if is_cached(place.value()))
-        found = Reach(tuple(walk.places), tuple(walk.held), caches, walk.environment)
+        found = Reach(tuple(walk.places), caches, frozenset(walk.names))
         _REACH[code] = found
     return found
 
@@ -117,14 +116,15 @@ class _Walk:
 
     def __init__(self, code: Any) -> None:
         self.places: list[Place] = []
-        self.held: list[Any] = []
         self._by_id: set[tuple[int, str]] = set()
         self._seen: set[int] = set()
-        self.environment = False
+        self.names: set[str] = set()
         is_class = isinstance(code, type)
         classes = code.__mro__ if is_class else ()
         self._bases = [base for base in classes if not _of_a_library(base.__module__)]
-        pending = [getattr(code, "forward", None) if is_class else code]
+        # Of a block it is its own class whose attributes ``type(self)`` writes.
+        self._class = code if is_class else None
+        pending = [getattr(code, "block_class", code).forward if is_class else code]
         for value in pending:  # grows while it is walked
             if len(self._seen) >= _MOST_FUNCTIONS:
                 break
@@ -144,17 +144,20 @@ class _Walk:
         if _of_a_library(value.__globals__.get("__name__", "")):  # a decorator's, say
             yield from map(_in_cell, value.__closure__ or ())
             return
-        self.held += [held for held in (value.__dict__, value.__defaults__) if held]
+        yield from self._note(value, "__dict__")
+        yield from self._note(value, "__defaults__")
         code = value.__code__
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
             yield from self._note(cell, name)
         names = _names(code)
-        self.environment |= not names.isdisjoint(("environ", "getenv"))
+        self.names |= names
         for name in names & value.__globals__.keys():
             yield from self._found(value.__globals__, name, names)
         for base in self._bases:
             for name in names & vars(base).keys():
                 yield from self._found(base, name, names)
+                if base is not self._class and not hasattr(vars(base)[name], "__get__"):
+                    yield from self._note(self._class, name)
 
     def _found(self, owner: Any, name: str, names: frozenset[str]) -> Iterator[Any]:
         for value in self._note(owner, name):
@@ -190,9 +193,10 @@ def _unbound(value: Any) -> Any:
 
 @functools.lru_cache(4096)
 def _names(code: types.CodeType) -> frozenset[str]:
-    """All names in the code and in the functions that it makes."""
+    """All names in the code and in the functions that it makes; strings are names to getattr."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return frozenset(code.co_names).union(*map(_names, inner))
+    texts = (const for const in code.co_consts if isinstance(const, str) and const.isidentifier())
+    return frozenset(code.co_names).union(texts, *map(_names, inner))
 
 
 def _of_a_library(module: str) -> bool:
