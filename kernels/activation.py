@@ -161,7 +161,7 @@ _activation_backward = define_op(
 )
 
 
-def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     def plain(x: torch.Tensor) -> torch.Tensor:
         return activation_reference(x, ctx.name)
 

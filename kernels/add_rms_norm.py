@@ -177,7 +177,8 @@ def _again(
     ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     def norm(s: torch.Tensor, weight: torch.Tensor | None) -> Two:
-        return rms_norm_reference(s, weight, *ctx.constants, None if dy is None else dy.dtype), s
+        eps, offset = ctx.constants
+        return rms_norm_reference(s, weight, eps, offset, None if dy is None else dy.dtype), s
 
     a, b, weight, *_ = ctx.needs_input_grad
     dx, dw = gradients_of(norm, ctx.saved_tensors, (dy, ds), (a or b, weight))

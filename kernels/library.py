@@ -135,7 +135,7 @@ def refused(backward: Callable[..., Any], message: str) -> Callable[..., Any]:
     def again(ctx: Any, *grads: Any) -> Any:
         with torch.no_grad():
             made = backward(ctx, *grads)
-        asking = [g if g is None else g.detach().requires_grad_() for g in made]
+        asking: list[Any] = [g if g is None else g.detach().requires_grad_() for g in made]
         return torch._C._functions.DelayedError(message.encode(), len(asking))(*asking)
 
     return again

@@ -327,7 +327,8 @@ rms_norm_backward = define_op(
 
 def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     def norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return rms_norm_reference(x, weight, *ctx.constants, dy.dtype)
+        eps, offset = ctx.constants
+        return rms_norm_reference(x, weight, eps, offset, dy.dtype)
 
     grads = gradients_of(norm, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:2])
     return *grads, None, None, None

@@ -89,7 +89,7 @@ class Look(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def look_at(cls: type) -> Look | None:
+def look_at(cls: Any) -> Look | None:
     """How to look into an object of this class; None for what holds nothing that a model's code
     could change."""
     if cls in _BUILT_IN:

@@ -138,7 +138,7 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
 def check(condition: Any, error: str, message: str | None) -> None:
     """Raise ``error`` (``module:qualified.name``) with that message unless the condition, a bool or
     a tensor of bools, holds throughout."""
-    text = None if message is None else lambda: message
+    text: Any = None if message is None else lambda: message
     if isinstance(condition, torch.Tensor):
         torch._check_tensor_all_with(resolve(error), condition, text)
     else:

@@ -101,7 +101,7 @@ def _live(module: nn.Module) -> Iterator[Place]:
 
 
 @functools.lru_cache(4096)
-def _is_live(cls: type) -> bool:
+def _is_live(cls: Any) -> bool:
     return issubclass(cls, _LIVE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -125,35 +125,43 @@ def parts(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def summed(of: Callable[[torch.Tensor], torch.Tensor], tensors: Iterable[torch.Tensor]) -> Any:
+    return sum(of(t).sum() for t in tensors)
+
+
+def square(t: torch.Tensor) -> torch.Tensor:
+    return t.square()
+
+
 def of_a_sum(function: Function, inputs: list[torch.Tensor]) -> Any:
     """A penalty on the gradient of a sum: what comes in requires no gradient."""
-    total = sum(t.sum() for t in parts(function(*inputs)))
+    total = summed(lambda t: t, parts(function(*inputs)))
     grads = torch.autograd.grad(total, inputs, create_graph=True)
-    penalty = sum(g.square().sum() for g in grads)
+    penalty = summed(square, grads)
     if not penalty.requires_grad:  # of a rotation
         return grads
     return grads, torch.autograd.grad(penalty, inputs, allow_unused=True)
 
 
 def of_squares(function: Function, inputs: list[torch.Tensor]) -> Any:
-    total = sum(t.square().sum() for t in parts(function(*inputs)))
+    total = summed(square, parts(function(*inputs)))
     grads = torch.autograd.grad(total, inputs, create_graph=True)
-    return grads, torch.autograd.grad(sum(g.sin().sum() for g in grads), inputs)
+    return grads, torch.autograd.grad(summed(torch.sin, grads), inputs)
 
 
 def by_backward(function: Function, inputs: list[torch.Tensor]) -> Any:
-    sum(t.sin().sum() for t in parts(function(*inputs))).backward(create_graph=True)
+    summed(torch.sin, parts(function(*inputs))).backward(create_graph=True)
     first = [x.grad for x in inputs]
     for x in inputs:
         x.grad = None
-    sum(g.square().sum() for g in first).backward()
+    summed(square, first).backward()
     return first, [x.grad for x in inputs]
 
 
 def of_inputs_that_depend_on_each_other(function: Function, inputs: list[torch.Tensor]) -> Any:
     first, *others = inputs
     own = [first.sin(), *(x * first.mean() for x in others)]
-    total = sum(t.square().sum() for t in parts(function(*own)))
+    total = summed(square, parts(function(*own)))
     (grad,) = torch.autograd.grad(total, first, create_graph=True)
     return grad, torch.autograd.grad(grad.square().sum(), inputs)
 
@@ -161,17 +169,17 @@ def of_inputs_that_depend_on_each_other(function: Function, inputs: list[torch.T
 def hessian(function: Function, inputs: list[torch.Tensor]) -> Any:
     first, *others = (x[:1] if x.dim() == 4 else x for x in inputs)
 
-    def total(x: torch.Tensor) -> torch.Tensor:
-        return sum(t.square().sum() for t in parts(function(x, *others)))
+    def total(x: torch.Tensor) -> Any:
+        return summed(square, parts(function(x, *others)))
 
     return torch.autograd.functional.hessian(total, first)
 
 
 def third(function: Function, inputs: list[torch.Tensor]) -> Any:
-    total = sum(t.square().sum() for t in parts(function(*inputs)))
+    total = summed(square, parts(function(*inputs)))
     for _ in range(2):
         grads = torch.autograd.grad(total, inputs, create_graph=True)
-        total = sum(g.square().sum() for g in grads)
+        total = summed(square, grads)
     return torch.autograd.grad(total, inputs)
 
 
