@@ -8,6 +8,7 @@ A check of sizes alone is a comparison like any other, which the call must confi
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ import torch
 from liger_fx.tracing import leaves
 from liger_fx.tracing.functions import importable
 from liger_fx.tracing.recorder import Recorder
+
+
+# In a message a number that only the data tell.
+_FAKE = re.compile(r"FakeTensor\(.*?dtype=[\w.]+\)")
 
 
 def record_check(recorder: Recorder, error: Any, condition: Any, message: Any) -> None:
@@ -26,7 +31,7 @@ def record_check(recorder: Recorder, error: Any, condition: Any, message: Any) -
         return
     try:
         with recorder.paused():
-            text = None if message is None else str(message())
+            text = None if message is None else _FAKE.sub("?", str(message()))
             node = recorder.argument(condition)
             recorder.create_node("call_function", leaves.check, (node, importable(error), text))
     except BaseException as failure:

@@ -139,7 +139,10 @@ def check(condition: Any, error: str, message: str | None) -> None:
     """Raise ``error`` (``module:qualified.name``) with that message unless the condition, a bool or
     a tensor of bools, holds throughout."""
     text: Any = None if message is None else lambda: message
-    if isinstance(condition, torch.Tensor):
+    if torch.compiler.is_compiling() and isinstance(condition, torch.Tensor):
+        # The one form of it that a compiled graph holds.
+        torch._assert_async(condition.all(), message or "a check of the model does not hold")
+    elif isinstance(condition, torch.Tensor):
         torch._check_tensor_all_with(resolve(error), condition, text)
     else:
         torch._check_with(resolve(error), condition, text)

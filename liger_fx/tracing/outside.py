@@ -94,14 +94,19 @@ class Outside:
 
 def _live(module: nn.Module) -> Iterator[Place]:
     """Where the module's code finds objects that change as they are read."""
-    own = [name for name, value in module.__dict__.items() if _is_live(type(value))]
+    own = [name for name, value in module.__dict__.items() if _is_live(value)]
     for reach in reach_of(module):
         yield from (Place(module.__dict__, name) for name in own if name in reach.names)
-        yield from (place for place in reach.places if _is_live(type(place.value())))
+        yield from (place for place in reach.places if _is_live(place.value()))
+
+
+def _is_live(value: Any) -> bool:
+    cls: Any = type(value)
+    return _is_live_class(cls)
 
 
 @functools.lru_cache(4096)
-def _is_live(cls: Any) -> bool:
+def _is_live_class(cls: Any) -> bool:
     return issubclass(cls, _LIVE)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from liger_fx.tracing.contents import MAPPING, Kind, is_same, look_at
@@ -69,7 +69,8 @@ class Snapshot:
         self._seen: dict[int, tuple[Any, Kind, Any]] = {}
         self._empty: list[Any] = []
         modules = list(modules)
-        self._modules = set(map(id, modules))
+        self._modules = {id(child) for module in modules for child in module._modules.values()}
+        self._modules.update(map(id, modules))
         for module in modules:
             attributes = module.__dict__
             self._seen[id(attributes)] = (attributes, MAPPING, dict(attributes))
@@ -94,9 +95,10 @@ class Snapshot:
             if isinstance(value, tuple):
                 pending += [item for item in value if type(item) not in _PLAIN]
                 continue
-            look = look_at(type(value))
-            # Modules are looked at by themselves, and blocks in their own traces.
-            if look is None or id(value) in self._modules or isinstance(value, fx.GraphModule):
+            cls: Any = type(value)
+            look = look_at(cls)
+            # The modules of the tree are looked at by themselves.
+            if look is None or id(value) in self._modules:
                 continue
             if look.attributes:
                 pending.append(vars(value))

@@ -125,7 +125,7 @@ def parts(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def summed(of: Callable[[torch.Tensor], torch.Tensor], tensors: Iterable[torch.Tensor]) -> Any:
+def summed(of: Callable[[torch.Tensor], torch.Tensor], tensors: Iterable[Any]) -> Any:
     return sum(of(t).sum() for t in tensors)
 
 
