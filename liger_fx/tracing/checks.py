@@ -17,7 +17,6 @@ from liger_fx.tracing import leaves
 from liger_fx.tracing.functions import importable
 from liger_fx.tracing.recorder import Recorder
 
-
 # In a message a number that only the data tell.
 _FAKE = re.compile(r"FakeTensor\(.*?dtype=[\w.]+\)")
 
