@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.launch import Launch, ceil_div, compute_dtype, launch, uses_triton
 from liger_fx.kernels.layout import in_strides_of
-from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.library import (
+    below_autograd,
+    define_op,
+    differentiable,
+    differentiate,
+    gradients_of,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -33,8 +38,8 @@ def activation(x: torch.Tensor, name: str) -> torch.Tensor:
     """The activation called `name` (one of ACTIVATIONS) of each element, computed in float32.
 
     x: any shape and strides. Returns x's shape, dtype and order of dimensions in memory.
-    Float64 is computed in float64. ValueError for an unknown name; a second derivative raises
-    RuntimeError.
+    Float64 is computed in float64. ValueError for an unknown name. Second derivatives go
+    through `activation_reference`.
     """
     check_activation(name)
     return _activation(x, name)
@@ -156,6 +161,13 @@ _activation_backward = define_op(
 )
 
 
+def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return activation_reference(x, ctx.name)
+
+    return *gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:1]), None
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -164,7 +176,7 @@ class _Activation(torch.autograd.Function):
         return below_autograd(_activation, x, name)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _activation_backward(dy, *ctx.saved_tensors, ctx.name), None
 

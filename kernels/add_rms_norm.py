@@ -14,11 +14,16 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.launch import ceil_div, launch, uses_triton
 from liger_fx.kernels.layout import empty_rows_like
-from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.library import (
+    below_autograd,
+    define_op,
+    differentiable,
+    differentiate,
+    gradients_of,
+)
 from liger_fx.kernels.rms_norm import (
     MAX_WIDTH,
     forward_launch,
@@ -168,6 +173,18 @@ _add_rms_norm_backward = define_op(
 )
 
 
+def _again(
+    ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    def norm(s: torch.Tensor, weight: torch.Tensor | None) -> Two:
+        eps, offset = ctx.constants
+        return rms_norm_reference(s, weight, eps, offset, None if dy is None else dy.dtype), s
+
+    a, b, weight, *_ = ctx.needs_input_grad
+    dx, dw = gradients_of(norm, ctx.saved_tensors, (dy, ds), (a or b, weight))
+    return dx if a else None, dx if b else None, dw, None, None, None
+
+
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -186,7 +203,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, s
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(
         ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.activation import (
     activate,
@@ -32,7 +31,13 @@ from liger_fx.kernels.launch import (
     uses_triton,
 )
 from liger_fx.kernels.layout import Tensors, as_rows, as_wide, empty_rows_like, laid_out
-from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.library import (
+    below_autograd,
+    define_op,
+    differentiable,
+    differentiate,
+    gradients_of,
+)
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -257,6 +262,20 @@ _packed_backward_op = define_op(
 )
 
 
+def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return gated_activation_reference(gate, up, ctx.activation)
+
+    return *gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:2]), None
+
+
+def _packed_again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def plain(gate_up: torch.Tensor) -> torch.Tensor:
+        return packed_gated_activation_reference(gate_up, *ctx.constants)
+
+    return *gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:1]), None, None
+
+
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -265,7 +284,7 @@ class _GatedActivation(torch.autograd.Function):
         return below_autograd(_gated, gate, up, activation)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *_gated_backward(dy, *ctx.saved_tensors, ctx.activation), None
 
@@ -278,7 +297,7 @@ class _PackedGatedActivation(torch.autograd.Function):
         return below_autograd(_packed, gate_up, activation, gate_first)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_packed_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _packed_backward_op(dy, *ctx.saved_tensors, *ctx.constants), None, None
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.gated_activation import (
     gated_activation_reference,
@@ -22,7 +21,13 @@ from liger_fx.kernels.gated_activation import (
     halves,
     product_of,
 )
-from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.library import (
+    below_autograd,
+    define_op,
+    differentiable,
+    differentiate,
+    gradients_of,
+)
 
 Optional = torch.Tensor | None
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -40,8 +45,8 @@ def gated_linear(
 
     gate, up: (..., width) of one shape and dtype; with up None gate holds both, (..., 2 width),
     gate first or last. weight: (out, width), bias: (out,), of gate's dtype. Returns (..., out).
-    Gradients for all four; a second derivative raises RuntimeError. ValueError for a product that
-    does not fit the weight.
+    Gradients for all four; second derivatives go through `gated_linear_reference`. ValueError for
+    a product that does not fit the weight.
     """
     width = gate.shape[-1] // (2 if up is None else 1)
     if weight.shape[1:] != (width,) or weight.dtype is not gate.dtype:
@@ -141,6 +146,15 @@ _gated_linear_backward = define_op(
 )
 
 
+def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def plain(gate: torch.Tensor, up: Optional, weight: torch.Tensor) -> torch.Tensor:
+        return gated_linear_reference(gate, up, weight, None, *ctx.constants)
+
+    *wanted, bias = ctx.needs_input_grad[:4]
+    grads = gradients_of(plain, ctx.saved_tensors, (dy,), wanted)
+    return *grads, dy.flatten(0, -2).sum(0) if bias else None, None, None
+
+
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -160,7 +174,7 @@ class _GatedLinear(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         grads = _gated_linear_backward(dy, *ctx.saved_tensors, *ctx.constants, *wanted[2:])

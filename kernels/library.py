@@ -11,7 +11,8 @@ The derivative is registered by hand on the Autograd key: torch.library.register
 same and costs 12 microseconds more per forward and backward.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,12 +87,68 @@ def below_autograd(op: Op, *args: Any) -> Any:
         return op.overload(*args)
 
 
+def differentiable(again: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a Function's backward that computes by kernels. Where it is to be differentiated itself
+    (``create_graph=True``), ``again``, called in its place, gives the same gradients by operations
+    that can be (`gradients_of`), or raises (`refused`)."""
+
+    def mark(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def choose(ctx: Any, *grads: Any) -> Any:
+            return (again if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+        return choose
+
+    return mark
+
+
+def gradients_of(
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    grads: Sequence[torch.Tensor | None],
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of ``function`` for these gradients of its results, one for each input, None
+    where it is not ``wanted``; they can be differentiated again by the inputs and ``grads``."""
+    # A view of each, so that what one input owes to another is no part of the other's gradient.
+    own = [x.view_as(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
+    results = function(*own)
+    pairs = zip(results if isinstance(results, tuple) else (results,), grads, strict=True)
+    given = [(result, grad) for result, grad in pairs if grad is not None]
+    asked = [x for x, want in zip(own, wanted, strict=True) if want]
+    made = iter(
+        torch.autograd.grad(
+            [result for result, _ in given],
+            asked,
+            [grad for _, grad in given],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(made) if want else None for want in wanted)
+
+
+def refused(backward: Callable[..., Any], message: str) -> Callable[..., Any]:
+    """For `differentiable`: the gradients that ``backward`` gives, which raise RuntimeError with
+    this message once they are differentiated, whatever their own gradient is."""
+
+    def again(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            made = backward(ctx, *grads)
+        asking: list[Any] = [g if g is None else g.detach().requires_grad_() for g in made]
+        return torch._C._functions.DelayedError(message.encode(), len(asking))(*asking)
+
+    return again
+
+
 def differentiate(
     op: Op, function: type[torch.autograd.Function], reference: Callable[..., Any]
 ) -> None:
     """Run `function` (whose forward takes `op`'s arguments) where `op` is to be differentiated.
 
-    Mark its backward `once_differentiable`: second derivatives then raise instead of being zero.
+    Mark its backward `differentiable`: second derivatives are zero without a word where it is made
+    of operators that have none. (`once_differentiable` raises only where a gradient that comes in
+    requires one, which that of a sum does not.)
     `reference` takes the same arguments and is made of PyTorch's own operations. It runs where the
     tensors are not plain ones: inside torch.func's grad, jvp, vmap, hessian and the like, which
     take each of its operations apart, and inside torch.autograd.forward_ad.

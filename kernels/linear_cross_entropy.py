@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.launch import (
     Launch,
@@ -31,7 +30,14 @@ from liger_fx.kernels.launch import (
     power_of_two,
     uses_triton,
 )
-from liger_fx.kernels.library import at_once, below_autograd, define_op, differentiate
+from liger_fx.kernels.library import (
+    at_once,
+    below_autograd,
+    define_op,
+    differentiable,
+    differentiate,
+    refused,
+)
 
 Tensors = tuple[torch.Tensor, ...]
 REDUCTIONS = ("mean", "sum")
@@ -70,7 +76,8 @@ def linear_cross_entropy(
     float64) from logits that are rounded to h's dtype, as the layer alone would give them.
     ValueError for other shapes and an unknown reduction; IndexError for another label, which is a
     device-side assertion on a GPU.
-    Gradients: of h, weight and bias, in their dtypes. A second derivative raises RuntimeError.
+    Gradients: of h, weight and bias, in their dtypes. What differentiates them raises
+    RuntimeError.
     """
     form = form or Form()
     if form.reduction not in REDUCTIONS:
@@ -431,6 +438,24 @@ def _times(x: torch.Tensor, factor: torch.Tensor, keep: bool) -> torch.Tensor:
     return x
 
 
+def _scaled(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients that the forward made, times that of the loss."""
+    *grads, later = ctx.saved_tensors
+    factor = grad.to(later.dtype) * later
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    made = (
+        _times(g, factor, keep) if wanted else None
+        for g, wanted in zip(grads, ctx.wanted, strict=True)
+    )
+    return *made, *[None] * 9
+
+
+_NO_SECOND = (
+    "linear_cross_entropy has no second derivative: its gradients are made in the forward pass. "
+    "Compute the loss from the logits with torch.nn.functional.cross_entropy"
+)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
@@ -439,17 +464,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         return loss
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *grads, later = ctx.saved_tensors
-        factor = grad.to(later.dtype) * later
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        made = (
-            _times(g, factor, keep) if wanted else None
-            for g, wanted in zip(grads, ctx.wanted, strict=True)
-        )
-        return *made, *[None] * 9
+    backward = staticmethod(differentiable(refused(_scaled, _NO_SECOND))(_scaled))
 
 
 differentiate(_loss, _LinearCrossEntropy, linear_cross_entropy_reference)

@@ -22,10 +22,15 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.launch import Launch, ceil_div, launch, power_of_two, uses_triton
-from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.library import (
+    below_autograd,
+    define_op,
+    differentiable,
+    differentiate,
+    gradients_of,
+)
 
 Optional = torch.Tensor | None
 
@@ -43,8 +48,8 @@ def lora_linear(
 
     x: (..., in); dropped: the same after the adapter's dropout, None for x itself; weight:
     (out, in) and bias: (out,), of x's dtype; a: (rank, in) and b: (out, rank), of any float dtype.
-    Returns (..., out). Gradients for x, dropped, a and b; the weight and the bias are frozen:
-    RuntimeError where one is to be trained. ValueError for other shapes or dtypes.
+    Returns (..., out). Gradients for x, dropped, a and b, and second ones; the weight and the
+    bias are frozen: RuntimeError where one is to be trained. ValueError for other shapes or dtypes.
     """
     rank, width = a.shape
     if weight.shape[1] != width or b.shape != (weight.shape[0], rank) or x.shape[-1] != width:
@@ -233,6 +238,18 @@ _lora_linear_backward = define_op(
 )
 
 
+def _again(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+    x, dropped, _, weight, a, b = ctx.saved_tensors
+
+    def plain(x: torch.Tensor, dropped: Optional, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return lora_linear_reference(x, dropped, weight, None, a, b, ctx.scaling)[0]
+
+    x_grad, dropped_grad, _, _, a_grad, b_grad, _ = ctx.needs_input_grad
+    wanted = x_grad, dropped_grad, a_grad, b_grad
+    dx, ddropped, da, db = gradients_of(plain, (x, dropped, a, b), (dy,), wanted)
+    return dx, ddropped, None, None, da, db, None
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -255,7 +272,7 @@ class _LoraLinear(torch.autograd.Function):
         return y, t
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         x_grad, dropped_grad, _, _, a_grad, b_grad, _ = ctx.needs_input_grad
         x, dropped, t, weight, a, b = ctx.saved_tensors

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.launch import (
     Launch,
@@ -29,7 +28,13 @@ from liger_fx.kernels.launch import (
     uses_triton,
 )
 from liger_fx.kernels.layout import as_rows, as_wide, empty_rows_like, laid_out
-from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.library import (
+    below_autograd,
+    define_op,
+    differentiable,
+    differentiate,
+    gradients_of,
+)
 
 MAX_WIDTH = 65_536  # a row is held in the registers of one program; wider ones use PyTorch
 
@@ -47,7 +52,8 @@ def rms_norm(
     Returns (..., width) in `out_dtype` (x's by default), in x's order of dimensions in memory.
     Float64 is computed in float64. ValueError if weight's shape is not (width,).
     Gradients: x's in x's dtype; weight's in weight's, summed over the rows in float32, in an order
-    that does not change from run to run. A second derivative raises RuntimeError.
+    that does not change from run to run. Second derivatives go through
+    `rms_norm_reference`.
     """
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(
@@ -319,6 +325,15 @@ rms_norm_backward = define_op(
 )
 
 
+def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        eps, offset = ctx.constants
+        return rms_norm_reference(x, weight, eps, offset, dy.dtype)
+
+    grads = gradients_of(norm, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:2])
+    return *grads, None, None, None
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -334,7 +349,7 @@ class _RMSNorm(torch.autograd.Function):
         return below_autograd(_rms_norm, x, weight, eps, offset, out_dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight_grad = ctx.needs_input_grad[1]
         dx, dw = rms_norm_backward(dy, *ctx.saved_tensors, *ctx.constants, weight_grad)

@@ -25,7 +25,7 @@ from liger_fx.engine.match import Match
 from liger_fx.engine.operators import cat, even, interleave, lower, odd, upper
 from liger_fx.engine.pattern import Constant, Inner, Op, Pattern, Tensor, anything, choice, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
-from liger_fx.engine.term import Term, describe, is_transparent, loses_nothing, same
+from liger_fx.engine.term import Term, describe, is_transparent, loses_nothing
 from liger_fx.modules import LigerNormRotaryEmbedding, LigerQKNormRotaryEmbedding
 from liger_fx.modules.casting import Cast
 from liger_fx.passes.rms_norm import check_norm, norm_of
@@ -105,7 +105,7 @@ class QKNormRotary(Rule):
         weights = _weight(first), _weight(second)
         if first.found != second.found or _dtypes(first) != _dtypes(second):
             return None
-        if not all(same(first[name], second[name]) for name in ("cos", "sin")):
+        if not all(first.view.same(first[name], second[name]) for name in ("cos", "sin")):
             return None
         inputs = (first["x"], second["x"], *weights, first["cos"], first["sin"])
         return Replacement(LigerQKNormRotaryEmbedding(**first.found), inputs, self.name)

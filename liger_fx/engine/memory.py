@@ -17,8 +17,9 @@ from liger_fx.tracing.trace import TensorSpec
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _BROADCASTS = {"expand", "expand_as", "broadcast_to"}
 _VIEWS = {
-    "adjoint", "alias", "as_strided", "chunk", "contiguous", "detach", "diagonal", "flatten",
-    "getattr", "getitem", "hsplit", "identity", "imag", "moveaxis", "movedim", "narrow", "permute",
+    "adjoint", "alias", "apply_function", "as_strided", "chunk", "contiguous", "detach", "diagonal",
+    "flatten", "getattr", "getitem", "hsplit", "identity", "imag", "moveaxis", "movedim", "narrow",
+    "permute",
     "ravel", "real", "reshape", "select", "size", "split", "squeeze", "swapaxes", "swapdims", "t",
     "tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
     "view_as_complex", "view_as_real", "vsplit", *_BROADCASTS,

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
+
+from liger_fx.kernels.library import differentiable, gradients_of
 
 Head = Callable[..., torch.Tensor]
 _ATEN = torch.ops.aten
@@ -30,6 +31,12 @@ def lazy_logits(head: Head, dtype: torch.dtype, *inputs: torch.Tensor | None) ->
     """
     made: torch.Tensor = _Later.apply(head, dtype, *inputs)
     return made
+
+
+def _again(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = gradients_of(ctx.head, ctx.saved_tensors, (grad,), ctx.needs_input_grad[2:])
+    return None, None, *grads
 
 
 class _Later(torch.autograd.Function):
@@ -48,7 +55,7 @@ class _Later(torch.autograd.Function):
         return LazyLogits(spec, h.device, _Reading(head, held))
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs = [
             None if x is None else x.detach().requires_grad_(needed)

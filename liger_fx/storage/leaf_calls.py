@@ -8,6 +8,7 @@ Names that are looked up must be plain strings in the file, never what another n
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import operator
@@ -73,6 +74,14 @@ def _mask_builder(name: str) -> str:
     return name
 
 
+def _exception(reference: str) -> str:
+    module, _, name = reference.partition(":")
+    kind = getattr(builtins, name, None) if module == "builtins" else None
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        raise LoadError(f"{shown(reference)} is no exception of Python's own")
+    return reference
+
+
 def _module(node: fx.Node) -> fx.Node:
     if node.op != "get_attr":
         raise LoadError(f"{node.name} is no module")
@@ -123,6 +132,7 @@ _ARGUMENTS: dict[Any, tuple[Any, bool, bool]] = {
         True,
     ),
     leaves.model_output: (tuple[_ReferenceText], True, False),
+    leaves.check: (tuple[fx.Node, Annotated[str, _exception], str | None], False, False),
     SET_GRAD_ENABLED: (tuple[bool], False, False),
     ENTER_AUTOCAST: (
         tuple[Annotated[str, matching("[a-z]{1,10}", "device")], torch.dtype | None, bool, bool],

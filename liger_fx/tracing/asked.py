@@ -8,6 +8,7 @@ torch.get_default_dtype()           must be what it was
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 from liger_fx.tracing.fakes import node_of
 from liger_fx.tracing.guards import MODES, TensorFacts
 
+# ``recorder`` is what records the calls of this thread, if anything does.
+of_thread = threading.local()
+
 
 class CannotRecord(Exception):
     """A value reached the graph of which no node is known, or a question has no answer that could
-    be guarded; its text says which."""
+    be guarded; its text says which.
+
+    The trace is told at once: the model's own ``except`` may be around it.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        recorder = getattr(of_thread, "recorder", None)
+        if recorder is not None:
+            recorder.owner.failed(self)
 
 
 class Asking(Protocol):

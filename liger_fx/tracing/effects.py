@@ -3,6 +3,8 @@ across."""
 
 from __future__ import annotations
 
+import builtins
+import functools
 import operator
 from typing import Any
 
@@ -23,6 +25,8 @@ _EFFECTFUL_FUNCTIONS = {
     leaves.new_cache,
     leaves.encoder_decoder_cache,
     leaves.cache_call,
+    leaves.check,
+    builtins.setattr,
 }
 
 
@@ -48,19 +52,28 @@ def is_effectful(node: fx.Node, root: torch.nn.Module | None = None) -> bool:
         # A block may change the cache it is given.
         return isinstance(module, fx.GraphModule) or getattr(module, "inplace", False) is True
     if node.op == "call_method":
-        return is_in_place_name(str(node.target))
+        return is_in_place_name(str(node.target)) or returns_nothing(str(node.target))
     if node.op != "call_function":
         return False
     if node.target in _IN_PLACE_OPERATORS or node.target in _EFFECTFUL_FUNCTIONS:
         return True
     if "out" in node.kwargs or node.kwargs.get("inplace") is True:
         return True
-    return is_in_place_name(getattr(node.target, "__name__", ""))
+    name = getattr(node.target, "__name__", "")
+    return is_in_place_name(name) or returns_nothing(name)
 
 
 def is_in_place_name(name: str) -> bool:
     """PyTorch's convention: a trailing underscore (``add_``), which no dunder has."""
     return name.endswith("_") and not name.endswith("__")
+
+
+@functools.lru_cache(4096)
+def returns_nothing(name: str) -> bool:
+    """Whether PyTorch's operator of that name is called for what it does alone (``retain_grad``,
+    ``_assert_async``)."""
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    return bool(schemas) and not any(schema.returns for schema in schemas)
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

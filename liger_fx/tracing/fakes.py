@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,7 +22,11 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+)
 
 from liger_fx.tracing.trace import TensorSpec
 
@@ -67,11 +71,24 @@ class Question(NamedTuple):
         return sympy.Eq(self.expr, self.answer)
 
 
-class _Sizes(ShapeEnv):
-    """PyTorch's account of symbolic sizes, with a list of all that is asked of them.
+class Metadata:
+    """Everything about a tensor but its data; fakes of equal metadata share one of these."""
 
-    (Its own list of guards lacks what follows from an earlier one, which a trace may have dropped.)
+    __slots__ = ("template", "spec", "device")
+
+    def __init__(self, template: torch.Tensor, spec: TensorSpec) -> None:
+        self.template, self.spec, self.device = template, spec, spec.device
+
+
+class Sizes(ShapeEnv):
+    """The symbolic sizes of one trace, with a list of all that is asked of them.
+
+    (PyTorch's own list of guards lacks what follows from an earlier one, which a trace may have
+    dropped.)
+    unanswered: told of each question that only the data could answer, before the error is raised.
     """
+
+    unanswered: Callable[[Exception], None] | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -83,14 +100,13 @@ class _Sizes(ShapeEnv):
             self.asked.append(Question(orig_expr, answer))
         return answer
 
-
-class Metadata:
-    """Everything about a tensor but its data; fakes of equal metadata share one of these."""
-
-    __slots__ = ("template", "spec", "device")
-
-    def __init__(self, template: torch.Tensor, spec: TensorSpec) -> None:
-        self.template, self.spec, self.device = template, spec, spec.device
+    def evaluate_sym_node(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluate_sym_node(*args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            if self.unanswered is not None:
+                self.unanswered(error)
+            raise
 
 
 class FakeWorld:
@@ -103,7 +119,7 @@ class FakeWorld:
         self.exact = exact
         # Without duck shaping two inputs that happen to be of one size stay apart, and without the
         # specialisation of 0 and 1 the graph holds for a batch of one too.
-        self.shape_env = _Sizes(
+        self.shape_env = Sizes(
             duck_shape=False,
             specialize_zero_one=False,
             allow_scalar_outputs=True,

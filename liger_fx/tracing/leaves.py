@@ -7,6 +7,8 @@ what it needs (attention implementation, mask builder, output class) when it run
     create_causal_mask(self.config, ...)          ->  build_mask("create_causal_mask", model, ...)
     past_key_values.update(k, v, 3)               ->  cache_call(cache, "update", k, v, 3)
     CausalLMOutputWithPast(logits=logits)         ->  model_output("..:CausalLMOutputWithPast", ..)
+    Reverse.apply(x, 0.5)                         ->  apply_function("..:Reverse", x, 0.5)
+    torch._check_tensor_all(x > 0)                ->  check(gt, "builtins:RuntimeError", None)
 """
 
 from __future__ import annotations
@@ -139,6 +141,25 @@ def cache_call(cache: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 def model_output(cls: str, **fields: Any) -> Any:
     """The output class named by ``cls`` (``module:qualified.name``) with these fields."""
     return resolve(cls)(**fields)
+
+
+def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
+    """What the torch.autograd.Function named by ``function`` (``module:qualified.name``) makes of
+    these arguments, with the backward that its author wrote."""
+    return resolve(function).apply(*args, **kwargs)
+
+
+def check(condition: Any, error: str, message: str | None) -> None:
+    """Raise ``error`` (``module:qualified.name``) with that message unless the condition, a bool or
+    a tensor of bools, holds throughout."""
+    text: Any = None if message is None else lambda: message
+    if torch.compiler.is_compiling() and isinstance(condition, torch.Tensor):
+        # The one form of it that a compiled graph holds.
+        torch._assert_async(condition.all(), message or "a check of the model does not hold")
+    elif isinstance(condition, torch.Tensor):
+        torch._check_tensor_all_with(resolve(error), condition, text)
+    else:
+        torch._check_with(resolve(error), condition, text)
 
 
 def is_output_class(kind: Any) -> bool:

@@ -12,11 +12,13 @@ import inspect
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,10 +26,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from liger_fx.tracing import leaves
 from liger_fx.tracing.asked import CannotRecord
+from liger_fx.tracing.checks import record_check
+from liger_fx.tracing.functions import functions_seen
 from liger_fx.tracing.guards import MODES
 from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.members import Members
-from liger_fx.tracing.recorder import Recorder
+from liger_fx.tracing.recorder import Recorder, recorder_of_thread
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 
 _lock = threading.RLock()
@@ -44,6 +48,9 @@ class Tracing(Protocol):
 
     def trace_module_call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What ``module(*args, **kwargs)`` does during the trace."""
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of what went wrong in a call that the model's code made."""
 
     def is_hidden(self, module: nn.Module, name: str) -> bool:
         """Whether the code that reads this attribute must not see it."""
@@ -94,7 +101,7 @@ def is_tracing() -> bool:
 @contextmanager
 def patched(tracer: Tracing) -> Iterator[None]:
     """Install the patches for one trace; a second thread that wants to trace waits here."""
-    with _lock:
+    with _lock, ExitStack() as stack:
         saved: list[tuple[Any, str, Any]] = []
 
         def replace(owner: Any, name: str, value: Any) -> None:
@@ -105,6 +112,7 @@ def patched(tracer: Tracing) -> Iterator[None]:
         outer = getattr(_thread, "tracer", None)
         try:
             _thread.tracer = tracer
+            stack.enter_context(functions_seen())
             _patch_modules(replace)
             _patch_questions(replace)
             _patch_sizes(replace)
@@ -113,6 +121,8 @@ def patched(tracer: Tracing) -> Iterator[None]:
             _patch_attention(replace)
             _patch_caches(replace)
             _patch_mask_builders(replace, tracer.members.entered.values())
+            _patch_checks(replace)
+            _patch_refused(replace)
             yield
         finally:
             _thread.tracer = outer
@@ -143,7 +153,11 @@ def _patch_modules(replace: Any) -> None:
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tracer = recording_tracer()
         if tracer is not None:
-            return tracer.trace_module_call(module, args, kwargs)
+            try:
+                return tracer.trace_module_call(module, args, kwargs)
+            except BaseException as error:
+                tracer.failed(error)
+                raise
         if is_tracing():
             # Nothing is recorded, but no hook may see what a trace works with.
             return run_on_fakes(module, args, kwargs)
@@ -231,6 +245,55 @@ def _patch_autocast(replace: Any) -> None:
 
     replace(torch.autocast, "__enter__", traced_enter)
     replace(torch.autocast, "__exit__", traced_leave)
+
+
+def _patch_checks(replace: Any) -> None:
+    """The checks that code makes of its data by functions for it: they are nodes."""
+
+    def traced(original: Any) -> Any:
+        @functools.wraps(original)
+        def check(error: Any, condition: Any, message: Any = None) -> None:
+            recorder = recorder_of_thread()
+            if recorder is None or isinstance(condition, bool):
+                original(error, condition, message)
+            else:
+                record_check(recorder, error, condition, message)
+
+        return check
+
+    for name in ("_check_with", "_check_tensor_all_with"):
+        replace(torch, name, traced(getattr(torch, name)))
+
+
+def _patch_refused(replace: Any) -> None:
+    """What changes how later operations compute, or draws numbers of its own, and has no node."""
+
+    def refusing(original: Any, what: str) -> Any:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if recorder_of_thread() is not None:
+                raise CannotRecord(what)
+            return original(*args, **kwargs)
+
+        return call
+
+    for owner, name, what in _REFUSED:
+        if name in vars(owner):
+            replace(owner, name, refusing(getattr(owner, name), what))
+
+
+_SEEDS = ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed", "set_rng_state",
+          "set_rng_state_all", "fork_rng")  # fmt: skip
+_REFUSED: list[tuple[Any, str, str]] = [
+    (torch.inference_mode, "__enter__", "a region of torch.inference_mode"),
+    (saved_tensors_hooks, "__enter__", "a region of torch.autograd.graph.saved_tensors_hooks"),
+    (np.random, "default_rng", "numpy.random.default_rng, a generator of random numbers"),
+    *(
+        (owner, name, f"torch.{name}, which changes what random numbers are drawn")
+        for owner in (torch, torch.random, torch.cuda, torch.cuda.random)
+        for name in _SEEDS
+    ),
+]
 
 
 def _patch_attention(replace: Any) -> None:

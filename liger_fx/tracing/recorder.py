@@ -28,13 +28,15 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from liger_fx.tracing.asked import AskedFacts, CannotRecord
+from liger_fx.tracing.asked import AskedFacts, CannotRecord, of_thread
+from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.fakes import FakeWorld, Question, node_of, set_node
 from liger_fx.tracing.memo import Memo, run_without_grad
 from liger_fx.tracing.numbers import TracedNumber
 from liger_fx.tracing.sizes import SizeNodes
 from liger_fx.tracing.structure import follows_sizes
 from liger_fx.tracing.torch_calls import (
+    PLAIN_ANSWERS,
     as_node_target,
     asks_about_metadata,
     holds_values,
@@ -53,6 +55,12 @@ DATA_DEPENDENT = (
 )
 
 
+def recorder_of_thread() -> Recorder | None:
+    """What records the calls of this thread at the moment, if anything does."""
+    recorder: Recorder | None = getattr(of_thread, "recorder", None)
+    return recorder if recorder is not None and recorder.recording else None
+
+
 class Recorder(TorchFunctionMode):
     """The mode that records; ``recording`` is off while a leaf's insides run."""
 
@@ -65,6 +73,21 @@ class Recorder(TorchFunctionMode):
         self.facts = AskedFacts(owner)
         # What was asked of sizes that decides what results are made of.
         self.decisive: list[Question] = []
+        self._outer: Recorder | None = None
+        world.shape_env.unanswered = self._unanswered
+
+    def __enter__(self) -> Recorder:
+        self._outer, of_thread.recorder = getattr(of_thread, "recorder", None), self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        of_thread.recorder = self._outer
+        super().__exit__(*exception)
+
+    def _unanswered(self, error: Exception) -> None:
+        if self.recording:
+            self.owner.failed(error)
 
     def __torch_function__(
         self,
@@ -89,19 +112,28 @@ class Recorder(TorchFunctionMode):
             return self._set_grad_enabled(func, *args)
         if func is torch.Tensor.__iter__:
             return iter(self.__torch_function__(torch.Tensor.unbind, types, (args[0], 0)))
-        with self.paused() as kept:
-            return self._record(func, name, args, kwargs, kept)
+        try:
+            with self.paused() as kept:
+                return self._record(func, name, args, kwargs, kept)
+        except BaseException as error:
+            self.owner.failed(error)
+            raise
 
     @contextmanager
     def paused(self) -> Iterator[list[Question]]:
         """What runs inside is not recorded; what it asks of sizes is no question of the model's,
         but for what is put into the list that is given."""
+        with self.unrecorded(), self.questions_dropped() as kept:
+            yield kept
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """What runs inside is not recorded; what it asks of sizes is guarded as ever."""
         was, self.recording = self.recording, False
-        with self.questions_dropped() as kept:
-            try:
-                yield kept
-            finally:
-                self.recording = was
+        try:
+            yield
+        finally:
+            self.recording = was
 
     @property
     def questions(self) -> list[Question]:
@@ -153,10 +185,12 @@ class Recorder(TorchFunctionMode):
         if asked and follows_sizes(self.world, asked, func, given, named, result):
             kept += asked
             self.decisive += asked
-        if name != "__setitem__" and not holds_values(result):
-            return result
+        if result is not None and not holds_values(result):
+            return _answer(name, result)
         node = self._emit(func, name, args, kwargs)
-        if name == "__setitem__":
+        if result is None:
+            if not is_effectful(node):
+                raise CannotRecord(f"{name}, which returns nothing and changes what is not known")
             return None
         return self.bind(result, node, () if in_place else tensor_ids((args, kwargs)))
 
@@ -270,8 +304,21 @@ class Recorder(TorchFunctionMode):
         return node
 
 
+def _answer(name: str, result: Any) -> Any:
+    """What a call gives that has no tensor in it: a fact, which stays true. An object that is
+    more (the handle of a hook, a generator of random numbers) tells of something that no node
+    does."""
+    if all(isinstance(leaf, PLAIN_ANSWERS) for leaf in pytree.tree_leaves(result)):
+        return result
+    raise CannotRecord(f"{name}, which gives a {type(result).__name__}")
+
+
 class Recording:
     """What a recorder asks of the tracer it records for."""
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of what went wrong in a call that the model's code made."""
+        raise NotImplementedError
 
     def current_call(self) -> tuple[int, str]:
         """The index and path of the innermost module call that is being traced through."""

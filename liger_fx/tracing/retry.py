@@ -3,6 +3,7 @@ again."""
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,11 @@ from liger_fx.tracing.call import CallSpec
 from liger_fx.tracing.fakes import sizes_forgotten
 from liger_fx.tracing.garbage import garbage_kept
 from liger_fx.tracing.inner_blocks import NeedsInside
+from liger_fx.tracing.outside import Key
 from liger_fx.tracing.readiness import refuse_unready
 from liger_fx.tracing.state import Place
 from liger_fx.tracing.trace import Source, Trace
-from liger_fx.tracing.tracer import AsksAttributes, HFTracer, Plans, Untraceable
+from liger_fx.tracing.tracer import AsksAttributes, HFTracer, Plans, Untraceable, Watch
 
 _MAX_OPAQUE_CLASSES = 24
 
@@ -43,10 +45,15 @@ def trace_block(
     fixed: frozenset[str] = frozenset()
     writes: frozenset[Place] = frozenset()
     first: Untraceable | None = None
+    watching, outside = False, frozenset[Key]()
     while True:
         try:
             with garbage_kept(), sizes_forgotten():
-                return HFTracer(opaque, fixed, writes, plans).trace(block, call, forward, examples)
+                tracer = HFTracer(opaque, fixed, writes, plans, watching, outside)
+                context = contextvars.copy_context()
+                return context.run(tracer.trace, block, call, forward, examples)
+        except Watch:
+            watching = True
         except NeedsInside:
             plans = replace(plans, inside=True)
         except AsksAttributes as asks:
@@ -64,6 +71,7 @@ def trace_block(
                 first = failure
             culprit = _innermost(failure, opaque)
             writes |= set(failure.writes)
+            outside |= {failure.outside} if failure.outside is not None else set()
             if culprit is not None and len(opaque) < _MAX_OPAQUE_CLASSES:
                 opaque = {**opaque, culprit: (str(failure), failure.source)}
             elif "its code fixes the" in str(failure) and fixed != frozenset(("batch", "sequence")):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from liger_fx.tracing.contents import MAPPING, Kind, is_same, look_at
 from liger_fx.tracing.tree_state import is_capturing
 from liger_fx.tracing.walk import modules_by_path
 
 _alone = threading.RLock()
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
+_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 
 
 @contextlib.contextmanager
@@ -62,65 +63,77 @@ def _remove_collecting_hooks(root: nn.Module, first: int) -> None:
 
 class Snapshot:
     """All attributes of some modules: parameters, buffers, children, plain values, and what is in
-    the dictionaries, lists and sets among them. No tensor's data is copied."""
+    the containers and objects among them. No tensor's data is copied."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._seen: dict[int, tuple[Any, Any]] = {}
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self._seen: dict[int, tuple[Any, Kind, Any]] = {}
         self._empty: list[Any] = []
+        modules = list(modules)
+        self._modules = {id(child) for module in modules for child in module._modules.values()}
+        self._modules.update(map(id, modules))
         for module in modules:
             attributes = module.__dict__
-            self._seen[id(attributes)] = (attributes, dict(attributes))
+            self._seen[id(attributes)] = (attributes, MAPPING, dict(attributes))
             for value in attributes.values():
                 if type(value) in _CONTAINERS and not value:  # most are: the hooks
                     self._empty.append(value)
-                else:
-                    self._take(value)
+                elif type(value) not in _PLAIN:
+                    self.take(value)
         self._were_empty = set(map(id, self._empty))
+        self.changed: set[int] = set()
 
-    def _take(self, value: Any) -> None:
-        if type(value) in _CONTAINERS:
-            if id(value) in self._seen:
-                return
+    def take(self, value: Any) -> None:
+        """Note what the value holds, and what that holds."""
+        for container, kind in self._containers(value, self._seen):
             # The container is kept as well: its id must not be reused.
-            self._seen[id(value)] = (value, _contents(value))
-            items = value.values() if isinstance(value, dict) else value
-        elif isinstance(value, tuple):
-            items = value
-        else:
-            return
-        for item in items:
-            self._take(item)
+            self._seen[id(container)] = (container, kind, kind.read(container))
+
+    def _containers(self, value: Any, known: Container[int]) -> Iterator[tuple[Any, Kind]]:
+        """The containers in a value and in what they held, but for those whose ids are known."""
+        pending = [value]
+        for value in pending:  # grows while it is walked
+            if isinstance(value, tuple):
+                pending += [item for item in value if type(item) not in _PLAIN]
+                continue
+            cls: Any = type(value)
+            look = look_at(cls)
+            # The modules of the tree are looked at by themselves.
+            if look is None or id(value) in self._modules:
+                continue
+            if look.attributes:
+                pending.append(vars(value))
+            if look.kind is not None and id(value) not in known:
+                yield value, look.kind
+                if id(value) in self._seen:
+                    held = look.kind.items(self._seen[id(value)][2])
+                    pending += [item for item in held if type(item) not in _PLAIN]
+
+    def compare(self) -> None:
+        """Find the containers that hold other objects than they held: ``changed``, by id."""
+        self.changed = {id(container) for container in filter(None, self._empty)}
+        for place, (container, kind, held) in self._seen.items():
+            if not is_same(held, kind.read(container)):
+                self.changed.add(place)
+
+    def changes_below(self, value: Any) -> Iterator[tuple[Any, Any]]:
+        """Of the containers in a value and in these, what the ``changed`` ones held and hold."""
+        visited: set[int] = set()
+        for container, kind in self._containers(value, visited):
+            visited.add(id(container))
+            if id(container) in self.changed:
+                yield self.before(container), kind.read(container)
 
     def before(self, container: Any) -> Any:
-        """What was in the container: a dict, list or set of its own; None for an unknown one."""
+        """What was in the container, read as its kind is; None for an unknown one."""
         found = self._seen.get(id(container))
         if found is None and id(container) in self._were_empty:
             return type(container)()
-        return found[1] if found is not None else None
+        return found[2] if found is not None else None
 
     def restore(self) -> None:
         """Put back what was there, into the same containers."""
         for container in filter(None, self._empty):
             container.clear()
-        for container, contents in self._seen.values():
-            if not _same(container, contents):
-                container.clear()
-                (container.extend if isinstance(contents, list) else container.update)(contents)
-
-
-def _contents(container: Any) -> Any:
-    if isinstance(container, dict):
-        return dict(container)
-    return set(container) if isinstance(container, set) else list(container)
-
-
-def _same(container: Any, contents: Any) -> bool:
-    if len(container) != len(contents):
-        return False
-    if isinstance(contents, set):
-        return {id(item) for item in container} == {id(item) for item in contents}
-    if isinstance(contents, dict) and not all(map(operator.eq, container, contents)):
-        return False
-    now = container.values() if isinstance(contents, dict) else container
-    then = contents.values() if isinstance(contents, dict) else contents
-    return all(map(operator.is_, now, then))
+        for container, kind, held in self._seen.values():
+            if not is_same(held, kind.read(container)):
+                kind.write(container, held)

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -34,7 +36,8 @@ _CASTS = ("to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "c
 def written(before: Snapshot, modules: Mapping[nn.Module, str], world: FakeWorld) -> list[Place]:
     """The attributes of these modules (by path) that are not what they were; of those, that
     ``before`` has seen."""
-    look = functools.partial(_same, before, world)
+    before.compare()
+    look = functools.partial(same, before, world)
     found: list[Place] = []
     for module, path in modules.items():
         if before.before(module.__dict__) is None:
@@ -50,22 +53,23 @@ def written(before: Snapshot, modules: Mapping[nn.Module, str], world: FakeWorld
     return sorted(found)
 
 
-def _same(before: Snapshot, world: FakeWorld, then: Any, now: Any) -> bool:
+def same(before: Snapshot, world: FakeWorld, then: Any, now: Any) -> bool:
+    """Whether a value that was, of which ``before`` knows what it held, is as good as this one."""
     if isinstance(then, torch.Tensor):
         return then is now or _is_that(world, then, now)
-    if then is now and not isinstance(now, (dict, list, set, tuple)):
-        return True
+    if then is now:
+        return not before.changed or _holds_the_same(before, world, now)
     if isinstance(now, torch.SymInt):
         now = as_expr(now)  # a size that the code fixed is a number
     if type(then) is not type(now):
         return False
-    if isinstance(now, (dict, list, tuple)):
+    if isinstance(now, (dict, list, deque, tuple)):
         old = before.before(then)
         old = then if old is None else old
         if len(old) != len(now) or isinstance(now, dict) and old.keys() != now.keys():
             return False
         pairs = [(old[k], now[k]) for k in (now if isinstance(now, dict) else range(len(now)))]
-        return all(_same(before, world, a, b) for a, b in pairs)
+        return all(same(before, world, a, b) for a, b in pairs)
     if isinstance(now, set):
         old = before.before(then)
         return bool((then if old is None else old) == now)
@@ -73,6 +77,24 @@ def _same(before: Snapshot, world: FakeWorld, then: Any, now: Any) -> bool:
         return bool(now == then) or (now != now and then != then)
     # A bound method is made anew at each look at it.
     return hasattr(now, "__self__") and now == then
+
+
+def _holds_the_same(before: Snapshot, world: FakeWorld, value: Any) -> bool:
+    """Whether a container, or an object with attributes, holds what it held, and these do."""
+    return all(_equal(before, world, then, now) for then, now in before.changes_below(value))
+
+
+def _equal(before: Snapshot, world: FakeWorld, then: Any, now: Any) -> bool:
+    """Whether what a container holds now is as good as what it held."""
+    if len(then) != len(now) or isinstance(then, (np.ndarray, bytes)):
+        return False
+    if isinstance(then, set):
+        return bool(then == now)
+    if isinstance(then, dict):
+        return then.keys() == now.keys() and all(
+            same(before, world, then[key], now[key]) for key in now
+        )
+    return all(same(before, world, *pair) for pair in zip(then, now, strict=True))
 
 
 def _is_that(world: FakeWorld, real: torch.Tensor, now: Any) -> bool:

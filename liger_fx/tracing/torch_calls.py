@@ -36,6 +36,12 @@ _REFLECTED = {
     "__rmatmul__": operator.matmul, "__rand__": operator.and_, "__ror__": operator.or_,
     "__rxor__": operator.xor,
 }  # fmt: skip
+# What may come out of a call without its being recorded.
+PLAIN_ANSWERS = (
+    type(None), bool, int, float, complex, str, bytes, type, type(NotImplemented), torch.Size,
+    torch.dtype, torch.device,
+    torch.layout, torch.memory_format, torch.finfo, torch.iinfo,
+)  # fmt: skip
 _NO_OPERATOR = {"__get__", "__set__", "__contains__", "__len__", "__iter__"}
 
 
@@ -80,10 +86,12 @@ def as_node_target(
     """How a graph spells the call: (op, target, args, kwargs); ``args`` hold nodes for tensors.
 
     Dunder methods become functions of ``operator`` (reflected ones with their arguments turned
-    round), property reads become getattr, methods of a tensor call_method.
+    round), property reads getattr and writes setattr, methods of a tensor call_method.
     """
     if name == "__get__":
         return "call_function", builtins.getattr, (args[0], func.__self__.__name__), {}
+    if name == "__set__":
+        return "call_function", builtins.setattr, (args[0], func.__self__.__name__, args[1]), {}
     if name in _REFLECTED and len(args) == 2:
         return "call_function", _REFLECTED[name], args[::-1], {}
     if name.startswith("__") and name not in _NO_OPERATOR and hasattr(operator, name):

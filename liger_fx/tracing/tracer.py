@@ -16,7 +16,8 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,13 +69,16 @@ from liger_fx.tracing.leaf_modules import (
 )
 from liger_fx.tracing.members import Members
 from liger_fx.tracing.numbers import traced_number
+from liger_fx.tracing.outside import Key, Outside, caches_bypassed
 from liger_fx.tracing.patches import patched, put_aside
+from liger_fx.tracing.reach import reach_of
 from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
 from liger_fx.tracing.size_guards import size_guards
 from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
 from liger_fx.tracing.state import HiddenState, Place, written
-from liger_fx.tracing.torch_calls import is_model_code
+from liger_fx.tracing.streams import Streams
+from liger_fx.tracing.torch_calls import is_model_code, source_line
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 from liger_fx.tracing.tree_state import asks_mode, hooks_of, is_capturing
@@ -88,11 +92,16 @@ class AsksAttributes(BaseException):
         self.paths = paths
 
 
+class Watch(BaseException):
+    """The trace changed what lies outside the model: trace again and look after each module."""
+
+
 class Untraceable(Exception):
     """The trace stopped inside the innermost module of ``stack``; the cause is the text.
 
     ``writes`` are attributes that the model's code changed, where that is the cause; ``inner`` is
-    why a block inside has no graph, if that is it.
+    why a block inside has no graph, if that is it; ``outside`` is what it changed outside the
+    model.
     """
 
     def __init__(
@@ -102,9 +111,15 @@ class Untraceable(Exception):
         cause: str,
         writes: tuple[Place, ...] = (),
         inner: Exception | None = None,
+        outside: Key | None = None,
     ) -> None:
         super().__init__(cause)
         self.stack, self.source, self.writes, self.inner = stack, source, writes, inner
+        self.outside = outside
+
+
+# What says by itself where and why.
+_WHOLE = Untraceable, TraceError, UnsupportedCall
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,9 @@ class HFTracer(fx.Tracer, Recording):
 
     ``opaque`` maps module classes that are called instead of followed to the reason why;
     ``fixed_sizes`` names the sizes of transformers inputs that the model's code may fix to a
-    number; ``writes`` are attributes that modules of these classes are known to change.
+    number; ``writes`` are attributes that modules of these classes are known to change, ``outside``
+    places outside the model that some do. ``watching``: look after each module whether it changed
+    what lies outside the model, to find which one did.
     """
 
     def __init__(
@@ -141,8 +158,11 @@ class HFTracer(fx.Tracer, Recording):
         fixed_sizes: frozenset[str] = frozenset(),
         writes: frozenset[Place] = frozenset(),
         plans: Plans | None = None,
+        watching: bool = False,
+        outside: frozenset[Key] = frozenset(),
     ) -> None:
         super().__init__()
+        self.watching, self._written_outside = watching, outside
         self.writes = writes
         self.opaque_classes = opaque or {}
         self.fixed_sizes = fixed_sizes
@@ -178,6 +198,7 @@ class HFTracer(fx.Tracer, Recording):
         self._attribute_names: dict[str, str] = {}
         self.opaque_leaves: dict[str, OpaqueLeaf] = {}
         self._given_objects: set[str] = set()  # leaves that may change a cache
+        self._failure: BaseException | None = None
         forward = forward or type(root).forward
         # No size is tied to another because a contiguous tensor of these sizes was asked for.
         with self.world.mode, self.world.shape_env.suppress_guards():
@@ -187,8 +208,10 @@ class HFTracer(fx.Tracer, Recording):
         entered = self.members.entered
         with attributes_kept(root, entered.values()) as before, patched(self):
             self.hidden = HiddenState(before, entered, self.writes)
-            with self._symbolic_attributes():
+            with self._symbolic_attributes(), self._outside_kept(entered.values()):
+                self._refuse_reads_outside(root)
                 result, output = self._run(forward, arguments)
+                self._refuse_outside_changes()
             self.hidden.show(root)
             self._refuse_writes(before)
         # Kept until now: what the tree looked like is back in place.
@@ -338,12 +361,12 @@ class HFTracer(fx.Tracer, Recording):
             recorder.recording = True
             try:
                 result = forward(self.root, **arguments)
+                self._refuse_failure()
                 recorder.recording = False
                 self.size_guards = size_guards(self.world, recorder.questions)
-                return describe_result(result, self.world, recorder.decisive), self._tree_argument(
-                    result
-                )
-            except (Untraceable, TraceError, UnsupportedCall):
+                described = describe_result(result, self.world, recorder.decisive)
+                return described, self._tree_argument(result)
+            except _WHOLE:
                 raise
             except Exception as error:
                 raise self._untraceable(error) from error
@@ -371,10 +394,8 @@ class HFTracer(fx.Tracer, Recording):
         self.calls[0].output = output
         node = self.graph.output(output)
         node.meta.update(call=0, module="", source=None)
-        # The calls that change something are made whether or not their result is read.
-        changing = {path for path, _ in self.writes}
-        needed = {leaf for leaf in self.opaque_leaves if _holds_one_of(changing, leaf)}
-        needed |= self._given_objects
+        # What the code of a module that was not followed changes is not known.
+        needed = self._given_objects | self.opaque_leaves.keys()
         erase_unread_nodes(self.graph, self.root, needed)
         try:
             self.leaves.materialise_masks()
@@ -405,11 +426,14 @@ class HFTracer(fx.Tracer, Recording):
         self.stack.append((call, module))
         asked_before = len(self.recorder.questions)
         try:
+            self._refuse_reads_outside(module)
             result = _forward_of(module)(module, *args, **kwargs)
             if len(self.recorder.questions) > asked_before:
                 self.note_question("how large something is")
             self._refuse_fixed_sizes()
-        except (Untraceable, TraceError, UnsupportedCall):
+            if self.watching:
+                self._refuse_outside_changes()
+        except _WHOLE:
             raise
         except Exception as error:
             raise self._untraceable(error) from error
@@ -486,7 +510,12 @@ class HFTracer(fx.Tracer, Recording):
                 reason = _around(module), None
             try:
                 # What it writes to itself it writes again when the graph calls it.
-                with self.hidden.shown(module), attributes_kept(module):
+                with contextlib.ExitStack() as kept:
+                    kept.enter_context(self.hidden.shown(module))
+                    kept.enter_context(attributes_kept(module))
+                    if reason is not None:
+                        kept.enter_context(self.streams.kept())
+                        kept.enter_context(self.outside.kept(module))
                     result = infer_leaf(recorder, module, args, kwargs, concrete=concrete)
             except Exception as error:
                 self.stack.append((ModuleCall(-1, path, type(module), None), module))
@@ -537,6 +566,35 @@ class HFTracer(fx.Tracer, Recording):
             cause = f"its forward changes {name} of {path}"
         raise Untraceable(stack, None, cause, tuple(places))
 
+    @contextlib.contextmanager
+    def _outside_kept(self, followed: Iterable[nn.Module]) -> Iterator[None]:
+        """What the code of these modules does outside the model has not happened after it."""
+        reaches = dict.fromkeys(reach for module in followed for reach in reach_of(module))
+        with caches_bypassed(reaches):
+            self.streams, self.outside = Streams(), Outside(reaches, self._written_outside)
+            try:
+                yield
+            finally:
+                self.streams.restore()
+                self.outside.restore()
+
+    def _refuse_outside_changes(self) -> None:
+        """A graph would not do again what the code did outside the model: find the module."""
+        drawn, changed = self.streams.drawn(), self.outside.changed(self.world)
+        if not drawn and changed is None:
+            return
+        if not self.watching:
+            raise Watch
+        if changed is None:
+            raise Untraceable(self._stack(), None, f"its code draws or seeds {drawn}")
+        cause = f"its code changes {changed.name}, which is outside the model"
+        raise Untraceable(self._stack(), None, cause, outside=changed.key)
+
+    def _refuse_reads_outside(self, module: nn.Module) -> None:
+        """A graph would hold what the code read there that day."""
+        if reason := self.outside.reason_to_call(module):
+            raise Untraceable(self._stack(), None, reason)
+
     def is_hidden(self, module: nn.Module, name: str) -> bool:
         """Whether the code that reads this attribute must not see it."""
         return (module, name) in self.hidden.places
@@ -560,6 +618,20 @@ class HFTracer(fx.Tracer, Recording):
         if isinstance(tree, dict):
             return {key: self._noted(value) for key, value in tree.items()}
         return tree if tree is None or isinstance(tree, (bool, int, float, str)) else node_of(tree)
+
+    def failed(self, error: BaseException) -> None:
+        if self._failure is not None:
+            return
+        if isinstance(error, Exception) and not isinstance(error, _WHOLE):
+            cause = f"{type(error).__name__}: {_told(error)}, which its code catches"
+            error = Untraceable(self._stack(), source_line(sys._getframe(1)), cause)
+        self._failure = error
+
+    def _refuse_failure(self) -> None:
+        """A call that failed in the trace may do well in the graph, and the model's code went on as
+        if it had failed: that is another program."""
+        if self._failure is not None:
+            raise self._failure
 
     def _stack(self) -> list[tuple[str, nn.Module]]:
         return [(call.path, module) for call, module in self.stack]

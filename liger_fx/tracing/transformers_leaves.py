@@ -113,27 +113,34 @@ class TransformersLeaves:
         return torch.empty(shape, dtype=dtype, device=embeds.device)
 
     def _owner_of(self, config: PreTrainedConfig) -> fx.Node:
+        """The node of a module that carries this very config."""
+        owner = self._find_owner(config)
+        if owner is None:
+            raise CannotRecord(f"a {type(config).__name__} that no module carries as .config")
+        return owner
+
+    def _find_owner(self, config: PreTrainedConfig) -> fx.Node | None:
         """The node of a module below the root that carries this very config, or of the root's
-        config."""
+        config; None where no module does."""
         owner = self.members.owner_of_config(config)
         if owner is not None:
             return self.recorder.owner.get_attr(owner)
         if getattr(self.members.root, "config", None) is config:
             return self.recorder.owner.get_attr("config")
-        raise CannotRecord(f"a {type(config).__name__} that no module carries as .config")
+        return None
 
     def _owner_and_changes(self, config: PreTrainedConfig) -> tuple[fx.Node, dict[str, Any]]:
         """The same for a config that may be a changed copy of the root's, and the changes."""
-        own = getattr(self.members.root, "config", None)
-        try:
-            return self._owner_of(config), {}
-        except CannotRecord:
-            if type(own) is not type(config) or vars(own).keys() != vars(config).keys():
-                raise
+        own, owner, changes = (
+            getattr(self.members.root, "config", None),
+            self._find_owner(config),
+            {},
+        )
+        if owner is None and type(own) is type(config) and vars(own).keys() == vars(config).keys():
             changes = {k: v for k, v in vars(config).items() if v != vars(own)[k]}
-            if not all(isinstance(value, PLAIN) for value in changes.values()):
-                raise
-        return self._owner_of(own), changes
+            if all(isinstance(value, PLAIN) for value in changes.values()):
+                owner = self._find_owner(own)
+        return owner or self._owner_of(config), changes
 
     def materialise_masks(self) -> None:
         """Have masks built in full wherever something other than attention reads them."""

@@ -162,18 +162,6 @@ def test_keeps_its_inputs_alone(device: str) -> None:
     assert [t.data_ptr() for t in kept] == [gate.data_ptr(), up.data_ptr()]
 
 
-def test_second_derivatives_are_refused(device: str) -> None:
-    x = torch.randn(4, 8, device=device, requires_grad=True)
-    for function in (
-        lambda: activation(x, "silu"),
-        lambda: gated_activation(x, x, "silu"),
-        lambda: packed_gated_activation(x, "silu"),
-    ):
-        (dx,) = torch.autograd.grad(function().sin().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
-
-
 def test_what_is_refused() -> None:
     x = torch.randn(4, 8)
     for call in (

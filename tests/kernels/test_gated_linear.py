@@ -76,15 +76,6 @@ def test_what_does_not_fit() -> None:
         gated_linear(draw(3, 16).double(), None, draw(8, 8), None, "silu")
 
 
-def test_second_derivatives_are_refused() -> None:
-    draw = drawing(torch.float32)
-    gate = draw(3, 16).requires_grad_()
-    y = gated_linear(gate, draw(3, 16), draw(8, 16), None, "silu")
-    (dgate,) = torch.autograd.grad(y.square().sum(), gate, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dgate.sum().backward()
-
-
 def test_the_product_is_not_kept() -> None:
     draw = drawing(torch.float32)
     gate, up, weight = (t.requires_grad_() for t in (draw(9, 64), draw(9, 64), draw(8, 64)))

@@ -1,0 +1,206 @@
+"""What the code of a class can touch outside the modules: names of its files, closures, class
+attributes, and the same of the functions that it calls.
+
+    def forward(self, x):            ->   the counter and the table of this file,
+        counter["n"] += 1                 what rotate() touches
+        return rotate(x, table(8))
+
+Found in the compiled code, once a class; nothing runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_MOST_FUNCTIONS = 2000
+_CACHED = functools._lru_cache_wrapper
+# What is called there keeps no state of a model's.
+_LIBRARIES = frozenset({"torch", "numpy", "triton", "liger_fx", "einops", *sys.stdlib_module_names})
+NOTHING = object()
+
+
+class Place(NamedTuple):
+    """Where code finds a value: in globals or attributes (a dictionary), in a cell, in a class, at
+    a function."""
+
+    owner: Any
+    name: str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What tells it from others as long as its owner lives."""
+        return id(self.owner), self.name
+
+    def value(self) -> Any:
+        """What is there now; NOTHING where nothing is."""
+        owner = self.owner
+        if isinstance(owner, types.CellType):
+            return _in_cell(owner)
+        if isinstance(owner, types.FunctionType):
+            return getattr(owner, self.name)
+        return (owner if isinstance(owner, dict) else vars(owner)).get(self.name, NOTHING)
+
+    def put(self, value: Any) -> None:
+        """Let it be there."""
+        owner = self.owner
+        if isinstance(owner, types.CellType):
+            if value is NOTHING:
+                del owner.cell_contents
+            else:
+                owner.cell_contents = value
+        elif isinstance(owner, dict):
+            if value is NOTHING:
+                owner.pop(self.name, None)
+            else:
+                owner[self.name] = value
+        elif value is NOTHING:
+            delattr(owner, self.name)
+        else:
+            setattr(owner, self.name, value)
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """places: where code finds values. caches: of these, functions with a cache. names: all that
+    the code names."""
+
+    places: tuple[Place, ...]
+    caches: tuple[Place, ...]
+    names: frozenset[str]
+
+
+def is_cached(value: Any) -> bool:
+    """Whether it is a function with a cache of functools around it."""
+    return isinstance(_unbound(value), _CACHED)
+
+
+def _in_cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return NOTHING
+
+
+def reach_of(module: nn.Module) -> Iterator[Reach]:
+    """What the code of a module can touch: its class's forward, functions among its attributes."""
+    yield _of_code(type(module))
+    for value in module.__dict__.values():
+        if type(value) in _FUNCTIONS:
+            yield _of_code(value)
+
+
+def _of_code(code: Any) -> Reach:
+    found = _REACH.get(code)
+    if found is None:
+        walk = _Walk(code)
+        caches = tuple(place for place in walk.places if is_cached(place.value()))
+        found = Reach(tuple(walk.places), caches, frozenset(walk.names))
+        _REACH[code] = found
+    return found
+
+
+_FUNCTIONS = (types.FunctionType, functools.partial, _CACHED)
+_REACH: weakref.WeakKeyDictionary[Any, Reach] = weakref.WeakKeyDictionary()
+
+
+class _Walk:
+    """One walk from a class's forward, or from a function, through what it names."""
+
+    def __init__(self, code: Any) -> None:
+        self.places: list[Place] = []
+        self._by_id: set[tuple[int, str]] = set()
+        self._seen: set[int] = set()
+        self.names: set[str] = set()
+        is_class = isinstance(code, type)
+        classes = code.__mro__ if is_class else ()
+        self._bases = [base for base in classes if not _of_a_library(base.__module__)]
+        # Of a block it is its own class whose attributes ``type(self)`` writes.
+        self._class = code if is_class else None
+        pending = [getattr(code, "block_class", code).forward if is_class else code]
+        for value in pending:  # grows while it is walked
+            if len(self._seen) >= _MOST_FUNCTIONS:
+                break
+            pending += self._named_by(value)
+
+    def _named_by(self, value: Any) -> Iterator[Any]:
+        """The values that a function or what wraps one names; their places are noted."""
+        value = _unbound(value)
+        if isinstance(value, functools.partial):
+            yield from (value.func, *value.args, *value.keywords.values())
+            return
+        if isinstance(value, _CACHED):
+            value = value.__wrapped__
+        if not isinstance(value, types.FunctionType) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if _of_a_library(value.__globals__.get("__name__", "")):  # a decorator's, say
+            yield from map(_in_cell, value.__closure__ or ())
+            return
+        yield from self._note(value, "__dict__")
+        yield from self._note(value, "__defaults__")
+        code = value.__code__
+        for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
+            yield from self._note(cell, name)
+        names = _names(code)
+        self.names |= names
+        for name in names & value.__globals__.keys():
+            yield from self._found(value.__globals__, name, names)
+        for base in self._bases:
+            for name in names & vars(base).keys():
+                yield from self._found(base, name, names)
+                if base is not self._class and not hasattr(vars(base)[name], "__get__"):
+                    yield from self._note(self._class, name)
+
+    def _found(self, owner: Any, name: str, names: frozenset[str]) -> Iterator[Any]:
+        for value in self._note(owner, name):
+            yield value
+            if isinstance(value, types.ModuleType) and not _of_a_library(value.__name__):
+                for inner in names & vars(value).keys():
+                    yield from self._note(vars(value), inner)
+            elif _is_own_class(value):
+                for inner in names & vars(value).keys():
+                    yield from self._note(value, inner)
+
+    def _note(self, owner: Any, name: str) -> Iterator[Any]:
+        place = Place(owner, name)
+        if place.key not in self._by_id:
+            self._by_id.add(place.key)
+            self.places.append(place)
+            yield place.value()
+
+
+def _is_own_class(value: Any) -> bool:
+    if not isinstance(value, type) or _of_a_library(value.__module__):
+        return False
+    return not issubclass(value, nn.Module)
+
+
+def _unbound(value: Any) -> Any:
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, (types.MethodType, staticmethod, classmethod)):
+        return value.__func__
+    return value
+
+
+@functools.lru_cache(4096)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """All names in the code and in the functions that it makes; strings are names to getattr."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    texts = (const for const in code.co_consts if isinstance(const, str) and const.isidentifier())
+    return frozenset(code.co_names).union(texts, *map(_names, inner))
+
+
+def _of_a_library(module: str) -> bool:
+    """Whether nothing there is looked into: libraries, and transformers but for its models."""
+    if module.startswith("transformers."):
+        return not module.startswith(("transformers.models.", "transformers.integrations."))
+    return module.partition(".")[0] in _LIBRARIES
