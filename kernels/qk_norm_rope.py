@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from liger_fx.kernels.launch import (
     Launch,
@@ -31,7 +30,13 @@ from liger_fx.kernels.launch import (
     uses_triton,
 )
 from liger_fx.kernels.layout import empty_rows_like, with_unit_stride
-from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.library import (
+    below_autograd,
+    define_op,
+    differentiable,
+    differentiate,
+    gradients_of,
+)
 from liger_fx.kernels.rms_norm import (
     norm_backward,
     norm_forward,
@@ -97,8 +102,9 @@ def qk_norm_rope(
     Returns tensors of the same shapes and orders of dimensions in memory, in `out_dtype` (by
     default what norm * cos has); float64 is computed in float64, all else in float32.
     Gradients: those of q and k in their dtype; the weights' summed in float32, in an order that
-    does not change from run to run. A second derivative raises RuntimeError. Where cos or sin
-    require a gradient, PyTorch's own operations run. ValueError for other shapes or dtypes.
+    does not change from run to run. Second derivatives go through `qk_norm_rope_reference`. Where
+    cos or sin require a gradient, PyTorch's own operations run. ValueError for other shapes or
+    dtypes.
     """
     _check(q, k, q_weight, k_weight, cos, sin, half_tables)
     norm_dtype = norm_dtype or q.dtype
@@ -520,6 +526,16 @@ _qk_norm_rope_backward = define_op(
 )
 
 
+def _again(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[Maybe, ...]:
+    def plain(*tensors: Any) -> Two:
+        return qk_norm_rope_reference(*tensors, *ctx.options)
+
+    wanted = ctx.needs_input_grad[:6]
+    refuse_table_gradients(*wanted[4:])
+    given = dq, None if ctx.saved_tensors[1] is None else dk
+    return *gradients_of(plain, ctx.saved_tensors, given, wanted), *(None,) * 7
+
+
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Two:
@@ -529,7 +545,7 @@ class _QKNormRope(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[Maybe, ...]:
         refuse_table_gradients(*ctx.needs_input_grad[4:6])
         has_k, wanted = ctx.saved_tensors[1] is not None, ctx.needs_input_grad[2:4]

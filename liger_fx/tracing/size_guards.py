@@ -33,11 +33,20 @@ class _Printer(PythonPrinter):
         return f"({self._print(expr.args[0])})"  # Python's numbers become floats by themselves
 
 
+def check_known(world: FakeWorld, questions: Iterable[Question]) -> None:
+    """CannotRecord for a question about a size that no check before the call can know."""
+    known = {str(size.node._expr) for size in world.symbols.values()}
+    if not all({str(s) for s in question.fact.free_symbols} <= known for question in questions):
+        raise CannotRecord("a branch depends on a size that only the graph, as it runs, can tell")
+
+
 def size_guards(world: FakeWorld, questions: Iterable[Question]) -> list[str]:
     """Size comparisons of the model's own code, and sizes of inputs that came out fixed or tied.
 
-    CannotRecord for a comparison with a size that no check before the call can know.
+    CannotRecord as ``check_known`` has it.
     """
+    questions = list(questions)
+    check_known(world, questions)
     names = {str(size.node._expr): name for name, size in world.symbols.items()}
     examples, printer = world.examples, _Printer()
 
@@ -50,10 +59,6 @@ def size_guards(world: FakeWorld, questions: Iterable[Question]) -> list[str]:
 
     guards = set()
     for fact in dict.fromkeys(question.fact for question in questions):
-        if not is_known(fact):
-            raise CannotRecord(
-                "a branch depends on a size that only the graph, as it runs, can tell"
-            )
         if _is_plain(fact):
             guards.add(text(fact))
         else:

@@ -74,7 +74,7 @@ from liger_fx.tracing.patches import patched, put_aside
 from liger_fx.tracing.reach import reach_of
 from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
-from liger_fx.tracing.size_guards import size_guards
+from liger_fx.tracing.size_guards import check_known, size_guards
 from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
 from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.streams import Streams
@@ -428,7 +428,8 @@ class HFTracer(fx.Tracer, Recording):
         try:
             self._refuse_reads_outside(module)
             result = _forward_of(module)(module, *args, **kwargs)
-            if len(self.recorder.questions) > asked_before:
+            if asked := self.recorder.questions[asked_before:]:
+                check_known(self.world, asked)
                 self.note_question("how large something is")
             self._refuse_fixed_sizes()
             if self.watching:

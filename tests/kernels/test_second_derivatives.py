@@ -23,6 +23,7 @@ from liger_fx.kernels.gated_activation import (
 from liger_fx.kernels.gated_linear import gated_linear, gated_linear_reference
 from liger_fx.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_fx.kernels.lora_linear import lora_linear, lora_linear_reference
+from liger_fx.kernels.qk_norm_rope import qk_norm_rope
 from liger_fx.kernels.rms_norm import rms_norm, rms_norm_reference
 from liger_fx.kernels.rope import Form as Turn
 from liger_fx.kernels.rope import rope, rope_pair, rope_reference
@@ -43,6 +44,11 @@ def turned(turn: Function) -> Function:
         return turn(*tensors, cos, sin)
 
     return call
+
+
+def normed_and_turned(q: Any, k: Any, a: Any, b: Any, cos: Any, sin: Any) -> Any:
+    pairs = ((q, a), (k, b))
+    return tuple(rope_reference(rms_norm_reference(x, w, 1e-5), cos, sin, Turn()) for x, w in pairs)
 
 
 # name -> the operator's Function, the operator and its reference, as functions of tensors of these
@@ -103,6 +109,16 @@ CASES: dict[str, tuple[str, tuple[tuple[int, ...], ...], Function, Function]] = 
         "_Rope", (SHAPE,),
         turned(lambda x, cos, sin: rope(x, cos, sin)),
         turned(lambda x, cos, sin: rope_reference(x, cos, sin, Turn())),
+    ),
+    "qk_norm_rope": (
+        "_QKNormRope", (SHAPE, SHAPE, (8,), (8,)),
+        turned(lambda q, k, a, b, cos, sin: qk_norm_rope(q, k, a, b, cos, sin, 1e-5)),
+        turned(lambda q, k, a, b, cos, sin: normed_and_turned(q, k, a, b, cos, sin)),
+    ),
+    "qk_norm_rope, one tensor": (
+        "_QKNormRope", (SHAPE, (8,)),
+        turned(lambda q, a, cos, sin: qk_norm_rope(q, None, a, None, cos, sin, 1e-5)[0]),
+        turned(lambda q, a, cos, sin: normed_and_turned(q, q, a, a, cos, sin)[0]),
     ),
     "rope_pair": (
         "_RopePair", (SHAPE, SHAPE),
