@@ -150,7 +150,7 @@ class Decoding:
             if (there := recordings()) is not None:
                 there.pop(key, None)
 
-        if self._pool is None:
+        if not self._recordings:  # the memory of a pool goes with its last graph, and the pool
             self._pool = kind_of_graph.new_pool(block.device)
         # What dies in the midst of a recording would free memory that it uses.
         with garbage_kept():

@@ -33,7 +33,7 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of one generate() after a warm-up, the median of five, and the tokens."""
     model: Any = build(name).eval()
-    model.config.use_cache = True
+    model.generation_config.use_cache = model.config.use_cache = True
     model.generation_config.pad_token_id = 0
     if variant.startswith("liger_fx"):
         import liger_fx
