@@ -9,6 +9,7 @@ recorded run read its own, and what it returned is copied for the caller.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -50,6 +51,12 @@ class Pool:
         self.stream = torch.cuda.current_stream(device)
 
 
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream that is recorded: one, for cuBLAS keeps 32 MB for each that it meets."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraph:
     """A CUDA graph with its tensors in a pool."""
 
@@ -62,7 +69,7 @@ class CudaGraph:
     def record(self, work: Callable[[], Any]) -> Any:
         """What ``work`` returns; other threads may use the GPU meanwhile."""
         with torch.cuda.device(self.device):
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            here, aside = torch.cuda.current_stream(), _aside(self.device)
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 self.graph.capture_begin(self.pool.handle, capture_error_mode="thread_local")
@@ -86,9 +93,15 @@ class CudaGraph:
 
 
 class Capture:
-    """A recorded run. ``inputs`` is a tree of tensors, caches and plain values."""
+    """A recorded run. ``inputs`` is a tree of tensors, caches and plain values.
 
-    def __init__(self, work: Callable[[Any], Any], inputs: Any, graph: Graph) -> None:
+    is_known: work of this kind was recorded before, and nothing in it needed care.
+    needs_care: whether something in it did.
+    """
+
+    def __init__(
+        self, work: Callable[[Any], Any], inputs: Any, graph: Graph, is_known: bool = False
+    ) -> None:
         self.graph = graph
         self.inputs: list[torch.Tensor] = []
         self.outputs: list[torch.Tensor] = []
@@ -104,8 +117,14 @@ class Capture:
             return places[id(cache)]
 
         step = mapped(inputs, self._input_for, keep_place)
-        with _Watch(), _FilledConstants():
-            result = graph.record(lambda: work(step))
+        constants = _FilledConstants()
+
+        def with_care() -> Any:
+            with _Watch(), constants:
+                return work(step)
+
+        result = graph.record((lambda: work(step)) if is_known else with_care)
+        self.needs_care = constants.has_filled
         self.result = mapped(result, self._output_of, place_of)
 
     def replay(self, tensors: list[torch.Tensor], caches: list[Cache]) -> Any:
@@ -223,6 +242,7 @@ class _FilledConstants(TorchFunctionMode):
     """
 
     MOST = 8
+    has_filled = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -230,6 +250,7 @@ class _FilledConstants(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not torch.tensor or kwargs.get("device") is None:
             return func(*args, **kwargs)
+        self.has_filled = True
         constant = torch.tensor(*args, **{**kwargs, "device": "cpu"})
         if constant.numel() > self.MOST:
             raise NotCapturable(f"{constant.numel()} numbers are copied from the CPU")

@@ -44,16 +44,22 @@ QUERIES = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_em
 class Recording:
     """A step that was recorded with these caches, and whether it may still be replayed.
 
-    on_loss: called when one of the caches is gone.
+    is_known: as a Capture takes it. on_loss: called when one of the caches is gone.
     """
 
     def __init__(
-        self, block: Any, step: Any, caches: list[Cache], graph: Graph, on_loss: Callable[[], None]
+        self,
+        block: Any,
+        step: Any,
+        caches: list[Cache],
+        graph: Graph,
+        is_known: bool,
+        on_loss: Callable[[], None],
     ) -> None:
         tree, cache = TreeState(block), CacheState(caches)
         try:
             with cache.questions_refused():
-                self.capture = Capture(lambda inputs: block(**inputs), step, graph)
+                self.capture = Capture(lambda inputs: block(**inputs), step, graph, is_known)
             self._cache_stands, self._count_on = cache.settled()
             if not tree.stands():
                 raise NotCapturable("each step changes attributes of its modules")
@@ -87,6 +93,7 @@ class Decoding:
     def __init__(self) -> None:
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
         self._met: deque[Hashable] = deque(maxlen=64)
+        self._known: deque[Hashable] = deque(maxlen=64)
         self._refused: deque[Hashable] = deque(maxlen=64)
         self._not_now: set[Hashable] = set()
         self._in_vain: Counter[Hashable] = Counter()
@@ -143,7 +150,7 @@ class Decoding:
             self._recordings.popitem(last=False)
         return recording
 
-    def _record(self, block: Any, step: Any, caches: list[Cache], key: Hashable) -> Recording:
+    def _record(self, block: Any, step: Any, caches: list[Cache], key: Any) -> Recording:
         kind_of_graph, recordings = GRAPHS[block.device.type], weakref.ref(self._recordings)
 
         def forget() -> None:
@@ -155,7 +162,10 @@ class Decoding:
         # What dies in the midst of a recording would free memory that it uses.
         with garbage_kept():
             graph = kind_of_graph(block.device, self._pool)
-            return Recording(block, step, caches, graph, forget)
+            recording = Recording(block, step, caches, graph, key[0] in self._known, forget)
+        if not recording.capture.needs_care:
+            self._known.append(key[0])
+        return recording
 
     def _drop(self, key: Any) -> None:
         """Forget a recording that does not stand any more; NotCapturable if that happens ever

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +36,8 @@ class TreeState:
         check = Check()
         add_no_hooks(check, list(modules.values()))
         for module, (held, before) in zip(modules.values(), self._before, strict=True):
-            check.add("{} == {}", module._modules, dict(module._modules))
+            if module._modules:
+                check.add("{} == {}", module._modules, dict(module._modules))
             own = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
             for place, tensors in (
                 (module._parameters, module._parameters),
@@ -46,10 +46,11 @@ class TreeState:
             ):
                 for name, tensor in tensors.items():
                     _add_tensor(check, place, name, tensor)
-            _add_containers(check, held)
-            # A linear layer is nothing but its parameters, and most of a model's modules.
-            if type(module) is not nn.Linear:
+            if module._modules or not type(module).__module__.startswith(OPTIONS_STAY):
+                _add_containers(check, held)
                 check.add("{} == {}", held, before)
+            else:
+                check.add(f"{{}}['training'] is {module.training}", held)
             if is_block(module):
                 state = held["_block"]
                 check.add("{}.alike is {}", state, state.alike)
@@ -70,6 +71,9 @@ class TreeState:
             held.update(before)
 
 
+# Modules without others inside from here (linear layers, norms) keep what they were made with, as a
+# graph takes it as well; they are most of a model's modules.
+OPTIONS_STAY = ("torch.nn.", "liger_fx.modules.")
 _OWN = frozenset(vars(nn.Module()))
 
 
@@ -77,8 +81,9 @@ def _add_tensor(check: Check, held: dict[str, Any], name: str, tensor: torch.Ten
     if tensor is None:
         check.add("{}.get({}) is None", held, name)
         return
-    condition = "(t := {}.get({})) is not None and t is {}() and t.data_ptr() == {}"
-    check.add(condition, held, name, weakref.ref(tensor), tensor.data_ptr())
+    # Module.to moves a parameter's numbers, and leaves the parameter.
+    check.add("{}.get({}) is {}", held, name, tensor)
+    check.add("{}() == {}", tensor.data_ptr, tensor.data_ptr())
 
 
 def _add_containers(check: Check, held: dict[str, Any]) -> None:
