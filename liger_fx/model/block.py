@@ -27,6 +27,7 @@ from liger_fx.model.apart import apart, in_the_midst, of_plain_sizes
 from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.compiled import call_compiled
 from liger_fx.model.decoding import Decoding, get_compiled_call
+from liger_fx.model.decoding_mask import create_masks_for_generate
 from liger_fx.model.interpreted import graph_to_interpret
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import NotNow, Planner
@@ -365,4 +366,6 @@ def _derive(block_class: type[nn.Module]) -> type[Block]:
     }
     if hasattr(block_class, "get_compiled_call"):
         namespace["get_compiled_call"] = get_compiled_call
+        if not hasattr(block_class, "create_masks_for_generate"):
+            namespace["create_masks_for_generate"] = staticmethod(create_masks_for_generate)
     return type(block_class.__name__, (Block, block_class), namespace)

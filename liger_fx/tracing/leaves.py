@@ -23,6 +23,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from liger_fx.tracing.grouped_attention import asks_as_group, group_attention
+
 # What a graph may do with a cache through ``cache_call``.
 CACHE_METHODS = (
     "update", "update_conv_state", "update_recurrent_state", "get_conv_state",
@@ -72,6 +74,8 @@ def attention(
     interface = (
         resolve(default) if default and chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
     )
+    if asks_as_group(interface, query, key, value, attention_mask, kwargs):
+        return group_attention(query, key, value, attention_mask, **kwargs)
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 
