@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import liger_fx
 from liger_fx.kernels import linear_cross_entropy as loss_kernel
 from liger_fx.kernels.linear_cross_entropy import Form, linear_cross_entropy
+from liger_fx.tracing import leaves
 from tests.kernels.accuracy import FLOAT32_SLACK, drawing
 from tests.kernels.test_qk_norm_rope import assert_near
 from tests.kernels.test_rope import tables
@@ -290,6 +292,24 @@ def test_decoding_is_replayed(name: str) -> None:
     torch.manual_seed(7)
     assert torch.equal(decoded(opt, **sampled), expected)
     assert torch.equal(decoded(opt, 3, **options), decoded(opt, 3, disable_compile=True, **options))
+
+
+def test_grouped_heads_are_not_repeated() -> None:
+    """What attention reads are the cache's own keys and values; its results are the same."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(2, 2, 40, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    mask = (torch.arange(40, device="cuda") < 33).expand(2, 1, 1, 40)
+    module = nn.Module()
+    module.config, module.num_key_value_groups = LlamaConfig(attn_implementation="sdpa"), 4
+    given = (module, query, key, value, mask)
+    theirs, _ = sdpa_attention_forward(*given, scaling=0.125)
+    ours, _ = leaves.attention(*given, scaling=0.125)
+    exact, _ = sdpa_attention_forward(
+        module, *(t.double() for t in given[1:4]), mask, scaling=0.125
+    )
+    error = [((found - exact).norm() / exact.norm()).item() for found in (ours, theirs)]
+    assert ours.shape == theirs.shape and error[0] <= 1.1 * error[1]
 
 
 def test_what_was_recorded_goes_with_its_cache() -> None:

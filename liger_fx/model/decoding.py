@@ -68,16 +68,24 @@ class Recording:
             tree.restore()
             raise
         self._tree_stands = tree.stands
+        self._lengths = None if tree.is_written() else cache.lengths()
         self._caches = [weakref.ref(each, lambda _: on_loss()) for each in caches]
         self.replays = 0
 
-    def stands(self) -> bool:
-        """Whether all that the recording took for granted is as it was."""
-        return self._cache_stands() and self._tree_stands()
-
     def replay(self, tensors: list[torch.Tensor], caches: list[Cache]) -> Any:
-        """The result of the step for these tensors."""
+        """The result of the step for these tensors; None where what the recording took for granted
+        is not as it was, and then nothing is done.
+
+        Where a step can be taken back, the model is looked at while the GPU is at work.
+        """
+        can_take_back = self._lengths is not None
+        if not self._cache_stands() or not (can_take_back or self._tree_stands()):
+            return None
         result = self.capture.replay(tensors, caches)
+        if self._lengths is not None and not self._tree_stands():
+            for length in self._lengths:  # the next step writes over what this one wrote
+                length.sub_(1)
+            return None
         if self.replays:  # what Python counts, the recording counted for the first
             self._count_on()
         self.replays += 1
@@ -115,11 +123,13 @@ class Decoding:
             with self._lock:
                 key = kind, *map(id, caches)
                 recording = self._recordings.get(key)
-                if recording is None or not recording.stands():
+                result = None if recording is None else recording.replay(tensors, caches)
+                if result is None:
                     recording = self._recorded(block, step, caches, key)
-                if recording is not None:
+                    result = None if recording is None else recording.replay(tensors, caches)
+                if result is not None:
                     self._recordings.move_to_end(key)
-                    return recording.replay(tensors, caches)
+                    return result
         except NotCapturable as reason:
             self._tell(block, str(reason))
         return block(**step)

@@ -1,11 +1,11 @@
 """The mask of a decoding step over a static cache, made by a handful of operations.
 
-    transformers: forty operations, a mask of truth values, which attention turns into numbers to add
-    in each layer
+    attention_mask (batch, seen)
  ->
-    attention_mask (batch, seen)  ->  (batch, 1, 1, length of the cache): 0 where it looks, else -inf
+    (batch, 1, 1, length of the cache): 0 for what is seen, -inf for what is not
 
-A decoding step waits for it: what runs on the GPU is a launch, what comes before it is Python.
+A step that is one launch waits for it. transformers makes it by some thirty operations, of truth
+values, which attention turns into such numbers in each layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import masking_utils
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -28,7 +27,8 @@ def create_masks_for_generate(
 ) -> Any:
     """What transformers' function of that name gives, as numbers to add where that is one mask of
     one position over a static cache without windows."""
-    text, layers = config.get_text_config(), getattr(past_key_values, "layers", ())
+    text: Any = config.get_text_config()
+    layers: Any = getattr(past_key_values, "layers", ())
     if (
         attention_mask is not None
         and attention_mask.ndim == 2
@@ -68,7 +68,8 @@ _CHANGING = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 
 def _mask(seen: torch.Tensor, layer: StaticLayer) -> torch.Tensor:
     length, device = layer.max_cache_len, seen.device
-    seen = pad(seen.to(torch.bool), (0, length - seen.shape[1]))
-    hidden = ~(seen & (torch.arange(length, device=device) <= layer.cumulative_length))
-    mask = torch.zeros(hidden.shape, dtype=layer.keys.dtype, device=device)
-    return mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+    shape = len(seen), length
+    mask = torch.full(shape, -torch.inf, dtype=layer.keys.dtype, device=device)
+    mask[:, : seen.shape[1]].masked_fill_(seen != 0, 0)
+    to_come = torch.arange(length, device=device) > layer.cumulative_length
+    return mask.masked_fill_(to_come, -torch.inf)[:, None, None]

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    EncoderDecoderCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from liger_fx.model.capture import PLAIN, NotCapturable
 from liger_fx.tracing.check import Check
@@ -33,6 +38,7 @@ class TreeState:
     def __init__(self, root: nn.Module) -> None:
         modules = modules_by_path(root)
         self._before = [(vars(module), dict(vars(module))) for module in modules.values()]
+        self._versions: list[tuple[torch.Tensor, int | None]] = []
         check = Check()
         add_no_hooks(check, list(modules.values()))
         for module, (held, before) in zip(modules.values(), self._before, strict=True):
@@ -46,6 +52,8 @@ class TreeState:
             ):
                 for name, tensor in tensors.items():
                     _add_tensor(check, place, name, tensor)
+                    if tensor is not None:
+                        self._versions.append((tensor, _version(tensor)))
             if module._modules or not type(module).__module__.startswith(OPTIONS_STAY):
                 _add_containers(check, held)
                 check.add("{} == {}", held, before)
@@ -56,6 +64,11 @@ class TreeState:
                 check.add("{}.alike is {}", state, state.alike)
         add_configs(check, modules)
         self._holds = check.compiled()
+
+    def is_written(self) -> bool:
+        """Whether a tensor of the model was written to since then, or may have been."""
+        versions = self._versions
+        return any(then is None or _version(tensor) != then for tensor, then in versions)
 
     def stands(self) -> bool:
         try:
@@ -69,6 +82,11 @@ class TreeState:
             for name in held.keys() - before.keys():
                 del held[name]
             held.update(before)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """What counts the writes to a tensor; tensors of inference mode have none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 # Modules without others inside from here (linear layers, norms) keep what they were made with, as a
@@ -128,6 +146,14 @@ class CacheState:
         for part, before in zip(self.objects, self.before, strict=True):
             vars(part).clear()
             vars(part).update(before)
+
+    def lengths(self) -> list[torch.Tensor] | None:
+        """What counts the positions of each layer, where a step that is done again with one less
+        does the same; None where not."""
+        layers = [part for part in self.objects if not isinstance(part, Cache)]
+        if any(type(layer) is not StaticLayer for layer in layers):
+            return None
+        return [layer.cumulative_length for layer in layers]
 
     def settled(self) -> tuple[Callable[[], bool], Callable[[], None]]:
         """After the recording, and before its first replay: what tells whether the caches stand as

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import CompileConfig, LogitsProcessor, StaticCache
+from transformers import CompileConfig, StaticCache, masking_utils
 
 import liger_fx
 from liger_fx.errors import FallbackWarning
 from liger_fx.model import decoding
+from liger_fx.tracing import leaves
 from tests.programs.models import ENCODER_DECODER, tiny
-from tests.programs.support import build
+from tests.programs.support import build, same
 from tests.programs.test_generate import left_padded, prompt, tokens
 from tests.support.tape import Tape, recording_on_cpu
 
@@ -147,10 +147,6 @@ def test_results_are_the_callers(tapes: list[Tape]) -> None:
     opt = liger_fx.optimize(build("llama"))
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    class Keeping(LogitsProcessor):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            return scores
-
     call = decoding.Decoding.step
 
     def step(self: Any, block: Any, /, **given: Any) -> Any:
@@ -233,6 +229,62 @@ def test_copies_record_for_themselves(tapes: list[Tape]) -> None:
     assert twin._block.decoding is not opt._block.decoding and len(tapes) == 2
 
 
+# -- one position, in fewer operations -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("more", [0, 2], ids=["as seen", "too long"])
+def test_the_mask_is_that_of_transformers(name: str, more: int) -> None:
+    """As numbers to add; of a mask that says more than was seen, too."""
+    model = tiny(name)
+    opt = liger_fx.optimize(model)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    given = left_padded(model)
+    opt(**given, past_key_values=cache)
+    ones = torch.ones(2, 1 + more, dtype=torch.long)
+    call = {
+        "config": model.config,
+        "inputs_embeds": torch.empty(2, 1, 0),
+        "attention_mask": torch.cat([given["attention_mask"], ones], dim=1),
+        "past_key_values": cache,
+    }
+    theirs: Any = masking_utils.create_masks_for_generate(**call)
+    ours: Any = opt.create_masks_for_generate(**call)
+    if name == "qwen3":
+        (theirs,), (ours,) = theirs.values(), ours.values()
+    assert ours.is_floating_point() and theirs.dtype is torch.bool
+    assert torch.equal(ours == 0, theirs) and torch.equal(ours == -torch.inf, ~theirs)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+def test_masks_of_windows_are_transformers(name: str) -> None:
+    model = tiny(name)
+    opt = liger_fx.optimize(model)
+    found = [
+        m.prepare_inputs_for_generation(
+            prompt(model)["input_ids"],
+            next_sequence_length=1,
+            past_key_values=StaticCache(config=model.config, max_cache_len=20),
+            attention_mask=prompt(model)["attention_mask"],
+        )["attention_mask"]
+        for m in (model, opt)
+    ]
+    same(found[1], found[0])
+
+
+def test_a_position_is_appended_as_the_cache_does() -> None:
+    caches = [StaticCache(config=build("llama").config, max_cache_len=8) for _ in range(2)]
+    generator = torch.Generator().manual_seed(2)
+    for length in (3, 1, 1, 2, 1):
+        key, value = (torch.randn(2, 2, length, 16, generator=generator) for _ in range(2))
+        theirs = caches[0].update(key, value, 1)
+        ours = leaves.cache_call(caches[1], "update", key, value, 1)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert ours[0] is caches[1].layers[1].keys
+    lengths = [[int(layer.get_seq_length()) for layer in cache.layers] for cache in caches]
+    assert lengths == [[0, 8], [0, 8]]
+
+
 # -- what was recorded changes ---------------------------------------------------------------------
 
 
@@ -271,7 +323,8 @@ def test_changes_between_steps_are_seen(change: Any, tapes: list[Tape]) -> None:
     """Between two generations with one cache, and in the midst of one."""
     model = build("llama")
     opt = liger_fx.optimize(model)
-    expected, found = [], []
+    expected: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
     for one, results in ((copy.deepcopy(opt), expected), (opt, found)):
         off = one is not opt
         cache = StaticCache(config=model.config, max_cache_len=32)
@@ -285,12 +338,32 @@ def test_changes_between_steps_are_seen(change: Any, tapes: list[Tape]) -> None:
     assert change not in VISIBLE or not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("change", VISIBLE)
+def test_changes_in_the_midst_of_a_generation(change: Any, name: str, tapes: list[Tape]) -> None:
+    """A step that was replayed before the change was seen is taken back, and done anew."""
+    opt = liger_fx.optimize(tiny(name))
+    found = []
+    for one, off in ((copy.deepcopy(opt), True), (opt, False)):
+
+        def at_once(ids: Any, scores: torch.Tensor, one: Any = one) -> torch.Tensor:
+            if ids.shape[1] == 12:
+                change(one)
+            return scores
+
+        options = STATIC | {"disable_compile": off}
+        found.append(tokens(one, prompt(one), logits_processor=[at_once], **options))
+    assert torch.equal(*found)
+    assert len(tapes) == 1 + (change is not in_place) + (name == "gemma2")
+
+
 def test_adapters_are_switched(tapes: list[Tape]) -> None:
+    peft = pytest.importorskip("peft")
     model = build("llama")
     for name, seed in (("a", 1), ("b", 2)):
         torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-        inject_adapter_in_model(config, model, adapter_name=name)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, model, adapter_name=name)
     opt = liger_fx.optimize(model)
     layers = [m for m in opt.modules() if hasattr(m, "set_adapter") and hasattr(m, "lora_A")]
     cache = StaticCache(config=model.config, max_cache_len=32)
