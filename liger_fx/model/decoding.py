@@ -78,15 +78,15 @@ class Recording:
 
         Where a step can be taken back, the model is looked at while the GPU is at work.
         """
-        can_take_back = self._lengths is not None
-        if not self._cache_stands() or not (can_take_back or self._tree_stands()):
+        is_first, can_take_back = not self.replays, self._lengths is not None
+        if not (is_first or (self._cache_stands() and (can_take_back or self._tree_stands()))):
             return None
         result = self.capture.replay(tensors, caches)
-        if self._lengths is not None and not self._tree_stands():
-            for length in self._lengths:  # the next step writes over what this one wrote
+        if can_take_back and not (is_first or self._tree_stands()):
+            for length in self._lengths or ():  # the next step writes over what this one wrote
                 length.sub_(1)
             return None
-        if self.replays:  # what Python counts, the recording counted for the first
+        if not is_first:  # the recording counted for the first replay, which follows it at once
             self._count_on()
         self.replays += 1
         return result
