@@ -130,8 +130,7 @@ class Capture:
     def replay(self, tensors: list[torch.Tensor], caches: list[Cache]) -> Any:
         """The result of the recorded work for these inputs, in the order of the first."""
         self.graph.wait()
-        for kept, given in zip(self.inputs, tensors, strict=True):
-            kept.copy_(given)
+        torch._foreach_copy_(self.inputs, tensors)
         self.graph.replay()
         return self._filled(self.result, caches)
 

@@ -112,14 +112,14 @@ class Decoding:
     def call_of(self, block: Any) -> Callable[..., Any]:
         """What the steps of one generation run through."""
         self._not_now.clear()
-        return functools.partial(self.step, block)
+        return functools.partial(self.step, block, block.device.type)
 
-    def step(self, block: Any, /, **step: Any) -> Any:
+    def step(self, block: Any, device: str, /, **step: Any) -> Any:
         """``block(**step)``, by a recording of such a step if there can be one."""
         tensors: list[torch.Tensor] = []
         caches: list[Cache] = []
         try:
-            kind = outline(step, tensors, caches), _modes(block.device.type)
+            kind = outline(step, tensors, caches), _modes(device)
             with self._lock:
                 key = kind, *map(id, caches)
                 recording = self._recordings.get(key)

@@ -44,18 +44,19 @@ class TreeState:
         for module, (held, before) in zip(modules.values(), self._before, strict=True):
             if module._modules:
                 check.add("{} == {}", module._modules, dict(module._modules))
-            own = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+            own = {name: value for name, value in held.items() if name not in _OWN}
+            loose = {name: v for name, v in own.items() if isinstance(v, torch.Tensor)}
             for place, tensors in (
                 (module._parameters, module._parameters),
                 (module._buffers, module._buffers),
-                (held, own),
+                (held, loose),
             ):
                 for name, tensor in tensors.items():
                     _add_tensor(check, place, name, tensor)
                     if tensor is not None:
                         self._versions.append((tensor, _version(tensor)))
             if module._modules or not type(module).__module__.startswith(OPTIONS_STAY):
-                _add_containers(check, held)
+                _add_containers(check, own)
                 check.add("{} == {}", held, before)
             else:
                 check.add(f"{{}}['training'] is {module.training}", held)
@@ -100,14 +101,14 @@ def _add_tensor(check: Check, held: dict[str, Any], name: str, tensor: torch.Ten
         check.add("{}.get({}) is None", held, name)
         return
     # Module.to moves a parameter's numbers, and leaves the parameter.
-    check.add("{}.get({}) is {}", held, name, tensor)
-    check.add("{}() == {}", tensor.data_ptr, tensor.data_ptr())
+    condition = "{}.get({}) is {} and {}() == {}"
+    check.add(condition, held, name, tensor, tensor.data_ptr, tensor.data_ptr())
 
 
 def _add_containers(check: Check, held: dict[str, Any]) -> None:
     """Add that dictionaries and lists of plain values hold what they held."""
     for name, value in held.items():
-        if name not in _OWN and isinstance(value, (dict, list, set)):
+        if isinstance(value, (dict, list, set)):
             items = value.values() if isinstance(value, dict) else value
             if all(isinstance(item, PLAIN) for item in items):
                 check.add("{} == {}", value, copy.copy(value))
@@ -162,10 +163,10 @@ class CacheState:
         check = Check()
         counts: list[tuple[dict[str, Any], int]] = []
         for part, before in zip(self.objects, self.before, strict=True):
-            now = vars(part)
+            now, is_counting = vars(part), type(part) is StaticSlidingWindowLayer
             for name in before.keys() | now.keys():
                 value = before.get(name)
-                if name == COUNT and type(part) is StaticSlidingWindowLayer:
+                if name == COUNT and is_counting:
                     step = part.cumulative_length_int - before[COUNT]
                     counts.append((now, step))
                     _add_count(check, now, step)
@@ -174,9 +175,11 @@ class CacheState:
                     raise NotCapturable(f"each step changes {name} of its {kind} in Python")
                 elif isinstance(value, torch.Tensor):
                     _add_tensor(check, now, name, value)
-                else:
+                elif is_counting:
                     check.add("{}({}.get({}), {})", _same, now, name, value)
             _add_containers(check, now)
+            if not is_counting:
+                check.add("{} == {}", now, before)
 
         def count_on() -> None:
             for held, step in counts:

@@ -149,8 +149,8 @@ def test_results_are_the_callers(tapes: list[Tape]) -> None:
 
     call = decoding.Decoding.step
 
-    def step(self: Any, block: Any, /, **given: Any) -> Any:
-        out = call(self, block, **given)
+    def step(self: Any, block: Any, device: str, /, **given: Any) -> Any:
+        out = call(self, block, device, **given)
         seen.append((out.logits, out.logits.clone()))
         return out
 
