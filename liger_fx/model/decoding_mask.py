@@ -10,6 +10,7 @@ values, which attention turns into such numbers in each layer.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -71,5 +72,10 @@ def _mask(seen: torch.Tensor, layer: StaticLayer) -> torch.Tensor:
     shape = len(seen), length
     mask = torch.full(shape, -torch.inf, dtype=layer.keys.dtype, device=device)
     mask[:, : seen.shape[1]].masked_fill_(seen != 0, 0)
-    to_come = torch.arange(length, device=device) > layer.cumulative_length
+    to_come = _positions(length, device) > layer.cumulative_length
     return mask.masked_fill_(to_come, -torch.inf)[:, None, None]
+
+
+@functools.lru_cache(8)  # a launch less at each step
+def _positions(length: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(length, device=device)

@@ -107,7 +107,7 @@ def _add_tensor(check: Check, held: dict[str, Any], name: str, tensor: torch.Ten
 
 def _add_containers(check: Check, held: dict[str, Any]) -> None:
     """Add that dictionaries and lists of plain values hold what they held."""
-    for name, value in held.items():
+    for value in held.values():
         if isinstance(value, (dict, list, set)):
             items = value.values() if isinstance(value, dict) else value
             if all(isinstance(item, PLAIN) for item in items):
