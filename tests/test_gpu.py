@@ -294,12 +294,14 @@ def test_decoding_is_replayed(name: str) -> None:
     assert torch.equal(decoded(opt, 3, **options), decoded(opt, 3, disable_compile=True, **options))
 
 
-def test_grouped_heads_are_not_repeated() -> None:
-    """What attention reads are the cache's own keys and values; its results are the same."""
+@pytest.mark.parametrize("rows", [2, 64], ids=["few groups", "many groups"])
+def test_grouped_heads_are_not_repeated(rows: int) -> None:
+    """What attention reads are the cache's own keys and values; its results are as accurate."""
     torch.manual_seed(0)
-    query = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
-    key, value = (torch.randn(2, 2, 40, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    mask = (torch.arange(40, device="cuda") < 33).expand(2, 1, 1, 40)
+    given_as: Any = {"device": "cuda", "dtype": torch.bfloat16}
+    query = torch.randn(rows, 8, 1, 64, **given_as)
+    key, value = (torch.randn(rows, 2, 40, 64, **given_as) for _ in range(2))
+    mask = (torch.arange(40, device="cuda") < 33).expand(rows, 1, 1, 40)
     module = nn.Module()
     module.config, module.num_key_value_groups = LlamaConfig(attn_implementation="sdpa"), 4
     given = (module, query, key, value, mask)

@@ -178,8 +178,8 @@ class Decoding:
         return recording
 
     def _drop(self, key: Any) -> None:
-        """Forget a recording that does not stand any more; NotCapturable if that happens ever
-        again."""
+        """Forget a recording that does not stand any more; NotCapturable if that goes on and
+        on."""
         kind, recording = key[0], self._recordings.pop(key)
         self._in_vain[kind] = 0 if recording.replays > PATIENCE else self._in_vain[kind] + 1
         if self._in_vain[kind] > PATIENCE:

@@ -1,9 +1,11 @@
 """Whether what a recorded run took for granted still stands: a model's tree, a cache's memory.
 
-   opt.to(torch.float16); layer.mlp = other; lora.set_adapter("b"); a hook; a config's value
-   cache.reorder_cache(beams); a sliding window that is full now
-->
-   holds() is False
+    opt.to(torch.float16); layer.mlp = other; lora.set_adapter("b"); a hook; a config's value
+    cache.reorder_cache(beams); a sliding window that is full now
+ ->
+    the recording is of no use any more
+
+It is asked at every step, as one compiled check.
 """
 
 from __future__ import annotations

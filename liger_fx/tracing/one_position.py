@@ -1,13 +1,17 @@
 """What transformers does for one new position of a sequence, in fewer operations on a GPU.
 
-   attention of grouped heads    a mask, and keys and values repeated for each head of a group
-->                               keys and values as they are, where PyTorch takes them so
-   update of a static cache      a range, plus the length so far: where to write
-->                               the length so far
+    attention of grouped heads    a mask, and keys and values repeated for each head of a group
+ ->                               keys and values as they are
+    update of a static cache      a range, plus the length so far: where to write
+ ->                               the length so far
+
+The heads of a group ask as positions would, and share what they read; where that are too few groups
+for the GPU, each asks for itself, by a kernel that parts the keys.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,19 +27,18 @@ _OPTIONS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids",
 def attends_in_groups(
     interface: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]
 ) -> bool:
-    """Whether PyTorch's attention is asked for one position of grouped heads with a mask, and has a
-    kernel for that which repeats none. (Where there is no mask transformers asks for one.)"""
+    """Whether PyTorch's attention is asked on a GPU for one position of grouped heads, with a mask
+    that all of them share. (Where there is no mask transformers repeats none.)"""
     return (
         not torch.compiler.is_compiling()
         and isinstance(mask, torch.Tensor)
         and query.is_cuda
         and query.shape[2] == 1
         and query.shape[1] > key.shape[1]
+        and mask.ndim == 4
+        and mask.shape[1] == 1
         and interface is sdpa_attention_forward
         and options.keys() <= _OPTIONS
-        and can_use_cudnn_attention(
-            SDPAParams(query, key, value, mask, options.get("dropout", 0.0), False, True)
-        )
     )
 
 
@@ -49,10 +52,24 @@ def attend_in_groups(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention of such a call: (batch, 1, heads, value_dim), and no weights."""
-    found = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-    return found.transpose(1, 2).contiguous(), None
+    batch, heads, _position, width = query.shape
+    options: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout, "scale": scaling}
+    if _leaves_room(batch * key.shape[1], query.device) and can_use_cudnn_attention(
+        SDPAParams(query, key, value, mask, dropout, False, True)
+    ):
+        found = scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+    else:
+        grouped = query.reshape(batch, key.shape[1], -1, width)
+        found = scaled_dot_product_attention(grouped, key, value, **options)
+    return found.reshape(batch, 1, heads, -1), None
+
+
+@functools.cache
+def _leaves_room(groups: int, device: torch.device) -> bool:
+    """Whether one program a group would leave more than half of a GPU idle."""
+    if device.type != "cuda":
+        return False
+    return 2 * groups < torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def static_layer(cache: Any, key: torch.Tensor, place: int) -> StaticLayer | None:

@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import CompileConfig, StaticCache, masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import liger_fx
 from liger_fx.errors import FallbackWarning
 from liger_fx.model import decoding
 from liger_fx.tracing import leaves
+from liger_fx.tracing.one_position import attend_in_groups
 from tests.programs.models import ENCODER_DECODER, tiny
 from tests.programs.support import build, same
 from tests.programs.test_generate import left_padded, prompt, tokens
@@ -270,6 +272,20 @@ def test_masks_of_windows_are_transformers(name: str) -> None:
         for m in (model, opt)
     ]
     same(found[1], found[0])
+
+
+@pytest.mark.parametrize("masked", [torch.bool, torch.float32], ids=str)
+def test_grouped_heads_share_what_they_read(masked: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(3, 8, 1, 16, generator=generator)
+    key, value = (torch.randn(3, 2, 11, 16, generator=generator) for _ in range(2))
+    seen = torch.arange(11).expand(3, 1, 1, 11) < torch.tensor([4, 11, 7])[:, None, None, None]
+    mask = seen if masked is torch.bool else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    module = nn.Module()
+    module.num_key_value_groups = 4
+    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    ours, _ = attend_in_groups(query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_position_is_appended_as_the_cache_does() -> None:
