@@ -74,7 +74,8 @@ class VerificationWarning(LigerFxWarning):
 
 
 class FallbackWarning(LigerFxWarning):
-    """A call that no graph serves ran the model's original forward; given once per reason."""
+    """A call that no graph serves ran the model's original forward, or decoding steps are not
+    replayed as a CUDA graph; given once per reason."""
 
 
 class RetraceWarning(LigerFxWarning):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import liger_fx
 from liger_fx.kernels import linear_cross_entropy as loss_kernel
 from liger_fx.kernels.linear_cross_entropy import Form, linear_cross_entropy
+from liger_fx.tracing import leaves
 from tests.kernels.accuracy import FLOAT32_SLACK, drawing
 from tests.kernels.test_qk_norm_rope import assert_near
 from tests.kernels.test_rope import tables
+from tests.support.families import build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -246,3 +250,114 @@ def test_an_exported_program_runs_in_a_fresh_process(tmp_path: Path) -> None:
         assert found.is_cuda
         error = (found.float() - expected.float()).norm() / expected.float().norm()
         assert error < 2e-2  # two roundings to bfloat16 apart
+
+
+# -- decoding by a CUDA graph ----------------------------------------------------------------------
+
+
+def decoded(model: Any, rows: int = 2, new: int = 24, **options: Any) -> torch.Tensor:
+    prompt = 3 + ids(rows, 20) % 120
+    options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new} | options
+    found: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    return found
+
+
+def launches(work: Any) -> list[str]:
+    """The names of what the CPU asked of the GPU."""
+    with torch.profiler.profile() as profile:
+        work()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.name.startswith("cudaGraphLaunch")]
+
+
+def of_family(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    model = build(name).to("cuda", dtype)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mistral", "mixtral"])
+def test_decoding_is_replayed(name: str) -> None:
+    """In float32: the uncaptured step computes the very same."""
+    model = of_family(name, torch.float32)
+    opt = liger_fx.optimize(model)
+    options: dict[str, Any] = {"cache_implementation": "static"}
+    expected = decoded(opt, disable_compile=True, **options)
+    for _ in range(2):
+        assert torch.equal(decoded(opt, **options), expected)
+    assert len(launches(lambda: decoded(opt, **options))) >= 22
+    sampled: dict[str, Any] = {"do_sample": True, "top_k": 20, **options}
+    torch.manual_seed(7)
+    expected = decoded(opt, disable_compile=True, **sampled)
+    torch.manual_seed(7)
+    assert torch.equal(decoded(opt, **sampled), expected)
+    assert torch.equal(decoded(opt, 3, **options), decoded(opt, 3, disable_compile=True, **options))
+
+
+@pytest.mark.parametrize("rows", [2, 64], ids=["few groups", "many groups"])
+def test_grouped_heads_are_not_repeated(rows: int) -> None:
+    """What attention reads are the cache's own keys and values; its results are as accurate."""
+    torch.manual_seed(0)
+    given_as: Any = {"device": "cuda", "dtype": torch.bfloat16}
+    query = torch.randn(rows, 8, 1, 64, **given_as)
+    key, value = (torch.randn(rows, 2, 40, 64, **given_as) for _ in range(2))
+    mask = (torch.arange(40, device="cuda") < 33).expand(rows, 1, 1, 40)
+    module = nn.Module()
+    module.config, module.num_key_value_groups = LlamaConfig(attn_implementation="sdpa"), 4
+    given = (module, query, key, value, mask)
+    theirs, _ = sdpa_attention_forward(*given, scaling=0.125)
+    ours, _ = leaves.attention(*given, scaling=0.125)
+    exact, _ = sdpa_attention_forward(
+        module, *(t.double() for t in given[1:4]), mask, scaling=0.125
+    )
+    error = [((found - exact).norm() / exact.norm()).item() for found in (ours, theirs)]
+    assert ours.shape == theirs.shape and error[0] <= 1.1 * error[1]
+
+
+def test_what_was_recorded_goes_with_its_cache() -> None:
+    opt = liger_fx.optimize(of_family("llama"))
+    for _ in range(3):
+        decoded(opt, cache_implementation="static")
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    for rows in (1, 2, 3, 4):
+        decoded(opt, rows, cache_implementation="static")
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before[0] + 2**21
+    assert torch.cuda.memory_allocated() <= before[1] + 2**16
+
+
+def test_a_step_that_reads_numbers_runs_as_before() -> None:
+    """And leaves random numbers and later recordings as they are."""
+
+    class Asking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if bool(x.isfinite().all()) else x.nan_to_num()
+
+    model = of_family("llama")
+    model.model.norm = nn.Sequential(model.model.norm, Asking())
+    opt = liger_fx.optimize(model)
+    with pytest.warns(liger_fx.FallbackWarning, match="not replayed as a CUDA graph"):
+        found = decoded(opt, cache_implementation="static")
+    assert torch.equal(found, decoded(opt, cache_implementation="static", disable_compile=True))
+    torch.randn(4, device="cuda")
+    other = liger_fx.optimize(of_family("llama"))
+    assert launches(lambda: decoded(other, cache_implementation="static"))
+
+
+def test_weights_that_moved_are_recorded_anew() -> None:
+    opt = liger_fx.optimize(of_family("llama"))
+    cache = StaticCache(config=opt.config, max_cache_len=64)
+    first = decoded(opt, past_key_values=cache)
+    opt.cpu()
+    opt.cuda()
+    cache.reset()
+    assert torch.equal(decoded(opt, past_key_values=cache), first)
+    with torch.no_grad():
+        opt.lm_head.weight.mul_(-1)  # in place: the recording reads it
+    cache.reset()
+    other = decoded(opt, past_key_values=cache)
+    assert not torch.equal(other, first)
+    assert torch.equal(decoded(opt, cache_implementation="static", disable_compile=True), other)

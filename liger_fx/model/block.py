@@ -26,6 +26,8 @@ from liger_fx.model.alike import Alike
 from liger_fx.model.apart import apart, in_the_midst, of_plain_sizes
 from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.compiled import call_compiled
+from liger_fx.model.decoding import Decoding, get_compiled_call
+from liger_fx.model.decoding_mask import create_masks_for_generate
 from liger_fx.model.interpreted import graph_to_interpret
 from liger_fx.model.plan import Plan
 from liger_fx.model.planner import NotNow, Planner
@@ -60,6 +62,7 @@ class BlockState:
     last: of these, what served the last call.
     failed: calls of outer traces that no plan could be made for, with the reason.
     own_graph: a plan that alike blocks share, and this block's copy of its graph, for edits.
+    decoding: what its decoding steps run through, if it was asked for that.
     """
 
     def __init__(self, path: str, planner: Planner, alike: Alike) -> None:
@@ -69,6 +72,7 @@ class BlockState:
         self.failed: list[tuple[Any, Exception]] = []
         self.own_graph: tuple[Plan, fx.Graph] | None = None
         self.meta: dict[str, Any] = {}
+        self.decoding: Decoding | None = None
 
     def ready(self, block: Block) -> list[Ready]:
         """Each plan as its check of arguments, its check of the block, and its function."""
@@ -360,4 +364,8 @@ def _derive(block_class: type[nn.Module]) -> type[Block]:
         "__qualname__": block_class.__qualname__,
         "__doc__": block_class.__doc__,
     }
+    if hasattr(block_class, "get_compiled_call"):
+        namespace["get_compiled_call"] = get_compiled_call
+        if not hasattr(block_class, "create_masks_for_generate"):
+            namespace["create_masks_for_generate"] = staticmethod(create_masks_for_generate)
     return type(block_class.__name__, (Block, block_class), namespace)

@@ -26,6 +26,13 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from liger_fx.tracing.one_position import (
+    append,
+    attend_in_groups,
+    attends_in_groups,
+    static_layer,
+)
+
 # What a graph may do with a cache through ``cache_call``.
 CACHE_METHODS = (
     "update", "update_conv_state", "update_recurrent_state", "get_conv_state",
@@ -88,6 +95,8 @@ def attention(
     interface = (
         resolve(default) if default and chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
     )
+    if attends_in_groups(interface, query, key, value, attention_mask, kwargs):
+        return attend_in_groups(query, key, value, attention_mask, **kwargs)
     return interface(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -135,6 +144,10 @@ def cache_call(cache: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     ``update`` appends a layer's keys and values (batch, kv_heads, new, head_dim) and returns all
     that attention shall see.
     """
+    if method == "update" and len(args) == 3 and not kwargs:
+        layer = static_layer(cache, args[0], args[2])
+        if layer is not None:
+            return append(layer, args[0], args[1])
     return getattr(cache, method)(*args, **kwargs)
 
 

@@ -152,8 +152,7 @@ def add_state(check: Check, tree: Tree) -> None:
     add_facts(check, tree)
     root, modules, facts, guards, places = tree
     # The root's own hooks run around the graph, as around any forward.
-    hooks = _Hooks([m for m in modules.values() if m is not root])
-    check.add("{}.next_id == {}.seen or {}()", RemovableHandle, hooks, hooks.none)
+    add_no_hooks(check, [m for m in modules.values() if m is not root])
     for path, mode in asked_modes(root, modules, guards):
         check.add(f"{{}}['training'] is {mode}", modules[path].__dict__)
     for path, on in facts.checkpointed.items():
@@ -163,6 +162,20 @@ def add_state(check: Check, tree: Tree) -> None:
     # A module that is exchanged for another has code that was not traced.
     for group, name in places:
         check.add("{}.get({}) is {}", group, name, group.get(name))
+
+
+def add_no_hooks(check: Check, modules: list[nn.Module]) -> None:
+    """Add that no hook stands on these modules, or on all modules of the process."""
+    hooks = _Hooks(modules)
+    check.add("{}.next_id == {}.seen or {}()", RemovableHandle, hooks, hooks.none)
+
+
+def add_configs(check: Check, modules: Modules) -> None:
+    """Add that the configs of these modules keep all their values."""
+    for config in configs_of(modules).values():
+        then = copy.deepcopy({k: v for k, v in vars(config).items() if not _holds_config(v)})
+        state = _ConfigState(config, then, ())
+        check.add("{} == {}", state.now, state.then)
 
 
 class _Hooks:

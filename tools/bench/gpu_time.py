@@ -18,12 +18,12 @@ GROUPS = {
 }
 
 
-def try_gpu_time(step: Callable[[], Any]) -> dict[str, Any] | None:
+def try_gpu_time(step: Callable[[], Any], steps: int = 3) -> dict[str, Any] | None:
     """gpu_time where there is a GPU; a profiler that fails must not cost the measured times."""
     if not torch.cuda.is_available():
         return None
     try:
-        return gpu_time(step)
+        return gpu_time(step, steps)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
