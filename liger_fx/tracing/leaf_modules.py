@@ -217,7 +217,10 @@ def _run_at(sizes: Mapping[sympy.Symbol, int], module: Any, args: Any, kwargs: A
         if origin is not None:  # a cache, which it may change
             origin.change()
             # No copy of a fake: it would copy the fake mode, and free the mode's memory twice.
-            memo = {id(t): example(t) for t in tensors_in(origin.example)}
+            memo = {
+                id(t): example(t) if isinstance(t, FakeTensor) else t.detach().clone()
+                for t in tensors_in(origin.example)
+            }
             return copy.deepcopy(origin.example, memo)
         if isinstance(value, FakeTensor):
             shape = [number_at(size, sizes) for size in value.shape]

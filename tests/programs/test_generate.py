@@ -141,6 +141,15 @@ def test_caches(name: str, cache: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_static_cache_of_an_encoder_decoder(name: str) -> None:
+    """T5 asks the cache for a tensor: its attention is tried on data, and not on the cache's."""
+    compare(
+        tiny(name),
+        lambda m: tokens(m, prompt(m), cache_implementation="static"),
+    )
+
+
 def _implementations() -> tuple[str, ...]:
     from transformers.generation import configuration_utils as module
 
