@@ -197,7 +197,21 @@ class Origin:
             isinstance(value, tuple) and all(isinstance(v, int) for v in value)
         ):
             return self._numbers(name, value, args, kwargs)
+        if isinstance(value, torch.Tensor) and not value.ndim and not kwargs:
+            return self._number_in_a_tensor(name, value, args)
         raise CannotRecord(f"{name} of a {self._class_name} that gives a {type(value).__name__}")
+
+    def _number_in_a_tensor(self, name: str, example: torch.Tensor, args: Any) -> torch.Tensor:
+        """A static cache counts on the device."""
+        recorder = self.host.recorder
+        with recorder.paused():
+            if not self.changed:
+                step = ("call", name, *map(self.step_value, args))
+                for fact in ("dtype", "device"):
+                    self._confirmed(getattr(example, fact), (step, ("attr", fact)))
+            node = self._node_of_call(name, args, {})
+            fake = torch.empty((), dtype=example.dtype, device=example.device)
+            return recorder.bind(fake, node)
 
     def _node_of_call(self, name: str, args: Any, kwargs: Any) -> fx.Node:
         recorder = self.host.recorder
