@@ -184,6 +184,8 @@ class Planner:
 
         TraceError for what cannot be put into a graph, UnsupportedCall for too many kinds of calls.
         """
+        if block._block.alike.key is None:  # whom it is like was not looked at yet
+            self.regroup(block)
         alike: Alike = block._block.alike
         for number, plan in enumerate(alike.plans):
             if _serves(plan, block, call, examples) and plan.result is not None:

@@ -321,15 +321,6 @@ def test_the_operator_itself_gives_tables_no_gradient(device: str) -> None:
         y.sum().backward()
 
 
-def test_second_derivative_is_refused(device: str) -> None:
-    draw = drawing(torch.float32)
-    x, w = draw(1, 2, 3, 8).requires_grad_(), draw(8)
-    (y,) = qk_norm_rope(x, None, w, None, *tables(1, 3, 8, device), EPS)
-    (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.parametrize(
     "changed, message",
     [
