@@ -532,8 +532,9 @@ def _again(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[Maybe, ...]:
 
     wanted = ctx.needs_input_grad[:6]
     refuse_table_gradients(*wanted[4:])
-    given = dq, None if ctx.saved_tensors[1] is None else dk
-    return *gradients_of(plain, ctx.saved_tensors, given, wanted), *(None,) * 7
+    saved = ctx.saved_tensors
+    given = dq, None if saved[1] is None else dk
+    return *gradients_of(plain, saved, given, wanted), *(None,) * 7
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -548,9 +549,10 @@ class _QKNormRope(torch.autograd.Function):
     @differentiable(_again)
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[Maybe, ...]:
         refuse_table_gradients(*ctx.needs_input_grad[4:6])
-        has_k, wanted = ctx.saved_tensors[1] is not None, ctx.needs_input_grad[2:4]
+        saved = ctx.saved_tensors  # once: a checkpoint computes the layer again for it
+        has_k, wanted = saved[1] is not None, ctx.needs_input_grad[2:4]
         new_q, new_k, dw = _qk_norm_rope_backward(
-            dq, dk if has_k else None, *ctx.saved_tensors, *ctx.options, any(wanted)
+            dq, dk if has_k else None, *saved, *ctx.options, any(wanted)
         )
         weights = [dw[i] if asked else None for i, asked in enumerate(wanted)]
         return new_q, new_k if has_k else None, *weights, *(None,) * 9

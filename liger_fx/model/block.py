@@ -10,7 +10,6 @@ Its class derives from GraphModule and from the module's own class, so ``isinsta
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 import weakref
@@ -302,11 +301,11 @@ class Block(fx.GraphModule):
 
     # -- copies ------------------------------------------------------------------------------------
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Block:
-        twin = bare_block(self.block_class)
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return twin
+    @property
+    def __deepcopy__(self) -> Any:
+        """None: ``__reduce__`` does. (GraphModule has one, which a wrapper that hands attributes
+        on, a model of PEFT, would take for its own.)"""
+        raise AttributeError("__deepcopy__")
 
     def __copy__(self) -> Block:
         twin = bare_block(self.block_class)

@@ -65,4 +65,5 @@ def _alike_entries(modules: dict[str, nn.Module]) -> list[str]:
             for i, entry in enumerate(module):
                 if counts[type(entry)] > 1 and not is_leaf(entry):
                     found.append(f"{path}.{i}" if path else str(i))
-    return [p for p in found if not isinstance(modules[p], _CONTAINERS)]
+    # One that hangs elsewhere as well is there under its first path.
+    return [p for p in found if p in modules and not isinstance(modules[p], _CONTAINERS)]

@@ -27,6 +27,7 @@ from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
 from liger_fx.tracing.tree_state import (
     Kind,
+    Members,
     Modules,
     Tree,
     TreeFacts,
@@ -89,6 +90,7 @@ class Plan:
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
+        self.members = Members.of(followed)
         self._forget()
 
     def _taken_apart(self, block: nn.Module) -> Modules:
@@ -124,7 +126,7 @@ class Plan:
 
     def _tree(self, block: nn.Module) -> Tree:
         modules = self.followed_modules(block)
-        return Tree.of(block, modules, self.facts, self.guards, self._places)
+        return Tree.of(block, modules, self.facts, self.guards, self._places, self.members)
 
     @functools.cached_property
     def _places(self) -> list[str]:
@@ -222,6 +224,8 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         left_out = (*_DERIVED, "take", "direct", "has_regions", "graph", "result")
         state = {k: v for k, v in self.__dict__.items() if k not in left_out}
+        # A function that was put on a class may be one that cannot be pickled.
+        state["members"] = {p: one._replace(forward=None) for p, one in self.members.items()}
         return {**state, "graph": encode_graph(self.graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,6 +20,10 @@ from torch import nn
 
 _INTERNALS = frozenset(vars(nn.Module()))
 _NAME = "_origins"
+_HOOKS = (
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,16 @@ class Origin:
         made: nn.Module = self.cls.__new__(self.cls)
         nn.Module.__init__(made)
         made.__dict__.update(copy.copy(self.attributes))
+        for name in _HOOKS:
+            made.__dict__[name] = self._refuse_hook
         return made
+
+    def _refuse_hook(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            f"{self.path} ({self.cls.__name__}) is computed by the named module that stands around "
+            "it and is not called: a hook on it would never run. Put the hook on the model before "
+            "it is optimised, or exclude the module."
+        )
 
 
 class NamedModule(nn.Module):

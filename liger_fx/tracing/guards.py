@@ -303,6 +303,10 @@ class _TakeWriter:
             f"{v}.device == {self._constant(spec.device)}",
         ]
         for dim, size in enumerate(spec.sizes):
+            if isinstance(size, str) and size not in self.bound:
+                # A symbolic size is positive: what the code asks of an empty tensor, a trace
+                # answers without a guard.
+                self.conditions.append(f"s{v}[{dim}] > 0")
             self._size(size, f"s{v}[{dim}]")
         if self.guards.contiguous:
             self.conditions += [f"{v}.is_contiguous()", f"{v}.storage_offset() == 0"]

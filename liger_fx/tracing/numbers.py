@@ -37,7 +37,7 @@ def traced_number(value: Any) -> Any:
 
 def plain(value: Any) -> Any:
     """The number itself."""
-    return int.__add__(value, 0) if isinstance(value, int) else float.__add__(value, 0.0)
+    return int.__pos__(value) if isinstance(value, int) else float.__pos__(value)  # -0.0 stays
 
 
 def another(value: Any) -> Any:

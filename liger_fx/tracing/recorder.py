@@ -170,6 +170,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """A node for the call; what was asked of sizes that decides what the result is made of is
         ``kept``."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise CannotRecord(f"{name} inside a transform of torch.func")
         args, kwargs = self.with_fakes(args), self.with_fakes(kwargs)
         in_place = is_in_place(name, kwargs)
         run, before = functools.partial(func, *args, **kwargs), len(self.questions)

@@ -514,6 +514,8 @@ class HFTracer(fx.Tracer, Recording):
                 with contextlib.ExitStack() as kept:
                     kept.enter_context(self.hidden.shown(module))
                     kept.enter_context(attributes_kept(module))
+                    if not concrete:
+                        self._hide_buffers(module)
                     if reason is not None:
                         kept.enter_context(self.streams.kept())
                         kept.enter_context(self.outside.kept(module))
@@ -543,6 +545,13 @@ class HFTracer(fx.Tracer, Recording):
             made = recorder.bind(result, node, ids)
         _let_collect(module, args, made)
         return made
+
+    def _hide_buffers(self, module: nn.Module) -> None:
+        """Put fakes in the place of what a leaf may write in place: a batch norm counts the batches
+        in a tensor that meets no fake."""
+        for inner in module.modules():
+            for name, buffer in inner._buffers.items():
+                inner._buffers[name] = self.world.renewed(buffer)
 
     def _opaque_reason(self, module: nn.Module) -> tuple[str, Source | None] | None:
         if is_experts(module):

@@ -8,9 +8,10 @@ model.config.output_attentions = True          ->  the config differs
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from liger_fx.modules.origin import NamedModule
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.guards import Guards, TensorFacts
 from liger_fx.tracing.walk import module_at, modules_by_path
@@ -75,6 +77,62 @@ class TreeFacts:
         return cls(kinds, configs, checkpointed, classes)
 
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class Members(NamedTuple):
+    """What hung on a module whose code was followed, and that code: it may ask for any of it.
+
+    names: of its modules, parameters and buffers, and which of them were None; without named
+    modules, which are put there for the graphs.
+    """
+
+    names: tuple[dict[str, bool], ...]
+    forward: Any
+
+    @classmethod
+    def of(cls, modules: Modules) -> dict[str, Members]:
+        """Those of the modules as they are now, and of the lists and dictionaries in them."""
+        held = {
+            f"{path}.{name}".lstrip("."): child
+            for path, module in modules.items()
+            for name, child in module._modules.items()
+            if isinstance(child, _CONTAINERS)
+        }
+        return {
+            path: cls(_names_on(module), class_of(module).forward)
+            for path, module in (modules | held).items()
+        }
+
+    def add_to(self, check: Check, module: nn.Module) -> None:
+        """Add that it is so still."""
+        counts = [len(group) for group in _groups_of(module)]
+        if self.forward is not None:
+            check.add("{}.forward is {}", class_of(module), self.forward)
+        for group, count, names in zip(_groups_of(module), counts, self.names, strict=True):
+            condition = "len({}) == {} or {}()"
+            check.add(condition, group, count, functools.partial(self._holds, module))
+            for name, is_none in names.items():
+                if is_none:
+                    check.add("{}.get({}) is None", group, name)
+        if not self._holds(module):
+            check.add("False")
+
+    def _holds(self, module: nn.Module) -> bool:
+        return _names_on(module) == self.names
+
+
+def _groups_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _names_on(module: nn.Module) -> tuple[dict[str, bool], ...]:
+    return tuple(
+        {name: held is None for name, held in group.items() if not isinstance(held, NamedModule)}
+        for group in _groups_of(module)
+    )
+
+
 class Tree(NamedTuple):
     """The tree that a graph is to run in.
 
@@ -87,6 +145,7 @@ class Tree(NamedTuple):
     facts: TreeFacts
     guards: Guards
     places: list[tuple[dict[str, Any], str]]
+    members: Mapping[str, Members]
 
     @classmethod
     def of(
@@ -96,10 +155,11 @@ class Tree(NamedTuple):
         facts: TreeFacts,
         guards: Guards,
         places: Iterable[str],
+        members: Mapping[str, Members],
     ) -> Tree:
         """``places`` are those of ``places_of``."""
         groups = [_group_of(root, path, "_modules") for path in places]
-        return cls(root, modules, facts, guards, groups)
+        return cls(root, modules, facts, guards, groups, members)
 
 
 def places_of(paths: Iterable[str]) -> list[str]:
@@ -109,7 +169,7 @@ def places_of(paths: Iterable[str]) -> list[str]:
 
 def add_facts(check: Check, tree: Tree) -> None:
     """Add that the tree is the one of its facts: classes, dtypes, devices and configs."""
-    root, modules, facts, guards, places = tree
+    root, modules, facts, guards, places, _ = tree
     now = configs_of(modules)
     classes = {path: class_of(module) for path, module in modules.items()}
     gone = any(group.get(name) is None for group, name in places)
@@ -150,7 +210,7 @@ def add_state(check: Check, tree: Tree) -> None:
     """Add what ``add_facts`` adds, the modes and hooks of the tree's modules, and that they and the
     blocks that the graph calls hang where they hung."""
     add_facts(check, tree)
-    root, modules, facts, guards, places = tree
+    root, modules, facts, guards, places, _ = tree
     # The root's own hooks run around the graph, as around any forward.
     add_no_hooks(check, [m for m in modules.values() if m is not root])
     for path, mode in asked_modes(root, modules, guards):
@@ -159,6 +219,9 @@ def add_state(check: Check, tree: Tree) -> None:
         if path in modules:
             held = modules[path].__dict__
             check.add(f"{{}}.get('gradient_checkpointing', False) is {on}", held)
+    for path, members in tree.members.items():
+        if (module := module_at(root, path)) is not None:
+            members.add_to(check, module)
     # A module that is exchanged for another has code that was not traced.
     for group, name in places:
         check.add("{}.get({}) is {}", group, name, group.get(name))
