@@ -8,7 +8,8 @@ opaque
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -230,9 +231,30 @@ def _run_at(sizes: Mapping[sympy.Symbol, int], module: Any, args: Any, kwargs: A
         return number_at(value, sizes)
 
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng():
-        for group in [g for m in module.modules() for g in (m._buffers, m.__dict__)]:
-            for name, value in group.items():  # what it writes in place must not reach the model
-                if isinstance(value, torch.Tensor):
-                    group[name] = value.clone()
         arguments, keywords = pytree.tree_map(example, (args, kwargs))
         return _forward_of(module)(*arguments, **keywords)
+
+
+def real_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor's data, also while a trace runs."""
+    with unset_fake_temporarily():
+        return tensor.detach().clone()
+
+
+@contextmanager
+def tensors_replaced(module: nn.Module, by: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Other tensors in the place of buffers and plain tensors of the module and those below, so
+    that what is written in place does not reach the model; what the module's code puts there itself
+    stays."""
+    replaced = []
+    for group in [g for m in module.modules() for g in (m._buffers, m.__dict__)]:
+        for name, value in group.items():
+            if isinstance(value, torch.Tensor):
+                group[name] = twin = by(value)
+                replaced.append((group, name, value, twin))
+    try:
+        yield
+    finally:
+        for group, name, value, twin in replaced:
+            if group.get(name) is twin:
+                group[name] = value

@@ -24,6 +24,7 @@ from torch import fx, nn
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.fakes import FakeWorld, as_expr, node_of
 from liger_fx.tracing.root_state import Snapshot
+from liger_fx.tracing.walk import module_at
 
 Place = tuple[str, str]  # a module's path and the name of an attribute
 _MISSING = object()
@@ -129,6 +130,14 @@ class HiddenState:
     def __init__(self, before: Snapshot, modules: Mapping[str, nn.Module], places: Iterable[Place]):
         self.before = before
         self.places = {(modules[path], name): path for path, name in places}
+        self.hide()
+
+    def add(self, root: nn.Module, places: Iterable[Place]) -> None:
+        """Hide more."""
+        for path, name in places:
+            module = module_at(root, path)
+            if self.before.before(module.__dict__) is not None:
+                self.places.setdefault((module, name), path)
         self.hide()
 
     def hide(self) -> None:

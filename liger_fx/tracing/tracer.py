@@ -66,6 +66,8 @@ from liger_fx.tracing.leaf_modules import (
     is_leaf,
     is_parametrized_code,
     offloaded,
+    real_copy,
+    tensors_replaced,
 )
 from liger_fx.tracing.members import Members
 from liger_fx.tracing.numbers import traced_number
@@ -513,13 +515,17 @@ class HFTracer(fx.Tracer, Recording):
                 # What it writes to itself it writes again when the graph calls it.
                 with contextlib.ExitStack() as kept:
                     kept.enter_context(self.hidden.shown(module))
-                    kept.enter_context(attributes_kept(module))
-                    if not concrete:
-                        self._hide_buffers(module)
+                    before = kept.enter_context(attributes_kept(module))
                     if reason is not None:
                         kept.enter_context(self.streams.kept())
                         kept.enter_context(self.outside.kept(module))
-                    result = infer_leaf(recorder, module, args, kwargs, concrete=concrete)
+                    # A batch norm counts the batches in a tensor that meets no fake.
+                    by = real_copy if concrete else self.world.renewed
+                    with tensors_replaced(module, by):
+                        result = infer_leaf(recorder, module, args, kwargs, concrete=concrete)
+                    below = {m: f"{path}.{p}".rstrip(".") for p, m in module.named_modules()}
+                    wrote = written(before, below, self.world) if reason is not None else []
+                self.hidden.add(self.root, wrote)
             except Exception as error:
                 self.stack.append((ModuleCall(-1, path, type(module), None), module))
                 try:
@@ -545,13 +551,6 @@ class HFTracer(fx.Tracer, Recording):
             made = recorder.bind(result, node, ids)
         _let_collect(module, args, made)
         return made
-
-    def _hide_buffers(self, module: nn.Module) -> None:
-        """Put fakes in the place of what a leaf may write in place: a batch norm counts the batches
-        in a tensor that meets no fake."""
-        for inner in module.modules():
-            for name, buffer in inner._buffers.items():
-                inner._buffers[name] = self.world.renewed(buffer)
 
     def _opaque_reason(self, module: nn.Module) -> tuple[str, Source | None] | None:
         if is_experts(module):
