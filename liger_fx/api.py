@@ -87,6 +87,10 @@ def optimize(
         raise UsageError(f"logits is 'lazy' or 'always', not {logits!r}.")
     if logits == "always":
         selection = replace(selection, excluded=(*selection.excluded, "linear_cross_entropy"))
+    for what, flag in (("strict", strict), ("verify", verify)):
+        if not isinstance(flag, bool):
+            raise UsageError(f"{what} is True or False, not {flag!r}.")
+    _check_names("blocks", blocks)
     chosen = None if blocks is None else tuple(blocks)
     optimized = _blocks(model, inputs, selection, chosen)
     if verify:
@@ -210,9 +214,8 @@ def _check_model(model: Any) -> None:
 
 
 def _selection(model: nn.Module, rules: Iterable[str] | None, exclude: Iterable[str]) -> Selection:
-    for names in (rules, exclude):
-        if isinstance(names, str):
-            raise UsageError(f"Expected a list of names, got the single string {names!r}.")
+    for what, names in (("rules", rules), ("exclude", exclude)):
+        _check_names(what, names)
     selection = Selection(None if rules is None else tuple(rules), tuple(exclude))
     known = discover()
     unknown = selection.unknown(known, model)
@@ -222,6 +225,13 @@ def _selection(model: nn.Module, rules: Iterable[str] | None, exclude: Iterable[
             f"that name. The rules are {', '.join(rule.name for rule in known)}."
         )
     return selection
+
+
+def _check_names(what: str, names: Any) -> None:
+    if isinstance(names, str):
+        raise UsageError(f"{what}: expected a list of names, got the single string {names!r}.")
+    if names is not None and not isinstance(names, Iterable):
+        raise UsageError(f"{what}: expected a list of names, got a {type(names).__name__}.")
 
 
 def _judge(model: nn.Module, sites: tuple[Site, ...], selection: Selection, strict: bool) -> None:

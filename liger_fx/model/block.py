@@ -219,6 +219,9 @@ class Block(fx.GraphModule):
         if keys and collects_inside(self, keys):
             reason = f"{', '.join(keys)} of modules inside it are collected"
             return self._run_original(reason, args, kwargs)
+        if self._is_recomputed() and collects_inside(self, None):
+            reason = "it is checkpointed, and what is collected in it is so in its first run alone"
+            return self._run_original(reason, args, kwargs)
         ready, last = state.ready(self), state.last
         # What served before most often serves again.
         for entry in (last, *ready) if last in ready else ready:
@@ -227,6 +230,11 @@ class Block(fx.GraphModule):
                 state.last = entry
                 return run(self, inputs)
         return self._first_call(arguments, args, kwargs)
+
+    def _is_recomputed(self) -> bool:
+        """Whether a checkpoint runs the block now, and again for its backward."""
+        checkpointed = self.__dict__.get("gradient_checkpointing", False)
+        return checkpointed and self.training and torch.is_grad_enabled()
 
     def plan_for_compiler(self, arguments: dict[str, Any]) -> Plan | None:
         """The plan that serves a call with fake tensors for its own; made if there is none, None if

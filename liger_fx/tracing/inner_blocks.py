@@ -259,10 +259,11 @@ def collected_in_compile() -> tuple[str, ...]:
     return tuple(collector.global_var or ()) if collector.compiling else ()
 
 
-def collects_inside(block: nn.Module, keys: Collection[str]) -> bool:
-    """Whether a hook on a module inside the block collects something of that name."""
+def collects_inside(block: nn.Module, keys: Collection[str] | None) -> bool:
+    """Whether a hook on a module inside the block collects something of that name; of any, if none
+    are given."""
     return any(
-        _key(hook) in keys
+        keys is None or _key(hook) in keys
         for module in block.modules()
         if module is not block
         for hook in module._forward_hooks.values()

@@ -16,7 +16,6 @@ from liger_fx.tracing.call import CallSpec
 from liger_fx.tracing.fakes import sizes_forgotten
 from liger_fx.tracing.garbage import garbage_kept
 from liger_fx.tracing.inner_blocks import NeedsInside
-from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.outside import Key
 from liger_fx.tracing.readiness import refuse_unready
 from liger_fx.tracing.state import Place
@@ -85,7 +84,8 @@ def trace_block(
 def _innermost(failure: Untraceable, opaque: dict[type, Any]) -> type | None:
     for path, module in reversed(failure.stack):
         kind = type(module)
-        whole = isinstance(module, (PreTrainedModel, nn.ModuleList)) or is_leaf(module)
+        # A linear layer fails for what it is given by the code around it.
+        whole = isinstance(module, (PreTrainedModel, nn.ModuleList, nn.Linear))
         if path and kind not in opaque and not whole:
             return kind
     return None

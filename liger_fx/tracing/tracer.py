@@ -519,9 +519,7 @@ class HFTracer(fx.Tracer, Recording):
                     if reason is not None:
                         kept.enter_context(self.streams.kept())
                         kept.enter_context(self.outside.kept(module))
-                    # A batch norm counts the batches in a tensor that meets no fake.
-                    by = real_copy if concrete else self.world.renewed
-                    with tensors_replaced(module, by):
+                    with tensors_replaced(module, real_copy if concrete else self._own_copy):
                         result = infer_leaf(recorder, module, args, kwargs, concrete=concrete)
                     below = {m: f"{path}.{p}".rstrip(".") for p, m in module.named_modules()}
                     wrote = written(before, below, self.world) if reason is not None else []
@@ -551,6 +549,12 @@ class HFTracer(fx.Tracer, Recording):
             made = recorder.bind(result, node, ids)
         _let_collect(module, args, made)
         return made
+
+    def _own_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a leaf may write into. A count (of a batch norm's batches) is data that its code
+        reads, and that meets no fake."""
+        is_count = tensor.ndim == 0 and not tensor.is_floating_point()
+        return real_copy(tensor) if is_count else self.world.renewed(tensor)
 
     def _opaque_reason(self, module: nn.Module) -> tuple[str, Source | None] | None:
         if is_experts(module):

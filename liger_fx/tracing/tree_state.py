@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from liger_fx.modules.origin import NamedModule
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.guards import Guards, TensorFacts
 from liger_fx.tracing.walk import module_at, modules_by_path
@@ -126,9 +125,13 @@ def _groups_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._modules, module._parameters, module._buffers
 
 
+def _is_named(held: Any) -> bool:
+    return type(held).__module__.startswith("liger_fx.modules")
+
+
 def _names_on(module: nn.Module) -> tuple[dict[str, bool], ...]:
     return tuple(
-        {name: held is None for name, held in group.items() if not isinstance(held, NamedModule)}
+        {name: held is None for name, held in group.items() if not _is_named(held)}
         for group in _groups_of(module)
     )
 
