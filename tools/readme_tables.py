@@ -58,6 +58,28 @@ def training_step(results: Any, model: str) -> tuple[tuple[str, ...], Rows]:
     return headers, table
 
 
+def shapes(results: Any) -> tuple[tuple[str, ...], Rows]:
+    """One row a model and variant: time and memory."""
+    rows: Rows = []
+    for row in results:
+        named = row["model"], row["variant"]
+        if "error" in row:
+            rows.append((*named, "failed", ""))
+        else:
+            rows.append((*named, f"{row['step_ms']:.1f} ms", f"{row['peak_gib']:.2f} GiB"))
+    return ("model", "variant", "step", "peak memory"), rows
+
+
+def calls(results: Any) -> tuple[tuple[str, ...], Rows]:
+    """One row a module and variant: microseconds of a call."""
+    rows: Rows = [
+        (name, variant, *(f"{way[variant]:.0f} µs" for way in ways.values()))
+        for name, ways in results.items()
+        for variant in ways["no_grad"]
+    ]
+    return ("module", "variant", "no grad", "forward", "forward + backward"), rows
+
+
 def decoding(results: Any) -> tuple[tuple[str, ...], Rows]:
     """One row a batch and variant: tokens/s."""
     rows: Rows = []
@@ -102,7 +124,12 @@ def trace_time(results: Any) -> tuple[tuple[str, ...], Rows]:
 TABLES: dict[str, Callable[..., tuple[tuple[str, ...], Rows]]] = {
     "training_step": training_step,
     "training_workloads": training_step,
+    "training_shapes": shapes,
+    "training_peers": shapes,
+    "training_checkpointed": shapes,
+    "calls": calls,
     "decoding": decoding,
+    "decoding_static": decoding,
     "operators": operators,
     "trace_time": trace_time,
 }
