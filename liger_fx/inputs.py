@@ -181,10 +181,10 @@ def further_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What else a language model's forward may take for these ids, (batch, length) int64 each but
     for inputs_embeds, which are (batch, length, width) and the ids' own."""
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    found = {"position_ids": places, "token_type_ids": torch.zeros_like(ids)}
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # CLIP has two
+        return found
     with torch.no_grad():
-        embedded = model.get_input_embeddings()(ids)
-    return {
-        "inputs_embeds": embedded,
-        "position_ids": places,
-        "token_type_ids": torch.zeros_like(ids),
-    }
+        return {"inputs_embeds": embedding(ids), **found}

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 import liger_fx
 from liger_fx.errors import UsageError
@@ -342,3 +343,17 @@ def test_inputs_that_cannot_be_made_are_asked_for() -> None:
         liger_fx.verify(Hand(), Hand())
     with pytest.raises(UsageError, match="inputs are a list"):
         liger_fx.verify(Hand(), Hand(), [torch.randn(4, 7)])
+
+
+def test_a_call_whose_arguments_come_in_another_order() -> None:
+    """A graph for images alone, and two for labels too, which name their inputs otherwise."""
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    model = ViTForImageClassification(config).eval()
+    given = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
+    opt = liger_fx.optimize(model)
+    opt(**given)
+    opt.train()(**given)
+    assert liger_fx.verify(model, opt.eval(), given).ok

@@ -86,6 +86,8 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
             f"This {type(opt).__name__} has no weights, it is on the meta device: save it with "
             "weights=False."
         )
+    if not isinstance(path, (str, PathLike)):
+        raise UsageError(f"Expected the path of a directory, got a {type(path).__name__}.")
     with replacing(Path(path), SAVED_GRAPH) as folder:
         _write_document(folder, document)
         if document.model.model_type is not None:

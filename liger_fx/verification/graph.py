@@ -161,11 +161,12 @@ class _Checker:
     def check(self, path: str, plan: Plan, arguments: Arguments) -> None:
         """The sites of one plan on one call's arguments."""
         call = plan.guards.call
-        inputs = tuple(flat_inputs(call.arguments, arguments))
-        examples = examples_of(call, list(inputs))
+        examples = examples_of(call, flat_inputs(call.arguments, arguments))
         examples = {name: _as_now(value) for name, value in examples.items()}
         plain: Any = self.plain.get_submodule(path)
         _, before = plain._block.planner.plan(plain, call, examples)
+        # An equal call may have named its arguments in another order.
+        inputs = tuple(flat_inputs(before.guards.call.arguments, arguments))
         after = plan.graph
         if plan is not _first(self.opt, path):
             after = self._rewritten_anew(path, plan, examples)
