@@ -118,7 +118,11 @@ class Members(NamedTuple):
             check.add("False")
 
     def _holds(self, module: nn.Module) -> bool:
-        return _names_on(module) == self.names
+        now = _names_on(module)
+        if isinstance(module, _CONTAINERS):
+            return now == self.names
+        # What a graph calls and is gone it names itself, as it runs.
+        return all(a.items() <= then.items() for a, then in zip(now, self.names, strict=True))
 
 
 def _groups_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -126,7 +130,7 @@ def _groups_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def _is_named(held: Any) -> bool:
-    return type(held).__module__.startswith("liger_fx.modules")
+    return any(c.__module__.startswith("liger_fx.modules") for c in type(held).__mro__)
 
 
 def _names_on(module: nn.Module) -> tuple[dict[str, bool], ...]:
