@@ -27,7 +27,7 @@ from liger_fx.tracing.leaf_modules import is_leaf
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
 from liger_fx.tracing.tree_state import (
     Kind,
-    Members,
+    ModuleFacts,
     Modules,
     Tree,
     TreeFacts,
@@ -90,7 +90,7 @@ class Plan:
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
-        self.members = Members.of(followed)
+        self.members = ModuleFacts.of(followed)
         self._forget()
 
     def _taken_apart(self, block: nn.Module) -> Modules:

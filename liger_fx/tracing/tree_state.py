@@ -79,7 +79,7 @@ class TreeFacts:
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-class Members(NamedTuple):
+class ModuleFacts(NamedTuple):
     """What hung on a module whose code was followed, and that code: it may ask for any of it.
 
     names: of its modules, parameters and buffers, and which of them were None; without named
@@ -90,7 +90,7 @@ class Members(NamedTuple):
     forward: Any
 
     @classmethod
-    def of(cls, modules: Modules) -> dict[str, Members]:
+    def of(cls, modules: Modules) -> dict[str, ModuleFacts]:
         """Those of the modules as they are now, and of the lists and dictionaries in them."""
         held = {
             f"{path}.{name}".lstrip("."): child
@@ -152,7 +152,7 @@ class Tree(NamedTuple):
     facts: TreeFacts
     guards: Guards
     places: list[tuple[dict[str, Any], str]]
-    members: Mapping[str, Members]
+    members: Mapping[str, ModuleFacts]
 
     @classmethod
     def of(
@@ -162,7 +162,7 @@ class Tree(NamedTuple):
         facts: TreeFacts,
         guards: Guards,
         places: Iterable[str],
-        members: Mapping[str, Members],
+        members: Mapping[str, ModuleFacts],
     ) -> Tree:
         """``places`` are those of ``places_of``."""
         groups = [_group_of(root, path, "_modules") for path in places]
