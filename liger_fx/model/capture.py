@@ -20,9 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
 
+from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.inner_blocks import rebuilt
-
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 class NotCapturable(Exception):

@@ -24,7 +24,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from liger_fx.model.capture import PLAIN, NotCapturable
+from liger_fx.model.capture import NotCapturable
+from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.inner_blocks import is_block
 from liger_fx.tracing.tree_state import add_configs, add_no_hooks

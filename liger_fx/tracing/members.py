@@ -6,7 +6,7 @@ modules are there. So these are looked at when something of them turns up, and n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,32 +35,28 @@ class Members:
 
     def path_of(self, module: nn.Module) -> str | None:
         """Where the module hangs, None if it is none of the tree."""
-        path = self.paths.get(module)
-        if path is None and not self._has_all:
-            self._look_inside()
-            path = self.paths.get(module)
-        return path
+        return self._found(lambda: self.paths.get(module))
 
     def path_of_tensor(self, tensor: torch.Tensor) -> str | None:
         """The path of a parameter, a buffer or a tensor held as a plain attribute, None if it is
         none of the tree."""
-        path = self._tensors.get(id(tensor))
-        if path is None and not self._has_all:
-            self._look_inside()
-            path = self._tensors.get(id(tensor))
-        return path
+        return self._found(lambda: self._tensors.get(id(tensor)))
 
     def owner_of_config(self, config: Any) -> str | None:
         """The outermost module below the root that carries this very config."""
-        found = _outermost_with(config, self.paths)
-        if found is None and not self._has_all:
-            self._look_inside()
-            found = _outermost_with(config, self.paths)
-        return found
+        return self._found(lambda: _outermost_with(config, self.paths))
 
     def name_tensor(self, tensor: torch.Tensor, path: str) -> None:
         """Give a tensor that is none of the tree a path."""
         self._tensors[id(tensor)] = path
+
+    def _found(self, look: Callable[[], str | None]) -> str | None:
+        """What is found among what is entered, or else inside the blocks as well."""
+        path = look()
+        if path is None and not self._has_all:
+            self._look_inside()
+            path = look()
+        return path
 
     def _look_inside(self) -> None:
         self._has_all = True
