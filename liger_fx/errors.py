@@ -96,3 +96,14 @@ def one_line(error: BaseException) -> str:
     """What an error of any library says, in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that was dealt with, and of its causes: their frames hold the
+    error, and what the caller gave, a cache say, until Python next collects."""
+    errors: list[BaseException | None] = [error]
+    while errors:
+        one = errors.pop()
+        if one is not None and one.__traceback__ is not None:
+            one.__traceback__ = None
+            errors += (one.__cause__, one.__context__)

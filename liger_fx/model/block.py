@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from liger_fx.errors import FallbackWarning, LigerFxError, UsageError
+from liger_fx.errors import FallbackWarning, LigerFxError, UsageError, forget_frames
 from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.apart import apart, in_the_midst, of_plain_sizes
@@ -243,6 +243,7 @@ class Block(fx.GraphModule):
             refuse_tensor_subclasses(arguments)
             return self.serving(arguments) or apart(lambda: self._new_plan(arguments))
         except (UnsupportedCall, _NoGraph) as reason:
+            forget_frames(reason)
             self._tell(str(reason), arguments)
             return None
 
@@ -254,6 +255,7 @@ class Block(fx.GraphModule):
             else:
                 plan = self._new_plan(arguments)
         except (UnsupportedCall, _NoGraph) as reason:
+            forget_frames(reason)
             return self._run_original(str(reason), args, kwargs)
         inputs = plan.take(self, arguments)
         assert inputs is not None

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from liger_fx.engine.counts import count_operators
 from liger_fx.engine.rewriter import rewrite
 from liger_fx.engine.rule import Selection, discover
-from liger_fx.errors import LigerFxError
+from liger_fx.errors import LigerFxError, forget_frames
 from liger_fx.model.alike import Alike, Transplant, describe, differing, places
 from liger_fx.model.codec import encode_graph
 from liger_fx.model.plan import Plan
@@ -283,6 +283,7 @@ class Planner:
             except NotNow:
                 raise
             except (LigerFxError, UnsupportedCall) as error:
+                forget_frames(error)
                 first = first or error
         block._block.failed.append((needed.call.arguments, first))
 
@@ -371,7 +372,7 @@ def _trace(*args: Any, **kwargs: Any) -> Trace | NeedsPlan:
     try:
         return trace_block(*args, **kwargs)
     except NeedsPlan as needed:
-        return needed
+        return needed.with_traceback(None)  # whose frames hold it, and the caller's cache
 
 
 def _serves(

@@ -251,35 +251,30 @@ def is_mask(tensor: torch.Tensor) -> bool:
 
 def flat_inputs(specs: Mapping[str, Spec], arguments: Mapping[str, Any]) -> list[Any]:
     """The values of the graph's inputs, in the order of ``CallSpec.leaves``."""
-    found: list[Any] = []
+    return [leaf for name, spec in specs.items() for leaf in _leaves_of(spec, arguments[name])]
 
-    def visit(spec: Spec, value: Any) -> None:
-        if isinstance(spec, Items):
-            for key, item in spec.places():
-                visit(item, value[key])
-        elif isinstance(spec, LEAVES):
-            found.append(value)
 
-    for name, spec in specs.items():
-        visit(spec, arguments[name])
-    return found
+def _leaves_of(spec: Spec, value: Any) -> Iterator[Any]:
+    if isinstance(spec, Items):
+        for key, item in spec.places():
+            yield from _leaves_of(item, value[key])
+    elif isinstance(spec, LEAVES):
+        yield value
 
 
 def refuse_tensor_subclasses(arguments: Mapping[str, Any]) -> None:
     """UnsupportedCall for a tensor with a class of its own, such as a DTensor."""
 
-    def visit(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor) and type(value) not in _TENSORS:
-            raise UnsupportedCall(f"{name}, a {type(value).__name__}")
-        if isinstance(value, (tuple, list)):
-            for item in value:
-                visit(name, item)
-        elif isinstance(value, dict):
-            for item in value.values():
-                visit(name, item)
-
     for name, value in arguments.items():
-        visit(name, value)
+        _refuse_subclass(name, value)
+
+
+def _refuse_subclass(name: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor) and type(value) not in _TENSORS:
+        raise UnsupportedCall(f"{name}, a {type(value).__name__}")
+    if isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_subclass(name, item)
 
 
 def with_sizes_of(call: CallSpec, arguments: Mapping[str, Any]) -> CallSpec:

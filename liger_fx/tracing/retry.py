@@ -46,39 +46,51 @@ def trace_block(
     writes: frozenset[Place] = frozenset()
     first: Untraceable | None = None
     watching, outside = False, frozenset[Key]()
-    while True:
-        try:
-            with garbage_kept(), sizes_forgotten():
+    try:
+        while True:
+            try:
                 tracer = HFTracer(opaque, fixed, writes, plans, watching, outside)
-                context = contextvars.copy_context()
-                return context.run(tracer.trace, block, call, forward, examples)
-        except Watch:
-            watching = True
-        except NeedsInside:
-            plans = replace(plans, inside=True)
-        except AsksAttributes as asks:
-            known = {**plans.attributes, **plans.fixed_attributes}
-            fixed_ones = {*asks.paths, *plans.fixed_attributes}
-            plans = replace(
-                plans,
-                attributes={p: v for p, v in known.items() if p not in fixed_ones},
-                fixed_attributes={p: v for p, v in known.items() if p in fixed_ones},
-            )
-        except Untraceable as failure:
-            # A module that fails when it is called whole takes its parents along: what the user
-            # needs to know is where that began.
-            if first is None or type(failure.stack[-1][1]) not in opaque:
-                first = failure
-            culprit = _innermost(failure, opaque)
-            writes |= set(failure.writes)
-            outside |= {failure.outside} if failure.outside is not None else set()
-            if culprit is not None and len(opaque) < _MAX_OPAQUE_CLASSES:
-                opaque = {**opaque, culprit: (str(failure), failure.source)}
-            elif "its code fixes the" in str(failure) and fixed != frozenset(("batch", "sequence")):
-                fixed = frozenset(("batch", "sequence"))
-                opaque = {}
-            else:
-                raise _explain(first) from first
+                return _traced(tracer, block, call, forward, examples)
+            except Watch:
+                watching = True
+            except NeedsInside:
+                plans = replace(plans, inside=True)
+            except AsksAttributes as asks:
+                known = {**plans.attributes, **plans.fixed_attributes}
+                fixed_ones = {*asks.paths, *plans.fixed_attributes}
+                plans = replace(
+                    plans,
+                    attributes={p: v for p, v in known.items() if p not in fixed_ones},
+                    fixed_attributes={p: v for p, v in known.items() if p in fixed_ones},
+                )
+            except Untraceable as failure:
+                # A module that fails when it is called whole takes its parents along: what the user
+                # needs to know is where that began.
+                if first is None or type(failure.stack[-1][1]) not in opaque:
+                    first = failure
+                culprit = _innermost(failure, opaque)
+                writes |= set(failure.writes)
+                outside |= {failure.outside} if failure.outside is not None else set()
+                if culprit is not None and len(opaque) < _MAX_OPAQUE_CLASSES:
+                    opaque = {**opaque, culprit: (str(failure), failure.source)}
+                elif "its code fixes the" in str(failure) and fixed != frozenset(
+                    ("batch", "sequence")
+                ):
+                    fixed = frozenset(("batch", "sequence"))
+                    opaque = {}
+                else:
+                    raise _explain(first) from first
+    finally:
+        first = None  # which holds this frame, and so the examples
+
+
+def _traced(tracer: HFTracer, *given: Any) -> Trace:
+    context = contextvars.copy_context()
+    try:
+        with garbage_kept(), sizes_forgotten():
+            return context.run(tracer.trace, *given)
+    finally:
+        vars(tracer).clear()  # its parts hold each other, and the caller's cache
 
 
 def _innermost(failure: Untraceable, opaque: dict[type, Any]) -> type | None:

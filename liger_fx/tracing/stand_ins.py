@@ -67,7 +67,7 @@ class Origin:
     ) -> None:
         self.host, self.example, self.node = host, example, node
         self.argument, self.steps, self.outer = argument, steps, outer
-        self._changes: list[Origin] = []
+        self._changes: list[tuple[tuple[tuple[Any, ...], ...], Any]] = []  # steps, example
         self._simulated: Any = None
 
     @property
@@ -81,17 +81,17 @@ class Origin:
         What changes one part of an object leaves another part as it is that cannot be reached from
         it: the self-attention cache and ``is_updated`` of a pair of caches.
         """
-        return any(map(self._is_touched_by, self._root._changes))
+        return any(self._is_touched_by(steps, example) for steps, example in self._root._changes)
 
-    def _is_touched_by(self, other: Origin) -> bool:
-        both = min(len(self.steps), len(other.steps))
-        if self.steps[:both] == other.steps[:both]:
+    def _is_touched_by(self, steps: tuple[tuple[Any, ...], ...], example: Any) -> bool:
+        both = min(len(self.steps), len(steps))
+        if self.steps[:both] == steps[:both]:
             return True
-        return _reaches(other.example, self.example, set())
+        return _reaches(example, self.example, set())
 
     def change(self) -> None:
         """Note that something may have changed it."""
-        self._root._changes.append(self)
+        self._root._changes.append((self.steps, self.example))
 
     def inner(self, kind: str, key: Any, example: Any) -> Any:
         """The stand-in for an attribute or item."""

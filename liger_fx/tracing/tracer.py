@@ -270,11 +270,7 @@ class HFTracer(fx.Tracer, Recording):
     def _placeholders(self, call: CallSpec, examples: Mapping[str, Any]) -> dict[str, Any]:
         leaves, made = call.leaves(), list[tuple[Any, fx.Node]]()
 
-        def build(spec: Spec) -> Any:
-            if isinstance(spec, Constant):
-                return spec.value
-            if isinstance(spec, Items):
-                return rebuilt(spec.kind, spec.keys, [build(item) for item in spec.items])
+        def make(spec: Spec) -> Any:
             name, _ = next(leaves)
             node = self.graph.placeholder(name)
             node.meta.update(call=0, module="", source=None)
@@ -282,7 +278,7 @@ class HFTracer(fx.Tracer, Recording):
             made.append((value, node))
             return value
 
-        arguments = {name: build(spec) for name, spec in call.arguments.items()}
+        arguments = {name: _made_of(spec, make) for name, spec in call.arguments.items()}
         for value, node in made:
             if isinstance(value, torch.Tensor):
                 self.recorder.sizes.define_by_shape(value, node)
@@ -764,3 +760,12 @@ def _forward_of(module: Any) -> Any:
 
 def _holds_one_of(paths: set[str], ancestor: str) -> bool:
     return any(path == ancestor or path.startswith(f"{ancestor}.") for path in paths)
+
+
+def _made_of(spec: Spec, make: Callable[[Spec], Any]) -> Any:
+    """The argument that a spec describes, its leaves made by ``make``."""
+    if isinstance(spec, Constant):
+        return spec.value
+    if isinstance(spec, Items):
+        return rebuilt(spec.kind, spec.keys, [_made_of(item, make) for item in spec.items])
+    return make(spec)
