@@ -90,7 +90,7 @@ def _traced(tracer: HFTracer, *given: Any) -> Trace:
         with garbage_kept(), sizes_forgotten():
             return context.run(tracer.trace, *given)
     finally:
-        vars(tracer).clear()  # its parts hold each other, and the caller's cache
+        tracer.let_go()
 
 
 def _innermost(failure: Untraceable, opaque: dict[type, Any]) -> type | None:

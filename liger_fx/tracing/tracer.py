@@ -223,6 +223,13 @@ class HFTracer(fx.Tracer, Recording):
         leaves = list(self.opaque_leaves.values())
         return Trace(self.graph, root, self.calls, self._guards(call), leaves, result)
 
+    def let_go(self) -> None:
+        """Hold nothing more after the trace: the tracer's parts hold each other, and the caller's
+        cache. (The collector alone would not do: it cannot see that a tensor holds its sizes.)"""
+        if "world" in vars(self):
+            vars(self.world.shape_env).clear()
+        vars(self).clear()
+
     def _guards(self, call: CallSpec) -> Guards:
         """The assumptions of the trace that just finished in this thread's modes."""
         asked = self.recorder.facts.grad_mode_asked or not torch.is_grad_enabled()

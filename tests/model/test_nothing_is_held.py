@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from transformers import StaticCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import liger_fx
+from liger_fx.tracing.fakes import Sizes
+from liger_fx.tracing.tracer import HFTracer
 from tests.programs.models import tiny
 
 
@@ -57,3 +60,16 @@ def test_a_cache_goes_when_its_caller_lets_it_go(what: str) -> None:
         gone = weakref.ref(cache)
         del cache
         assert gone() is None
+
+
+def alive(kind: type) -> int:
+    gc.collect()
+    return sum(type(one) is kind for one in gc.get_objects())
+
+
+def test_nothing_of_a_trace_stays() -> None:
+    """A tensor holds its sizes where Python's collector cannot see it, and these lead to the rest."""
+    before = [alive(kind) for kind in (Sizes, FakeTensor, HFTracer)]
+    opt = liger_fx.optimize(tiny("llama"))
+    opt(torch.arange(8)[None], labels=torch.arange(8)[None])
+    assert [alive(kind) for kind in (Sizes, FakeTensor, HFTracer)] == before
