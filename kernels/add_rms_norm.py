@@ -24,6 +24,7 @@ from liger_fx.kernels.library import (
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 from liger_fx.kernels.rms_norm import (
     MAX_WIDTH,
     forward_launch,
@@ -162,13 +163,13 @@ def _backward_fake(
 _add_rms_norm = define_op(
     "add_rms_norm(Tensor a, Tensor b, Tensor? weight, float eps, float offset,"
     " ScalarType? out_dtype) -> (Tensor, Tensor)",
-    _forward,
+    Replayed(_forward),
     _fake,
 )
 _add_rms_norm_backward = define_op(
     "add_rms_norm_backward(Tensor ds, Tensor dy, Tensor s, Tensor? weight, float eps,"
     " float offset, bool weight_grad) -> (Tensor, Tensor)",
-    _backward,
+    Replayed(_backward),
     _backward_fake,
 )
 

@@ -38,6 +38,7 @@ from liger_fx.kernels.library import (
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -241,23 +242,25 @@ def _packed_fake(gate_up: torch.Tensor, activation: str, gate_first: bool) -> to
 
 
 _gated = define_op(
-    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor", product_of, _fake
+    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor",
+    Replayed(product_of),
+    _fake,
 )
 _gated_backward = define_op(
     "gated_activation_backward(Tensor dy, Tensor gate, Tensor up, str activation)"
     " -> (Tensor, Tensor)",
-    _backward,
+    Replayed(_backward),
     _backward_fake,
 )
 _packed = define_op(
     "packed_gated_activation(Tensor gate_up, str activation, bool gate_first) -> Tensor",
-    _packed_forward,
+    Replayed(_packed_forward),
     _packed_fake,
 )
 _packed_backward_op = define_op(
     "packed_gated_activation_backward(Tensor dy, Tensor gate_up, str activation, bool gate_first)"
     " -> Tensor",
-    _packed_backward,
+    Replayed(_packed_backward),
     lambda dy, gate_up, activation, gate_first: empty_rows_like(gate_up),
 )
 

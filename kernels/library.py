@@ -33,18 +33,19 @@ _dispatch_modes, _function_modes, _transforms, _jit_trace = (
 class Op:
     """An operator: called with plain tensors it computes, else PyTorch dispatches it.
 
-    overload: torch.ops.liger_fx.<name>.default. run: what computes. function: its derivative.
+    overload: torch.ops.liger_fx.<name>.default. run: what computes. apply: runs it and records its
+    derivative.
     """
 
     def __init__(self, overload: Any, run: Callable[..., Any]) -> None:
         self.overload, self.run = overload, run
-        self.function: type[torch.autograd.Function] | None = None
+        self.apply: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or not at_once(args):
             return self.overload(*args)
-        if self.function is not None and torch.is_grad_enabled() and _asks_gradient(args):
-            return self.function.apply(*args)
+        if self.apply is not None and torch.is_grad_enabled() and _asks_gradient(args):
+            return self.apply(*args)
         return self.run(*args)
 
 
@@ -62,7 +63,10 @@ def at_once(args: tuple[Any, ...]) -> bool:
 
 
 def _asks_gradient(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+    for arg in args:  # noqa: SIM110 - a generator takes twice the time
+        if isinstance(arg, torch.Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Op:
@@ -161,7 +165,8 @@ def differentiate(
             return function.apply(*args)
         return below_autograd(op, *args)
 
-    op.function = function
+    # Function.apply without its questions about transforms, which `at_once` has asked.
+    op.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     _LIBRARY.impl(op.overload, autograd, "Autograd")
     # This key is asked first of all while a transform of torch.func is active, and never else.
     _LIBRARY.impl(op.overload, reference, "FuncTorchDynamicLayerFrontMode")

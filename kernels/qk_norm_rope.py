@@ -25,7 +25,6 @@ from liger_fx.kernels.launch import (
     Launch,
     compute_dtype,
     launch,
-    multiprocessors,
     power_of_two,
     uses_triton,
 )
@@ -37,9 +36,12 @@ from liger_fx.kernels.library import (
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 from liger_fx.kernels.rms_norm import (
+    backward_programs,
     norm_backward,
     norm_forward,
+    partial_sums,
     rms_norm_reference,
     sum_of_rows,
 )
@@ -481,15 +483,15 @@ def _backward(
     if not steps:
         return new_q, new_k, dw.zero_()
     tile = backward_launch(_pairs(cos, options))
-    programs = min(steps, tile.per_sm * multiprocessors(q.device))
-    partial = dw.new_empty((programs, dw.numel()), dtype=torch.float32) if weight_grad else None
+    programs = backward_programs(steps, tile, q.device)
+    partial = partial_sums(dw, programs) if weight_grad else None
     heads = [(dq, dk), (q, k), (new_q, None if k is None else new_k)]
     _launch(
         _backward_kernel, programs, tile,
         [(with_unit_stride(x), None if y is None else with_unit_stride(y)) for x, y in heads],
         (q_weight, k_weight), (cos, sin), options, partial, steps, WEIGHT_GRAD=weight_grad,
     )  # fmt: skip
-    if partial is not None:
+    if partial is not None and partial is not dw:
         sum_of_rows(partial, dw)
     return new_q, new_k, dw
 
@@ -516,12 +518,12 @@ _OPTIONS = (
 )
 _GIVEN = "Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor cos, Tensor sin"
 _qk_norm_rope = define_op(
-    f"qk_norm_rope({_GIVEN}, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _fake
+    f"qk_norm_rope({_GIVEN}, {_OPTIONS}) -> (Tensor, Tensor)", Replayed(_forward), _fake
 )
 _qk_norm_rope_backward = define_op(
     f"qk_norm_rope_backward(Tensor dq, Tensor? dk, {_GIVEN}, {_OPTIONS}, bool weight_grad)"
     " -> (Tensor, Tensor, Tensor)",
-    _backward,
+    Replayed(_backward),
     _backward_fake,
 )
 

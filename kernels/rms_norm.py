@@ -35,7 +35,9 @@ from liger_fx.kernels.library import (
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 
+FEW_STEPS = 4
 MAX_WIDTH = 65_536  # a row is held in the registers of one program; wider ones use PyTorch
 
 
@@ -185,7 +187,8 @@ def _backward_kernel(
             dw += dy * (x * r[:, None])
     if WEIGHT_GRAD:
         partial_ptr += tl.program_id(0).to(tl.int64) * width
-        tl.store(partial_ptr + col, tl.sum(dw, axis=0), col < width)
+        total = tl.sum(dw, axis=0).to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + col, total, col < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -272,8 +275,8 @@ def norm_backward(
     dy, x, more = given[0], given[1], None if more is None else given[2]
     tile = backward_launch(width, sum(t.element_size() for t in given))
     steps = ceil_div(count, tile.rows)
-    programs = min(steps, tile.per_sm * multiprocessors(x.device))
-    partial = dw.new_empty((programs, width), dtype=torch.float32) if weight_grad else None
+    programs = backward_programs(steps, tile, x.device)
+    partial = partial_sums(dw, programs) if weight_grad else None
     launch(
         _backward_kernel, programs, x.device,
         dy, x, None if weight is None else weight.contiguous(), more, dx, partial,
@@ -283,9 +286,20 @@ def norm_backward(
         HAS_MORE=more is not None,
         ROWS=tile.rows, COLS=tile.cols, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    if partial is not None:
+    if partial is not None and partial is not dw:
         sum_of_rows(partial, dw)
     return dx, dw
+
+
+def backward_programs(steps: int, tile: Launch, device: torch.device) -> int:
+    """How many programs share the steps: one takes a few in less time than the launch that would
+    add up what several leave of a weight's gradient."""
+    return 1 if steps <= FEW_STEPS else min(steps, tile.per_sm * multiprocessors(device))
+
+
+def partial_sums(dw: torch.Tensor, programs: int) -> torch.Tensor:
+    """Where each program leaves its sum, a row for each; of one program that is `dw` itself."""
+    return dw if programs == 1 else dw.new_empty((programs, dw.numel()), dtype=torch.float32)
 
 
 def sum_of_rows(partial: torch.Tensor, out: torch.Tensor) -> None:
@@ -314,13 +328,13 @@ def norm_backward_fake(
 
 _rms_norm = define_op(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, ScalarType? out_dtype) -> Tensor",
-    norm_forward,
+    Replayed(norm_forward),
     lambda x, weight, eps, offset, out_dtype: empty_rows_like(x, out_dtype),
 )
 rms_norm_backward = define_op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset,"
     " bool weight_grad) -> (Tensor, Tensor)",
-    norm_backward,
+    Replayed(norm_backward),
     norm_backward_fake,
 )
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
 from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out, with_unit_stride
 from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.replay import Replayed
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -337,13 +338,15 @@ def _fake(x: torch.Tensor, cos: torch.Tensor, out_dtype: torch.dtype | None) -> 
 _FORM = "bool interleaved_in, bool interleaved_out, bool half_tables, bool transposed"
 _rope = define_op(
     f"rope(Tensor x, Tensor cos, Tensor sin, {_FORM}, ScalarType? out_dtype) -> Tensor",
-    lambda x, cos, sin, *rest: rope_forward((x,), cos, sin, Form(*rest[:4]), rest[4:])[0],
+    Replayed(lambda x, cos, sin, *rest: rope_forward((x,), cos, sin, Form(*rest[:4]), rest[4:])[0]),
     lambda x, cos, sin, *rest: _fake(x, cos, rest[4]),
 )
 _rope_pair = define_op(
     f"rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, {_FORM}, ScalarType? q_dtype,"
     " ScalarType? k_dtype) -> (Tensor, Tensor)",
-    lambda q, k, cos, sin, *rest: rope_forward((q, k), cos, sin, Form._make(rest[:4]), rest[4:]),
+    Replayed(
+        lambda q, k, cos, sin, *rest: rope_forward((q, k), cos, sin, Form._make(rest[:4]), rest[4:])
+    ),
     lambda q, k, cos, sin, *rest: (_fake(q, cos, rest[4]), _fake(k, cos, rest[5])),
 )
 
