@@ -22,7 +22,7 @@ from liger_fx.kernels.gated_activation import (
     product_of,
 )
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
     define_op,
     differentiable,
     differentiate,
@@ -152,7 +152,7 @@ def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
     *wanted, bias = ctx.needs_input_grad[:4]
     grads = gradients_of(plain, ctx.saved_tensors, (dy,), wanted)
-    return *grads, dy.flatten(0, -2).sum(0) if bias else None, None, None
+    return *grads, dy.flatten(0, -2).sum(0) if bias else None, None, None, None
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -165,12 +165,11 @@ class _GatedLinear(torch.autograd.Function):
         bias: Optional,
         activation: str,
         gate_first: bool,
+        compute: Compute,
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.constants = activation, gate_first
-        result: torch.Tensor = below_autograd(
-            _gated_linear, gate, up, weight, bias, activation, gate_first
-        )
+        result: torch.Tensor = compute(gate, up, weight, bias, activation, gate_first)
         return result
 
     @staticmethod
@@ -178,7 +177,7 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         grads = _gated_linear_backward(dy, *ctx.saved_tensors, *ctx.constants, *wanted[2:])
-        return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None)
+        return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 3)
 
 
 differentiate(_gated_linear, _GatedLinear, gated_linear_reference)

@@ -19,6 +19,9 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+# What an autograd.Function computes by: see `differentiate`.
+Compute = Callable[..., Any]
+
 _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
 # What takes no part in the dispatch: no subclass of a tensor, no symbolic number.
 _PLAIN = frozenset((torch.Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype))
@@ -45,7 +48,7 @@ class Op:
         if torch.compiler.is_compiling() or not at_once(args):
             return self.overload(*args)
         if self.apply is not None and torch.is_grad_enabled() and _asks_gradient(args):
-            return self.apply(*args)
+            return self.apply(*args, self.run)
         return self.run(*args)
 
 
@@ -84,7 +87,7 @@ def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def below_autograd(op: Op, *args: Any) -> Any:
-    """Call `op` without recording it: what the forward of its autograd.Function does."""
+    """Call `op` without recording it."""
     if not torch.compiler.is_compiling() and at_once(args):
         return op.run(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -148,7 +151,8 @@ def refused(backward: Callable[..., Any], message: str) -> Callable[..., Any]:
 def differentiate(
     op: Op, function: type[torch.autograd.Function], reference: Callable[..., Any]
 ) -> None:
-    """Run `function` (whose forward takes `op`'s arguments) where `op` is to be differentiated.
+    """Run `function` where `op` is to be differentiated. Its forward takes `op`'s arguments and
+    what computes `op` of them, and does not ask again how to call it.
 
     Mark its backward `differentiable`: second derivatives are zero without a word where it is made
     of operators that have none. (`once_differentiable` raises only where a gradient that comes in
@@ -162,9 +166,10 @@ def differentiate(
         if forward_ad._current_level >= 0:  # forward mode does not ask for requires_grad
             return reference(*args)
         if torch.is_grad_enabled() and _asks_gradient(args):
-            return function.apply(*args)
-        return below_autograd(op, *args)
+            return function.apply(*args, below)
+        return below(*args)
 
+    below = functools.partial(below_autograd, op)
     # Function.apply without its questions about transforms, which `at_once` has asked.
     op.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     _LIBRARY.impl(op.overload, autograd, "Autograd")

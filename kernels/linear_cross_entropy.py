@@ -447,7 +447,7 @@ def _scaled(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _times(g, factor, keep) if wanted else None
         for g, wanted in zip(grads, ctx.wanted, strict=True)
     )
-    return *made, *[None] * 9
+    return *made, *[None] * 10
 
 
 _NO_SECOND = (
@@ -459,6 +459,7 @@ _NO_SECOND = (
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        *args, _ = args  # type: ignore[assignment]  # what computes the loss alone
         ctx.wanted = ctx.needs_input_grad[:3]
         loss, *saved = below_autograd(_loss_and_gradients, *args, *ctx.wanted)
         ctx.save_for_backward(*saved)

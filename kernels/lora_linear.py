@@ -25,7 +25,7 @@ import triton.language as tl
 
 from liger_fx.kernels.launch import Launch, ceil_div, launch, power_of_two, uses_triton
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
     define_op,
     differentiable,
     differentiate,
@@ -244,10 +244,10 @@ def _again(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ..
     def plain(x: torch.Tensor, dropped: Optional, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return lora_linear_reference(x, dropped, weight, None, a, b, ctx.scaling)[0]
 
-    x_grad, dropped_grad, _, _, a_grad, b_grad, _ = ctx.needs_input_grad
+    x_grad, dropped_grad, _, _, a_grad, b_grad, *_ = ctx.needs_input_grad
     wanted = x_grad, dropped_grad, a_grad, b_grad
     dx, ddropped, da, db = gradients_of(plain, (x, dropped, a, b), (dy,), wanted)
-    return dx, ddropped, None, None, da, db, None
+    return dx, ddropped, None, None, da, db, None, None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -261,10 +261,11 @@ class _LoraLinear(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
+        compute: Compute,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             raise RuntimeError("lora_linear: the weight and the bias of the layer must be frozen")
-        y, t = below_autograd(_lora_linear, x, dropped, weight, bias, a, b, scaling)
+        y, t = compute(x, dropped, weight, bias, a, b, scaling)
         ctx.save_for_backward(x, dropped, t, weight, a, b)
         ctx.scaling = scaling
         ctx.mark_non_differentiable(t)
@@ -274,7 +275,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        x_grad, dropped_grad, _, _, a_grad, b_grad, _ = ctx.needs_input_grad
+        x_grad, dropped_grad, _, _, a_grad, b_grad, *_ = ctx.needs_input_grad
         x, dropped, t, weight, a, b = ctx.saved_tensors
         dx, ddropped, da, db = _lora_linear_backward(
             dy, x, dropped, t, weight, a, b, ctx.scaling, x_grad
@@ -286,6 +287,7 @@ class _LoraLinear(torch.autograd.Function):
             None,
             da if a_grad else None,
             db if b_grad else None,
+            None,
             None,
         )
 

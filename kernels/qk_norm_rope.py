@@ -30,7 +30,6 @@ from liger_fx.kernels.launch import (
 )
 from liger_fx.kernels.layout import empty_rows_like, with_unit_stride
 from liger_fx.kernels.library import (
-    below_autograd,
     define_op,
     differentiable,
     differentiate,
@@ -536,15 +535,16 @@ def _again(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[Maybe, ...]:
     refuse_table_gradients(*wanted[4:])
     saved = ctx.saved_tensors
     given = dq, None if saved[1] is None else dk
-    return *gradients_of(plain, saved, given, wanted), *(None,) * 7
+    return *gradients_of(plain, saved, given, wanted), *(None,) * 8
 
 
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Two:
-        ctx.save_for_backward(*args[:6])
-        ctx.options = args[6:]
-        found: Two = below_autograd(_qk_norm_rope, *args)
+        *given, compute = args
+        ctx.save_for_backward(*given[:6])
+        ctx.options = given[6:]
+        found: Two = compute(*given)
         return found
 
     @staticmethod
@@ -557,7 +557,7 @@ class _QKNormRope(torch.autograd.Function):
             dq, dk if has_k else None, *saved, *ctx.options, any(wanted)
         )
         weights = [dw[i] if asked else None for i, asked in enumerate(wanted)]
-        return new_q, new_k if has_k else None, *weights, *(None,) * 9
+        return new_q, new_k if has_k else None, *weights, *(None,) * 10
 
 
 differentiate(_qk_norm_rope, _QKNormRope, qk_norm_rope_reference)

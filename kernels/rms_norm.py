@@ -29,7 +29,7 @@ from liger_fx.kernels.launch import (
 )
 from liger_fx.kernels.layout import as_rows, as_wide, empty_rows_like, laid_out
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
     define_op,
     differentiable,
     differentiate,
@@ -38,6 +38,7 @@ from liger_fx.kernels.library import (
 from liger_fx.kernels.replay import Replayed
 
 FEW_STEPS = 4
+FEW_NUMBERS = 1 << 15
 MAX_WIDTH = 65_536  # a row is held in the registers of one program; wider ones use PyTorch
 
 
@@ -87,15 +88,20 @@ def _by_pytorch(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """The same in fewer passes, which nothing differentiates. (F.rms_norm takes twice the time of a
-    short row's.)"""
+    """The same in fewer steps, which nothing differentiates. Few numbers are bound by calls, which
+    torch.rms_norm does in one; many by memory, of which it takes more."""
+    is_few, out_dtype = x.numel() <= FEW_NUMBERS, out_dtype or x.dtype
+    if is_few and not offset and out_dtype is x.dtype is (x if weight is None else weight).dtype:
+        return torch.rms_norm(x, x.shape[-1:], weight, eps)
     dtype = compute_dtype(x, weight)
     wide = as_wide(x, dtype)
-    y = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     if weight is not None:
         weight = as_wide(weight, dtype)
-        y.mul_(weight + offset if offset else weight)
-    return as_wide(y, out_dtype or x.dtype)
+        weight = weight + offset if offset else weight
+    if is_few:
+        return as_wide(torch.rms_norm(wide, wide.shape[-1:], weight, eps), out_dtype)
+    y = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return as_wide(y if weight is None else y.mul_(weight), out_dtype)
 
 
 def rms_norm_backward_reference(
@@ -104,22 +110,27 @@ def rms_norm_backward_reference(
     weight: torch.Tensor | None,
     eps: float,
     offset: float,
+    weight_grad: bool,
     more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of x and weight by the formulas above, in PyTorch's own operations.
+    """The gradients of x and, if wanted, weight by the formulas above, in PyTorch's own operations.
 
     more: a gradient that x has from elsewhere, to which this one is added.
     """
     dtype = compute_dtype(x, weight)
-    wide, grad = x.to(dtype), dy.to(dtype)
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed = wide * r
-    g = grad if weight is None else grad * (weight.to(dtype) + offset)
-    dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
-    dx = (dx if more is None else dx.add_(more)).to(x.dtype)
+    wide, grad = as_wide(x, dtype), as_wide(dy, dtype)
+    r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed, dw = wide * r, None
     if weight is None:
-        return dx, None
-    return dx, (grad * normed).sum_to_size(weight.shape).to(weight.dtype)
+        g = grad.clone()
+    else:
+        scale = as_wide(weight, dtype)
+        g = grad * (scale + offset if offset else scale)
+    dx = g.addcmul_(normed, (g * normed).mean(-1, keepdim=True), value=-1).mul_(r)
+    dx = dx if more is None else dx.add_(more)
+    if weight is not None and weight_grad:
+        dw = as_wide(normed.mul_(grad).sum_to_size(weight.shape), weight.dtype)
+    return as_wide(dx, x.dtype), dw
 
 
 @triton.jit
@@ -263,10 +274,10 @@ def norm_backward(
     more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx, and dweight: of no elements unless `weight_grad`. more: as the reference has it."""
-    dx, dw = norm_backward_fake(dy, x, weight, eps, offset, weight_grad)
     if not uses_triton(dy, x, weight, more) or x.shape[-1] > MAX_WIDTH:
-        plain, plain_dw = rms_norm_backward_reference(dy, x, weight, eps, offset, more)
-        return laid_out(plain, x), plain_dw if plain_dw is not None and weight_grad else dw
+        plain, plain_dw = rms_norm_backward_reference(dy, x, weight, eps, offset, weight_grad, more)
+        return laid_out(plain, x), x.new_empty(0) if plain_dw is None else plain_dw
+    dx, dw = norm_backward_fake(dy, x, weight, eps, offset, weight_grad)
     if not dx.numel():
         return dx, dw.zero_()
     width = x.shape[-1]
@@ -345,7 +356,7 @@ def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return rms_norm_reference(x, weight, eps, offset, dy.dtype)
 
     grads = gradients_of(norm, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:2])
-    return *grads, None, None, None
+    return *grads, *(None,) * 4
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -357,17 +368,18 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         offset: float,
         out_dtype: torch.dtype | None,
+        compute: Compute,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.constants = eps, offset
-        return below_autograd(_rms_norm, x, weight, eps, offset, out_dtype)
+        return compute(x, weight, eps, offset, out_dtype)
 
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight_grad = ctx.needs_input_grad[1]
         dx, dw = rms_norm_backward(dy, *ctx.saved_tensors, *ctx.constants, weight_grad)
-        return dx, dw if weight_grad else None, None, None, None
+        return dx, dw if weight_grad else None, *(None,) * 4
 
 
 differentiate(_rms_norm, _RMSNorm, rms_norm_reference)
