@@ -13,7 +13,7 @@ same and costs 12 microseconds more per forward and backward.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,22 +33,47 @@ _dispatch_modes, _function_modes, _transforms, _jit_trace = (
 )
 
 
+class InSteps(NamedTuple):
+    """What computes an operator in two steps, between which the inputs of its derivative are saved.
+
+    begin: gives the results, computed or not; those that the derivative needs are. finish: takes
+    the results and the arguments, and computes the rest in place.
+
+    A checkpoint computes a layer again down to what is saved last and no further. PyTorch's linear
+    saves its input before it multiplies; so does the product of such an operator not come twice.
+    """
+
+    begin: Callable[..., Any]
+    finish: Callable[..., None]
+
+    def __call__(self, *args: Any) -> Any:
+        results = self.begin(*args)
+        self.finish(results, *args)
+        return results
+
+
 class Op:
     """An operator: called with plain tensors it computes, else PyTorch dispatches it.
 
-    overload: torch.ops.liger_fx.<name>.default. run: what computes. apply: runs it and records its
-    derivative.
+    overload: torch.ops.liger_fx.<name>.default. run: what computes. apply: records its derivative,
+    and computes by what it is given last.
     """
 
     def __init__(self, overload: Any, run: Callable[..., Any]) -> None:
         self.overload, self.run = overload, run
+        in_steps = isinstance(run, InSteps)
+        self.begin, self.finish = (run.begin, run.finish) if in_steps else (run, None)
         self.apply: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or not at_once(args):
             return self.overload(*args)
         if self.apply is not None and torch.is_grad_enabled() and _asks_gradient(args):
-            return self.apply(*args, self.run)
+            results = self.apply(*args, self.begin)
+            if self.finish is not None:
+                with torch.no_grad():
+                    self.finish(results, *args)
+            return results
         return self.run(*args)
 
 

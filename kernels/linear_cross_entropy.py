@@ -38,6 +38,7 @@ from liger_fx.kernels.library import (
     differentiate,
     refused,
 )
+from liger_fx.kernels.products import linear_into
 
 Tensors = tuple[torch.Tensor, ...]
 REDUCTIONS = ("mean", "sum")
@@ -362,10 +363,7 @@ def _compute(
     for start in range(0, rows, size):
         part = slice(start, start + size)
         z = buffer[: min(size, rows - start)]
-        if bias is None:
-            torch.mm(h[part], weight.t(), out=z)
-        else:
-            torch.addmm(bias, h[part], weight.t(), out=z)
+        linear_into(z, h[part], weight, bias)
         total += compute(z, labels[part], factor, form, any(wanted)).sum()
         if wanted[0]:
             torch.mm(z, weight, out=dh[part])

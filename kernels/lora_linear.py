@@ -26,11 +26,13 @@ import triton.language as tl
 from liger_fx.kernels.launch import Launch, ceil_div, launch, power_of_two, uses_triton
 from liger_fx.kernels.library import (
     Compute,
+    InSteps,
     define_op,
     differentiable,
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.products import add_product, linear_into, wide_product
 
 Optional = torch.Tensor | None
 
@@ -138,14 +140,7 @@ def _split(
     return y
 
 
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, accumulated in float32 and left there."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _forward(
+def _begin(
     x: torch.Tensor,
     dropped: Optional,
     weight: torch.Tensor,
@@ -154,18 +149,34 @@ def _forward(
     b: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result, and t for the backward: as it is, or in parts."""
-    y = F.linear(_rows(x), weight, bias)
+    """Room for the result, and t for the backward: as it is, or in parts."""
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     entering, rank = _rows(x if dropped is None else dropped), a.shape[0]
+    if not _is_split(x, a):
+        return y, F.linear(entering, a.to(x.dtype))
+    a_parts = _split(a.contiguous(), x.dtype, left=False, down=True)
+    t = wide_product(entering, a_parts[rank:].t())
+    return y, _split(t, x.dtype, left=True, summed=True)
+
+
+def _finish(
+    results: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    dropped: Optional,
+    weight: torch.Tensor,
+    bias: Optional,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+) -> None:
+    """The result, of x and of t."""
+    y, t = _rows(results[0]), results[1]
+    linear_into(y, _rows(x), weight, bias)
     if _is_split(x, a):
-        a_parts = _split(a.contiguous(), x.dtype, left=False, down=True)
-        t = _wide_product(entering, a_parts[rank:].t())
-        t = _split(t, x.dtype, left=True, summed=True)
         b = _split(b.contiguous(), x.dtype, left=False, factor=scaling)
     else:
-        t, b = F.linear(entering, a.to(x.dtype)), (b * scaling).to(x.dtype)
-    y.addmm_(t, b.t())
-    return y.view(*x.shape[:-1], y.shape[1]), t
+        b = (b * scaling).to(x.dtype)
+    add_product(y, t, b.t())
 
 
 def _is_split(x: torch.Tensor, a: torch.Tensor) -> bool:
@@ -197,11 +208,11 @@ def _backward(
     dx = rows @ weight if x_grad else x.new_empty(0)
     if _is_split(x, a):
         b_parts = _split(b.contiguous(), x.dtype, left=False, factor=scaling)
-        u = _split(_wide_product(rows, b_parts[:, rank:]), x.dtype, left=True, summed=True)
+        u = _split(wide_product(rows, b_parts[:, rank:]), x.dtype, left=True, summed=True)
         narrow_a = _split(a.contiguous(), x.dtype, left=False, down=True)
-        da = _wide_product(u[:, : 2 * rank].t(), entering)
+        da = wide_product(u[:, : 2 * rank].t(), entering)
         da = da[:rank] + da[rank:]
-        db = _wide_product(rows.t(), t[:, : 2 * rank])
+        db = wide_product(rows.t(), t[:, : 2 * rank])
         db = torch.add(db[:, :rank], db[:, rank:]).mul_(scaling).to(b.dtype)
     else:
         u, narrow_a = rows @ (b * scaling).to(x.dtype), a.to(x.dtype)
@@ -211,7 +222,7 @@ def _backward(
     if dropped is not None:
         ddropped = (u @ narrow_a).view(x.shape)
     elif x_grad:
-        dx.addmm_(u, narrow_a)
+        add_product(dx, u, narrow_a)
     return dx.view(x.shape) if x_grad else dx, ddropped, da, db
 
 
@@ -227,7 +238,7 @@ def _backward_fake(
 _lora_linear = define_op(
     "lora_linear(Tensor x, Tensor? dropped, Tensor weight, Tensor? bias, Tensor a, Tensor b,"
     " float scaling) -> (Tensor, Tensor)",
-    _forward,
+    InSteps(_begin, _finish),
     _forward_fake,
 )
 _lora_linear_backward = define_op(
