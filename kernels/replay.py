@@ -54,7 +54,10 @@ class Replayed:
     def _noting(self, kind: Hashable, *args: Any) -> Any:
         with _Notes(args) as notes, launches_noted() as launches:
             result = self.run(*notes.args)
-        self._again[kind] = notes.replay(launches, result) or self.run
+        try:
+            self._again[kind] = notes.replay(launches, result)
+        except _NotAll:
+            self._again[kind] = self.run
         return result
 
 
@@ -69,66 +72,69 @@ def _kind(args: tuple[Any, ...]) -> Hashable:
     return tuple(kind)
 
 
+class _NotAll(Exception):
+    """There was more than allocations and launches, or it is not clear on what."""
+
+
+class _Slot(NamedTuple):
+    """Where a launch takes a tensor: `offset` bytes from the first element of the tensor `name`."""
+
+    name: str
+    offset: int
+
+
 class _Notes(TorchDispatchMode):
-    """Writes down what is allocated; `args` are to be worked on."""
+    """Writes down what is allocated while `args`, which are others for the same, are worked on."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         super().__init__()
         # Each another object, whatever was given twice: an argument is known again by that.
         self.args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-        self.tensors = [a for a in self.args if isinstance(a, torch.Tensor)]
-        self.made: list[torch.Tensor] = []
+        self.tensors = {f"a{i}": a for i, a in enumerate(self.args) if isinstance(a, torch.Tensor)}
+        self.made: dict[str, torch.Tensor] = {}
         self.is_all = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _ALLOCATIONS:
-            self.made.append(result)
+            self.made[f"made{len(self.made)}"] = result
         elif not func.is_view and _has_tensors((args, kwargs, result)):
             self.is_all = False
         return result
 
-    def replay(self, launches: list[Started | None], result: Any) -> _Replay | None:
-        """The work as it was written down; None if it was more, or if it is not clear on what."""
-        results = result if isinstance(result, tuple) else (result,)
-        places = [self._place(each) for each in results]
-        steps = [None if each is None else self._step(each) for each in launches]
-        if not self.is_all or None in places or None in steps:
-            return None
-        return _Replay(
-            tuple(i for i, a in enumerate(self.args) if isinstance(a, torch.Tensor)),
-            [(t.shape, t.stride(), t.dtype) for t in self.made],
-            [step for step in steps if step is not None],
-            [len(self.tensors) + place for place in places if place is not None],
-            isinstance(result, tuple),
-        )
+    def replay(self, launches: list[Started | None], result: Any) -> Callable[..., Any]:
+        """A function of such arguments that does what was written down."""
+        if not self.is_all:
+            raise _NotAll
+        source = _Source(len(self.args))
+        for name, tensor in self.made.items():
+            source.allocate(name, tensor)
+        for launch in launches:
+            if launch is None:
+                raise _NotAll
+            args = [self._slot(a) if isinstance(a, torch.Tensor) else a for a in launch.args]
+            source.launch(launch.start, args)
+        if isinstance(result, tuple):
+            return source.function(f"{', '.join(map(self._made, result))},")
+        return source.function(self._made(result))
 
-    def _step(self, started: Started) -> _Step | None:
-        slots = []
-        for i, arg in enumerate(started.args):
-            if isinstance(arg, torch.Tensor):
-                source = self._source(arg)
-                if source is None:
-                    return None
-                slots.append((i, *source))
-        return _Step(started.start, list(started.args), slots)
-
-    def _source(self, tensor: torch.Tensor) -> tuple[int, int] | None:
-        """Which of the tensors it is a part of, and how many bytes from that one's first element.
-
-        One that was given is known by itself, for several may lie in one memory. What was allocated
-        or viewed is told by its memory, if no other lies there."""
-        known = self.tensors + self.made
-        there = [i for i, other in enumerate(known) if other is tensor]
-        there = there or [i for i, other in enumerate(known) if _memory(other) == _memory(tensor)]
+    def _slot(self, tensor: torch.Tensor) -> _Slot:
+        """One that was given is known by itself, for several may lie in one memory. What was
+        allocated or viewed is told by its memory, if no other lies there."""
+        known = self.tensors | self.made
+        there = [name for name, other in known.items() if other is tensor]
+        there = there or [n for n, other in known.items() if _memory(other) == _memory(tensor)]
         if len(there) != 1:
-            return None
-        return there[0], tensor.data_ptr() - known[there[0]].data_ptr()
+            raise _NotAll
+        return _Slot(there[0], tensor.data_ptr() - known[there[0]].data_ptr())
 
-    def _place(self, tensor: torch.Tensor) -> int | None:
+    def _made(self, tensor: torch.Tensor) -> str:
         """Which of the allocations it is, as a whole."""
         facts = _facts(tensor)
-        return next((i for i, other in enumerate(self.made) if _facts(other) == facts), None)
+        found = [name for name, other in self.made.items() if _facts(other) == facts]
+        if not found:
+            raise _NotAll
+        return found[0]
 
 
 def _has_tensors(values: Any) -> bool:
@@ -143,43 +149,43 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class _Step(NamedTuple):
-    """One launch. slots: where tensors stand among `args`, which they are, and the bytes to add."""
+class _Source:
+    """The function as Python source: a replay looks nothing up."""
 
-    start: Callable[..., None]
-    args: list[Any]
-    slots: list[tuple[int, int, int]]
+    def __init__(self, arguments: int) -> None:
+        self.scope: dict[str, Any] = {"empty_strided": torch.empty_strided, "view": _view}
+        self.lines = [f"def replay({', '.join(f'a{i}' for i in range(arguments))}):"]
 
+    def allocate(self, name: str, like: torch.Tensor) -> None:
+        dtype, device = self._constant(like.dtype), self._constant(like.device)
+        layout = f"{tuple(like.shape)}, {like.stride()}, dtype={dtype}, device={device}"
+        self.lines.append(f"    {name} = empty_strided({layout})")
 
-class _Replay(NamedTuple):
-    """inputs: where the tensors stand among the arguments. allocations: shape, stride and dtype of
-    each. results: which of the tensors, those allocated after those given."""
+    def launch(self, start: Callable[..., None], args: list[Any]) -> None:
+        passed = (_address(a) if isinstance(a, _Slot) else self._constant(a) for a in args)
+        self.lines.append(f"    {self._constant(start)}({', '.join(passed)})")
 
-    inputs: tuple[int, ...]
-    allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
-    steps: list[_Step]
-    results: list[int]
-    is_tuple: bool
+    def function(self, result: str) -> Callable[..., Any]:
+        exec("\n".join([*self.lines, f"    return {result}"]), self.scope)
+        made: Callable[..., Any] = self.scope["replay"]
+        return made
 
-    def __call__(self, *args: Any) -> Any:
-        tensors = [args[i] for i in self.inputs]
-        device = tensors[0].device
-        for shape, stride, dtype in self.allocations:
-            tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        for start, given, slots in self.steps:
-            filled = given.copy()
-            for i, source, offset in slots:
-                filled[i] = _pointer(tensors[source], offset)
-            start(*filled)
-        if self.is_tuple:
-            return tuple([tensors[i] for i in self.results])
-        return tensors[self.results[0]]
+    def _constant(self, value: Any) -> str:
+        if value is None or type(value) in (int, bool):
+            return repr(value)
+        name = f"c{len(self.scope)}"
+        self.scope[name] = value
+        return name
 
 
-def _pointer(tensor: torch.Tensor, offset: int) -> Any:
+def _address(slot: _Slot) -> str:
     """What a compiled kernel takes for a tensor: its address, and asks no more. The interpreter
     wants a tensor."""
-    if not INTERPRETED:
-        return tensor.data_ptr() + offset
+    if INTERPRETED:
+        return f"view({slot.name}, {slot.offset})"
+    return f"{slot.name}.data_ptr()" + (f" + {slot.offset}" if slot.offset else "")
+
+
+def _view(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     start = tensor.storage_offset() + offset // tensor.element_size()
     return tensor.as_strided((1,), (1,), start) if offset else tensor
