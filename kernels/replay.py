@@ -23,6 +23,8 @@ from liger_fx.kernels.launch import INTERPRETED, Started, launches_noted
 
 _ATEN = torch.ops.aten
 _ALLOCATIONS = (_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty)
+# torch.cuda.current_device asks first whether CUDA is there.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 # Kinds that one operator remembers; with one more it begins anew.
 MOST = 1024
 
@@ -40,7 +42,7 @@ class Replayed:
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
-        if not (first.is_cuda and first.get_device() == torch.cuda.current_device() or INTERPRETED):
+        if not (INTERPRETED or (first.is_cuda and first.get_device() == _current_device())):
             return self.run(*args)
         kind = _kind(args)
         again = self._again.get(kind)

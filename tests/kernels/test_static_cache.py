@@ -9,7 +9,6 @@ from liger_fx.kernels.launch import INTERPRETED
 from liger_fx.kernels.static_cache import append_position
 from tests.kernels.accuracy import DEVICE, DTYPES, Draw, drawing
 
-Tensors = tuple[torch.Tensor, ...]
 # batch, heads, width of a key and of a value; the last are more than one program's.
 SHAPES = [(1, 2, 8, 8), (3, 5, 12, 7), (40, 16, 16, 16)]
 
@@ -36,14 +35,14 @@ def spelled(
 def test_position_after_position(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     batch, heads, key_dim, value_dim = shape
     draw = drawing(dtype)
-    ours = (
+    ours = [
         draw(batch, heads, 6, key_dim),
         draw(batch, heads, 6, value_dim),
         torch.tensor(3, device=DEVICE),
-    )
+    ]
     plain = [t.clone() for t in ours]
     for _ in range(3):
-        new = position(draw, batch, heads, key_dim), position(draw, batch, heads, value_dim)
+        new = [position(draw, batch, heads, dim) for dim in (key_dim, value_dim)]
         append_position(*ours, *new)
         spelled(*plain, *new)
         assert all(map(torch.equal, ours, plain))
