@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-# Of so few rows cuBLAS has several programs sum parts of a product, which it rounds to the result's
-# dtype before it adds them.
+# For products of few rows cuBLAS may add parts of a sum in the result's own dtype, which PyTorch
+# allows (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction).
 FEW_ROWS = 16
 
 
