@@ -50,9 +50,7 @@ def create_masks_for_generate(
 
 def _fits(seen: torch.Tensor | None, layer: StaticLayer) -> bool:
     return seen is None or (
-        seen.ndim == 2
-        and seen.shape[1] <= layer.max_cache_len
-        and seen.device == layer.keys.device
+        seen.ndim == 2 and seen.shape[1] <= layer.max_cache_len and seen.device == layer.keys.device
     )
 
 
