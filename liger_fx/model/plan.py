@@ -24,6 +24,7 @@ from liger_fx.tracing.check import Check
 from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Guards, Take, compile_take
 from liger_fx.tracing.leaf_modules import is_leaf
+from liger_fx.tracing.reads import Attributes, Surroundings
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
 from liger_fx.tracing.tree_state import (
     Kind,
@@ -59,6 +60,7 @@ class Plan:
         self.opaque: list[OpaqueLeaf] = trace.opaque
         self.paths = sorted({call.path for call in trace.calls})
         self.result: Result | None = trace.result
+        self.read = trace.read
         self.sites, self.operators = sites, before
         self.assume(trace.root)
         self._prepare()
@@ -70,6 +72,7 @@ class Plan:
         guards: Guards,
         opaque: list[OpaqueLeaf],
         paths: list[str],
+        read: Mapping[str, tuple[str, ...]],
         sites: tuple[Site, ...],
         operators: Operators | None,
     ) -> Plan:
@@ -77,6 +80,7 @@ class Plan:
         plan = cls.__new__(cls)
         plan.graph, plan.guards, plan.opaque = graph, guards, opaque
         plan.paths, plan.sites, plan.operators, plan.result = paths, sites, operators, None
+        plan.read = read
         plan._prepare()
         return plan
 
@@ -86,11 +90,14 @@ class Plan:
         there = _modules_at(block, self.paths)
         followed = {path: m for path, m in there.items() if not is_leaf(m)}
         followed |= self._taken_apart(block)
-        facts = TreeFacts.of(block, followed)
+        called = _modules_at(block, self._called_paths)
+        facts = TreeFacts.of(block, followed, called)
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
         self.members = ModuleFacts.of(followed)
+        self.attributes = Attributes(block, self.read)
+        self.surroundings = Surroundings(followed.values())
         self._forget()
 
     def _taken_apart(self, block: nn.Module) -> Modules:
@@ -119,14 +126,26 @@ class Plan:
         return path in self.called and len(self.called[path].members) == 1
 
     def fits(self, block: nn.Module) -> bool:
-        """Whether the dtypes, devices and configs of the tree are those the graph was made for."""
+        """Whether the dtypes, devices and configs of the tree are those the graph was made for, and
+        its code would find in Python what it found."""
         check = Check()
         add_facts(check, self._tree(block))
+        self._add_read(check, block)
         return check.compiled()()
+
+    def _add_read(self, check: Check, block: nn.Module) -> None:
+        self.attributes.add_to(check, block)
+        self.surroundings.add_to(check)
 
     def _tree(self, block: nn.Module) -> Tree:
         modules = self.followed_modules(block)
         return Tree.of(block, modules, self.facts, self.guards, self._places, self.members)
+
+    @property
+    def _called_paths(self) -> list[str]:
+        """The paths of the modules that the graph calls as they are, blocks aside."""
+        nodes = self.graph.find_nodes(op="call_module")
+        return sorted({str(n.target) for n in nodes if "plan" not in n.meta})
 
     @functools.cached_property
     def _places(self) -> list[str]:
@@ -140,6 +159,7 @@ class Plan:
         (What a layer returns depends on what the graph around it checks as well: dtypes, configs.)
         """
         add_state(check, self._tree(block))
+        self._add_read(check, block)
         for path, number in self.inner:
             alike = _alike_of(inner := module_at(block, path))
             if alike is None:  # gone, which the state above tells

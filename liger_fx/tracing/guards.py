@@ -141,7 +141,7 @@ class Guards:
         if self.attention_fixed:
             lines.append("so does its attention implementation")
         lines.append("no hook stands on a module that the graph goes through, or on all modules")
-        lines.append("plain attributes of its modules (eps, scaling) stay so: this is not checked")
+        lines.append("what the code read of its modules' attributes and of globals stays so")
         return lines
 
     def add_modes(self, check: Check) -> None:

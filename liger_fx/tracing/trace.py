@@ -99,7 +99,10 @@ class Result:
 
 @dataclass
 class Trace:
-    """The graph of one block for one kind of call; the graph's targets are paths below ``root``."""
+    """The graph of one block for one kind of call; the graph's targets are paths below ``root``.
+
+    read: the attributes that the code read, by the path of the module.
+    """
 
     graph: fx.Graph
     root: torch.nn.Module
@@ -107,3 +110,4 @@ class Trace:
     guards: Guards
     opaque: list[OpaqueLeaf]
     result: Result
+    read: dict[str, tuple[str, ...]]

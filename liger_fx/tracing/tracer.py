@@ -74,6 +74,7 @@ from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.outside import Key, Outside, caches_bypassed
 from liger_fx.tracing.patches import patched, put_aside
 from liger_fx.tracing.reach import reach_of
+from liger_fx.tracing.reads import names_read
 from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
 from liger_fx.tracing.size_guards import check_known, size_guards
@@ -193,6 +194,7 @@ class HFTracer(fx.Tracer, Recording):
         self.leaves = TransformersLeaves(self.recorder, self.members, self)
         self.reads: list[Read] = []
         self.numbers: dict[str, Read] = {}
+        self._read: dict[str, set[str]] = {}
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
@@ -221,7 +223,8 @@ class HFTracer(fx.Tracer, Recording):
             root.register_buffer(path, tensor, persistent=False)
         self._finish(output)
         leaves = list(self.opaque_leaves.values())
-        return Trace(self.graph, root, self.calls, self._guards(call), leaves, result)
+        read = {path: tuple(sorted(names)) for path, names in sorted(self._read.items())}
+        return Trace(self.graph, root, self.calls, self._guards(call), leaves, result, read)
 
     def let_go(self) -> None:
         """Hold nothing more after the trace: the tracer's parts hold each other, and the caller's
@@ -614,6 +617,14 @@ class HFTracer(fx.Tracer, Recording):
     def is_hidden(self, module: nn.Module, name: str) -> bool:
         """Whether the code that reads this attribute must not see it."""
         return (module, name) in self.hidden.places
+
+    def note_read(self, module: nn.Module, name: str) -> None:
+        """The model's code reads this attribute."""
+        path = self.members.path_of(module)
+        if path is not None:
+            own = {*self.plans.attributes, *self.plans.fixed_attributes}
+            names = (n for n in names_read(module, name) if f"{path}.{n}".lstrip(".") not in own)
+            self._read.setdefault(path, set()).update(names)
 
     def _refuse_fixed_sizes(self) -> None:
         """A batch size or length that a module forces to one number makes the graph useless: find

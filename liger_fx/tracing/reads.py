@@ -1,0 +1,122 @@
+"""What the code of a trace read of the world in Python: attributes of modules, and names outside
+them.
+
+self.scaling, getattr(self, "gate", None)     noted as they are read, by the module's path
+TABLE["a"], rotate_half, Attention.chunk      found in the compiled code (reach.py)
+
+A graph holds what was found there, so a call looks whether it is there still.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from liger_fx.tracing.check import Check
+from liger_fx.tracing.held import NOTHING, Held
+from liger_fx.tracing.reach import Place, reach_of
+from liger_fx.tracing.tree_state import is_named
+from liger_fx.tracing.walk import module_at
+
+Names = Mapping[str, Iterable[str]]  # of attributes that were read, by the path of the module
+# Modes are guarded for themselves; what transformers notes as it installs its own hooks.
+_APART = frozenset(nn.Module().__dict__) | {"_output_capturing_hooks_installed"}
+_IN_GROUPS = ("_parameters", "_buffers", "_modules")
+
+
+class Attributes:
+    """Attributes of the modules below a root, as they are now; ``held`` has None for one that is
+    not there.
+
+    Tensors and modules are none of them: a graph reads these as it runs. Nor are configs, whose
+    values are guarded for themselves.
+    """
+
+    def __init__(self, root: nn.Module, names: Names) -> None:
+        self.held: dict[tuple[str, str], Held | None] = {}
+        for path, own in names.items():
+            module = module_at(root, path)
+            if module is None or is_named(module):
+                continue
+            for name in own:
+                value = _attribute(module, name)
+                if not isinstance(value, (torch.Tensor, nn.Module, PreTrainedConfig)):
+                    self.held[path, name] = None if value is NOTHING else Held(value)
+
+    def hold(self, root: nn.Module) -> bool:
+        """Whether they are the same below this root."""
+        check = Check()
+        self.add_to(check, root)
+        return check.compiled()()
+
+    def add_to(self, check: Check, root: nn.Module) -> None:
+        """Add that they are the same below this root."""
+        for (path, name), held in self.held.items():
+            module = module_at(root, path)
+            if module is None or is_named(module):  # gone: told elsewhere
+                continue
+            attributes = module.__dict__
+            if held is None:
+                check.add("{} not in {}", name, attributes)
+            else:
+                now = attributes.get(name, NOTHING)
+                held.add_to(check, now, "{}[{}]", attributes, name)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """What is there under that name: of the module itself, no matter what its class has."""
+    groups = (module.__dict__, *(module.__dict__[group] for group in _IN_GROUPS))
+    return next((group[name] for group in groups if name in group), NOTHING)
+
+
+def names_read(module: nn.Module, name: str) -> Iterable[str]:
+    """The attributes that code reads where it asks for this one."""
+    if name == "__dict__":
+        return module.__dict__.keys() - _APART
+    return () if name in _APART or name.startswith("__") else (name,)
+
+
+class Surroundings:
+    """What the code of some modules finds outside them, as it is now.
+
+    They belong to this process: pickled, they are those of where they are read, if they stood.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        reaches = dict.fromkeys(reach for module in modules for reach in reach_of(module))
+        places = {place.key: place for reach in reaches for place in reach.places}
+        self._held: list[tuple[Place, Held]] | None = []
+        for place in places.values():
+            if not isinstance(value := place.value(), types.ModuleType):
+                self._held.append((place, Held(value)))
+
+    def stand(self) -> bool:
+        """Whether all of it is as it was."""
+        check = Check()
+        self.add_to(check)
+        return check.compiled()()
+
+    def add_to(self, check: Check) -> None:
+        """Add that all of it is as it was."""
+        for place, held in self._held or ():
+            held.add_to(check, place.value(), *_reading(place))
+
+    def __deepcopy__(self, memo: Any) -> Surroundings:
+        return self
+
+
+def _reading(place: Place) -> tuple[Any, ...]:
+    """The expression that reads a place in the fewest steps, and its values."""
+    owner, name = place
+    if isinstance(owner, dict):
+        return "{}[{}]", owner, name
+    if isinstance(owner, types.FunctionType):
+        return f"{{}}.{name}", owner
+    if isinstance(owner, type):
+        return "{}.get({})", vars(owner), name
+    return "{}()", place.value
