@@ -97,7 +97,7 @@ class Plan:
         self.facts = facts
         self.members = ModuleFacts.of(followed)
         self.attributes = Attributes(block, self.read)
-        self.surroundings = Surroundings(followed.values())
+        self.surroundings: Surroundings | None = Surroundings(followed.values())
         self._forget()
 
     def _taken_apart(self, block: nn.Module) -> Modules:
@@ -115,15 +115,16 @@ class Plan:
             self.called = {path: block.get_submodule(path)._block.alike for path in paths}
 
     def stands(self, block: Any) -> bool:
-        """Whether the blocks that the graph calls are there, and grouped as they were."""
-        there = {path: module_at(block, path) for path in self.called}
-        if any(_alike_of(there[path]) is not alike for path, alike in self.called.items()):
-            return False
-        alone = [(path, n) for path, n in self.inner if self._is_alone(path)]
-        return all(self.called[path].plans[n].stands(there[path]) for path, n in alone)
-
-    def _is_alone(self, path: str) -> bool:
-        return path in self.called and len(self.called[path].members) == 1
+        """Whether its code would find in Python what it found, and the blocks that the graph calls
+        are there, grouped as they were, and the same is true of them."""
+        check = Check()
+        self._add_read(check, block)
+        there = {path: module_at(block, path) for path, _ in self.inner}
+        return (
+            check.compiled()()
+            and all(_alike_of(there[path]) is alike for path, alike in self.called.items())
+            and all(_serves_in(there[path], number) for path, number in self.inner)
+        )
 
     def fits(self, block: nn.Module) -> bool:
         """Whether the dtypes, devices and configs of the tree are those the graph was made for, and
@@ -135,6 +136,8 @@ class Plan:
 
     def _add_read(self, check: Check, block: nn.Module) -> None:
         self.attributes.add_to(check, block)
+        if self.surroundings is None:  # it was pickled
+            self.surroundings = Surroundings(self.followed_modules(block).values())
         self.surroundings.add_to(check)
 
     def _tree(self, block: nn.Module) -> Tree:
@@ -257,6 +260,12 @@ def _modules_at(root: nn.Module, paths: Iterable[str]) -> Modules:
     """Those of the modules that are there."""
     found = ((path, module_at(root, path)) for path in paths)
     return {path: module for path, module in found if module is not None}
+
+
+def _serves_in(block: nn.Module, number: int) -> bool:
+    """Whether the plan of that number is one of the block as it is."""
+    alike = _alike_of(block)
+    return alike is not None and bool(alike.plans[number].stands(block))
 
 
 def _alike_of(module: Any) -> Any:

@@ -19,7 +19,6 @@ from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.contents import Kind, is_same, look_at
 
-NOTHING = object()
 _PLAIN = (*PLAIN, complex, bytes)
 _SIZED = (dict, list, set)
 _TRACING = __name__.rpartition(".")[0]

@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from liger_fx.tracing.held import original
+
 _MOST_FUNCTIONS = 2000
+_OF_A_FUNCTION = ("__dict__", "__defaults__", "__kwdefaults__", "__code__")
 _CACHED = functools._lru_cache_wrapper
 # What is called there keeps no state of a model's.
 _LIBRARIES = frozenset({"torch", "numpy", "triton", "liger_fx", "einops", *sys.stdlib_module_names})
@@ -70,11 +73,17 @@ class Place(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Reach:
     """places: where code finds values. caches: of these, functions with a cache. names: all that
-    the code names."""
+    the code names. functions: the places of what was walked through, and that."""
 
     places: tuple[Place, ...]
     caches: tuple[Place, ...]
     names: frozenset[str]
+    functions: tuple[tuple[Place, Any], ...]
+
+    @property
+    def stands(self) -> bool:
+        """Whether the code is that still."""
+        return all(original(place.value()) is then for place, then in self.functions)
 
 
 def is_cached(value: Any) -> bool:
@@ -99,12 +108,18 @@ def reach_of(module: nn.Module) -> Iterator[Reach]:
 
 def _of_code(code: Any) -> Reach:
     found = _REACH.get(code)
-    if found is None:
+    if found is None or not found.stands:
         walk = _Walk(code)
         caches = tuple(place for place in walk.places if is_cached(place.value()))
-        found = Reach(tuple(walk.places), caches, frozenset(walk.names))
+        functions = tuple((p, original(v)) for p in walk.places if _is_code(v := p.value()))
+        found = Reach(tuple(walk.places), caches, frozenset(walk.names), functions)
         _REACH[code] = found
     return found
+
+
+def _is_code(value: Any) -> bool:
+    kinds = (types.FunctionType, types.CodeType, functools.partial, property, classmethod)
+    return isinstance(value, (*kinds, staticmethod, _CACHED))
 
 
 _FUNCTIONS = (types.FunctionType, functools.partial, _CACHED)
@@ -144,8 +159,8 @@ class _Walk:
         if _of_a_library(value.__globals__.get("__name__", "")):  # a decorator's, say
             yield from map(_in_cell, value.__closure__ or ())
             return
-        yield from self._note(value, "__dict__")
-        yield from self._note(value, "__defaults__")
+        for name in _OF_A_FUNCTION:
+            yield from self._note(value, name)
         code = value.__code__
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
             yield from self._note(cell, name)

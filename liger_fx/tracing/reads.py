@@ -18,8 +18,8 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from liger_fx.tracing.check import Check
-from liger_fx.tracing.held import NOTHING, Held
-from liger_fx.tracing.reach import Place, reach_of
+from liger_fx.tracing.held import Held
+from liger_fx.tracing.reach import NOTHING, Place, reach_of
 from liger_fx.tracing.tree_state import is_named
 from liger_fx.tracing.walk import module_at
 
@@ -84,13 +84,15 @@ def names_read(module: nn.Module, name: str) -> Iterable[str]:
 class Surroundings:
     """What the code of some modules finds outside them, as it is now.
 
-    They belong to this process: pickled, they are those of where they are read, if they stood.
+    They belong to this process. Pickled they are None: what is there where that is read; but where
+    they did not stand they never will.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         reaches = dict.fromkeys(reach for module in modules for reach in reach_of(module))
         places = {place.key: place for reach in reaches for place in reach.places}
-        self._held: list[tuple[Place, Held]] | None = []
+        self._held: list[tuple[Place, Held]] = []
+        self._is_of_the_past = False
         for place in places.values():
             if not isinstance(value := place.value(), types.ModuleType):
                 self._held.append((place, Held(value)))
@@ -103,11 +105,24 @@ class Surroundings:
 
     def add_to(self, check: Check) -> None:
         """Add that all of it is as it was."""
-        for place, held in self._held or ():
+        if self._is_of_the_past:
+            check.add("False")
+        for place, held in self._held:
             held.add_to(check, place.value(), *_reading(place))
 
     def __deepcopy__(self, memo: Any) -> Surroundings:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _pickled, (self.stand(),)
+
+
+def _pickled(stood: bool) -> Surroundings | None:
+    if stood:
+        return None
+    past = Surroundings(())
+    past._is_of_the_past = True
+    return past
 
 
 def _reading(place: Place) -> tuple[Any, ...]:
@@ -118,5 +133,5 @@ def _reading(place: Place) -> tuple[Any, ...]:
     if isinstance(owner, types.FunctionType):
         return f"{{}}.{name}", owner
     if isinstance(owner, type):
-        return "{}.get({})", vars(owner), name
+        return "{}.get({}, {})", vars(owner), name, NOTHING
     return "{}()", place.value
