@@ -181,6 +181,7 @@ class GuardsRecord:
     shapes: dict[Path, list[int]] = absent({})
     dtypes: dict[Path, torch.dtype] = absent({})
     trained: dict[Path, bool] = absent({})
+    layouts: dict[Path, tuple[list[int], int]] = absent({})
 
 
 @dataclass(frozen=True)

@@ -74,16 +74,22 @@ MODES: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What the code asked of parameters and buffers, and found, by path."""
+    """What the code asked of parameters and buffers, and found, by path; ``layouts`` are strides and
+    the offset."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     trained: dict[str, bool] = field(default_factory=dict)
+    layouts: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """Each as a line of text."""
         lines = [f"{path} is of shape {shape}" for path, shape in self.shapes.items()]
         lines += [f"{path} is {dtype}" for path, dtype in self.dtypes.items()]
+        lines += [
+            f"{path} has strides {strides}, and starts at {offset}"
+            for path, (strides, offset) in self.layouts.items()
+        ]
         return lines + [
             f"{path} is {'trained' if on else 'frozen'}" for path, on in self.trained.items()
         ]

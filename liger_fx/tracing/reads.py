@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from liger_fx.tracing.call import TENSORS
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.held import Held
 from liger_fx.tracing.reach import NOTHING, Place, reach_of
@@ -33,20 +34,25 @@ class Attributes:
     """Attributes of the modules below a root, as they are now; ``held`` has None for one that is
     not there.
 
-    Tensors and modules are none of them: a graph reads these as it runs. Nor are configs, whose
-    values are guarded for themselves.
+    Modules are none of them: a graph calls these as it runs. Nor are configs, whose values are
+    guarded for themselves. Of tensors, which it reads as it runs, the class stays, and which of them
+    are one.
     """
 
     def __init__(self, root: nn.Module, names: Names) -> None:
         self.held: dict[tuple[str, str], Held | None] = {}
+        self.tensors: dict[tuple[str, str], type | None] = {}
         for path, own in names.items():
             module = module_at(root, path)
             if module is None or is_named(module):
                 continue
             for name in own:
-                value = _attribute(module, name)
-                if not isinstance(value, (torch.Tensor, nn.Module, PreTrainedConfig)):
+                value = attribute(module, name)
+                if isinstance(value, torch.Tensor):
+                    self.tensors[path, name] = _kind(value)
+                elif not isinstance(value, (nn.Module, PreTrainedConfig)):
                     self.held[path, name] = None if value is NOTHING else Held(value)
+        self._tied = _pattern(*(attribute(module_at(root, p), n) for p, n in self.tensors))
 
     def hold(self, root: nn.Module) -> bool:
         """Whether they are the same below this root."""
@@ -56,6 +62,7 @@ class Attributes:
 
     def add_to(self, check: Check, root: nn.Module) -> None:
         """Add that they are the same below this root."""
+        self._add_tensors(check, root)
         for (path, name), held in self.held.items():
             module = module_at(root, path)
             if module is None or is_named(module):  # gone: told elsewhere
@@ -68,7 +75,33 @@ class Attributes:
                 held.add_to(check, now, "{}[{}]", attributes, name)
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
+    def _add_tensors(self, check: Check, root: nn.Module) -> None:
+        places: list[Any] = []
+        for (path, name), kind in self.tensors.items():
+            module = module_at(root, path)
+            if module is None or is_named(module):
+                return
+            groups = (module.__dict__, module._parameters, module._buffers)
+            group = next((group for group in groups if name in group), {})
+            check.add("{}({}[{}]) is {}", _kind, group, name, kind)
+            places += [group, name]
+        if len(self.tensors) > 1:
+            values = ", ".join(["{}[{}]"] * len(self.tensors))
+            check.add(f"{{}}({values}) == {{}}", _pattern, *places, self._tied)
+
+
+def _kind(tensor: Any) -> Any:
+    """The class of a tensor; None for any that is handled as PyTorch's own is."""
+    return None if type(tensor) in TENSORS else type(tensor)
+
+
+def _pattern(*values: Any) -> tuple[int, ...]:
+    """Which of these values are one."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(value), i) for i, value in enumerate(values))
+
+
+def attribute(module: nn.Module, name: str) -> Any:
     """What is there under that name: of the module itself, no matter what its class has."""
     groups = (module.__dict__, *(module.__dict__[group] for group in _IN_GROUPS))
     return next((group[name] for group in groups if name in group), NOTHING)

@@ -74,7 +74,7 @@ from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.outside import Key, Outside, caches_bypassed
 from liger_fx.tracing.patches import patched, put_aside
 from liger_fx.tracing.reach import reach_of
-from liger_fx.tracing.reads import names_read
+from liger_fx.tracing.reads import attribute, names_read
 from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
 from liger_fx.tracing.size_guards import check_known, size_guards
@@ -82,6 +82,7 @@ from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
 from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.streams import Streams
 from liger_fx.tracing.torch_calls import is_model_code, source_line
+from liger_fx.tracing.touched import Touched
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 from liger_fx.tracing.tree_state import asks_mode, hooks_of, is_capturing
@@ -195,6 +196,7 @@ class HFTracer(fx.Tracer, Recording):
         self.reads: list[Read] = []
         self.numbers: dict[str, Read] = {}
         self._read: dict[str, set[str]] = {}
+        self._touched = Touched()
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
@@ -235,6 +237,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _guards(self, call: CallSpec) -> Guards:
         """The assumptions of the trace that just finished in this thread's modes."""
+        self.recorder.facts.note_used(self._used_tensors())
         asked = self.recorder.facts.grad_mode_asked or not torch.is_grad_enabled()
         sizes = self.size_guards
         if values := self._asked_attributes(sizes):
@@ -257,6 +260,15 @@ class HFTracer(fx.Tracer, Recording):
             modes=self.recorder.facts.modes,
             tensors=self.recorder.facts.tensors,
         )
+
+    def _used_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the model that the graph reads by itself, by path."""
+        found = {p: operator.attrgetter(p)(self.root) for p in self._get_attr_nodes}
+        return {
+            path: value
+            for path, value in found.items()
+            if isinstance(value, torch.Tensor) and path not in self._constants
+        }
 
     def _device_types(self, call: CallSpec) -> tuple[str, ...]:
         """The devices of the inputs and parameters. (Blocks inside look at theirs themselves.)"""
@@ -485,6 +497,7 @@ class HFTracer(fx.Tracer, Recording):
                 kept += recorder.questions[before:]
                 recorder.decisive += kept
             changed_by_call(values)
+            self._touched.add(block)
             made = self._with_objects(recorder.bind(made, node), node)
         _let_collect(block, args, made)
         return made
@@ -508,6 +521,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _call_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         recorder, keys = self.recorder, collected()
+        self._touched.add(module)
         if keys and collects_inside(module, keys):
             text = f"{', '.join(keys)} of modules inside it are collected"
             raise Untraceable([*self._stack(), (path, module)], None, text)
@@ -620,6 +634,9 @@ class HFTracer(fx.Tracer, Recording):
 
     def note_read(self, module: nn.Module, name: str) -> None:
         """The model's code reads this attribute."""
+        if self._touched.may_have_changed(module, name, attribute(module, name)):
+            owner = type(module).__name__
+            raise CannotRecord(f"{name} of a {owner}, which what was called may change, is read")
         path = self.members.path_of(module)
         if path is not None:
             own = {*self.plans.attributes, *self.plans.fixed_attributes}

@@ -219,9 +219,16 @@ def _add_tensors(check: Check, root: nn.Module, asked: TensorFacts) -> None:
         for path, value in found.items():
             condition = f"getattr({{}}.get({{}}), '{attribute}', None) == {{}}"
             check.add(condition, *_group_of_tensor(root, path), value)
+    for path, layout in asked.layouts.items():
+        check.add("{}({}.get({})) == {}", _layout, *_group_of_tensor(root, path), layout)
     for path, on in asked.trained.items():
         condition = f"getattr({{}}.get({{}}), 'requires_grad', None) is {on}"
         check.add(condition, *_group_of_tensor(root, path))
+
+
+def _layout(tensor: Any) -> Any:
+    is_plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    return (tensor.stride(), tensor.storage_offset()) if is_plain else None
 
 
 def _group_of_tensor(root: nn.Module, path: str) -> tuple[dict[str, Any], str]:

@@ -304,3 +304,87 @@ def test_the_limit_of_graphs_is_told() -> None:
             torch.testing.assert_close(opt(x), model(x))
     told = [str(w.message) for w in caught if issubclass(w.category, FallbackWarning)]
     assert len(told) == 1 and "more than 16 ways" in told[0]
+
+
+class ReadsTensors(nn.Module):
+    """Asks of its tensors what a trace answers for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.n = nn.Linear(8, 8), nn.Linear(8, 8), nn.RMSNorm(8)
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.register_buffer("rows", torch.ones(3, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.b(self.a(self.n(x))) @ self.w
+        h = h * (2 if self.a.weight is self.b.weight else 3)
+        h = h + (1 if self.w.t().is_contiguous() else 0) + self.rows.storage_offset()
+        h = h * (5 if type(self.w) is nn.Parameter else 7)
+        return h / self.rows.t().shape[1]
+
+
+class OfItsOwn(nn.Parameter):
+    pass
+
+
+TENSORS: dict[str, Callable[[Any], object]] = {
+    "two are tied": lambda m: setattr(m.b, "weight", m.a.weight),
+    "strides by .data": lambda m: setattr(m.w, "data", m.w.data.t().contiguous().t()),
+    "strides by set_": lambda m: torch.no_grad()(m.w.set_)(torch.randn(8, 8).t()),
+    "an offset": lambda m: setattr(m, "rows", torch.ones(4, 8)[1:]),
+    "a shape": lambda m: setattr(m, "rows", torch.ones(5, 8)),
+    "a class": lambda m: setattr(m, "w", OfItsOwn(m.w.detach())),
+    "values by .data": lambda m: setattr(m.w, "data", torch.ones(8, 8)),
+}
+
+
+@pytest.mark.parametrize("change", TENSORS)
+def test_a_tensor_of_the_model_is_another(change: str) -> None:
+    model = ReadsTensors()
+    opt = liger_fx.optimize(copy.deepcopy(model), (X,))
+    before = opt(X)
+    torch.testing.assert_close(before, model(X))
+    for tree in (opt, model):
+        TENSORS[change](tree)
+    torch.testing.assert_close(opt(X), model(X))
+    assert not torch.equal(opt(X), before)
+
+
+def test_a_head_that_is_tied_later_gets_both_gradients() -> None:
+    model = tiny_model("llama", layers=1)
+    opt = liger_fx.optimize(copy.deepcopy(model))
+    ids = torch.randint(3, 90, (2, 7))
+    assert opt.lm_head.weight is not opt.model.embed_tokens.weight
+    opt(input_ids=ids, labels=ids)
+    for tree in (opt, model):
+        tree.lm_head.weight = tree.model.embed_tokens.weight
+        tree.zero_grad()
+        tree(input_ids=ids, labels=ids).loss.backward()
+    ours, theirs = opt.model.embed_tokens.weight.grad, model.model.embed_tokens.weight.grad
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "forward": torch.nn.modules.module.register_module_forward_hook,
+    "forward pre": torch.nn.modules.module.register_module_forward_pre_hook,
+    "full backward": torch.nn.modules.module.register_module_full_backward_hook,
+    "full backward pre": torch.nn.modules.module.register_module_full_backward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_all_modules_that_is_put_on_later(kind: str) -> None:
+    model = Stack()
+    opt = liger_fx.optimize(copy.deepcopy(model), (X,))
+    opt(X)
+    seen: list[str] = []
+    handle = HOOKS[kind](lambda module, *_: seen.append(type(module).__name__.strip("_")))
+    try:
+        with pytest.warns(FallbackWarning, match="a hook stands on all modules"):
+            opt(X).sum().backward()
+        ours, seen[:] = list(seen), []
+        model(X).sum().backward()
+    finally:
+        handle.remove()
+    assert len(ours) == len(seen) and {"Linear", "Scaled", "Stack"} <= set(ours)
+    torch.testing.assert_close(opt(X), model(X))
