@@ -60,7 +60,7 @@ class Plan:
         self.opaque: list[OpaqueLeaf] = trace.opaque
         self.paths = sorted({call.path for call in trace.calls})
         self.result: Result | None = trace.result
-        self.read = trace.read
+        self.read: Mapping[str, tuple[str, ...]] = trace.read
         self.sites, self.operators = sites, before
         self.assume(trace.root)
         self._prepare()
@@ -118,7 +118,7 @@ class Plan:
         """Whether its code would find in Python what it found, and the blocks that the graph calls
         are there, grouped as they were, and the same is true of them."""
         check = Check()
-        self._add_read(check, block)
+        self._add_read(check, [block])
         there = {path: module_at(block, path) for path, _ in self.inner}
         return (
             check.compiled()()
@@ -131,13 +131,15 @@ class Plan:
         its code would find in Python what it found."""
         check = Check()
         add_facts(check, self._tree(block))
-        self._add_read(check, block)
+        self._add_read(check, [block])
         return check.compiled()()
 
-    def _add_read(self, check: Check, block: nn.Module) -> None:
-        self.attributes.add_to(check, block)
+    def _add_read(self, check: Check, blocks: list[nn.Module]) -> None:
+        """Add that the code of these blocks would find in Python what it found."""
+        for block in blocks:
+            self.attributes.add_to(check, block)
         if self.surroundings is None:  # it was pickled
-            self.surroundings = Surroundings(self.followed_modules(block).values())
+            self.surroundings = Surroundings(self.followed_modules(blocks[0]).values())
         self.surroundings.add_to(check)
 
     def _tree(self, block: nn.Module) -> Tree:
@@ -159,16 +161,21 @@ class Plan:
         """Add that the block is as the graph assumes: its modes, hooks, dtypes, devices and
         configs; and so are the models inside it, whose results depend on that.
 
-        (What a layer returns depends on what the graph around it checks as well: dtypes, configs.)
+        (What a layer returns depends on what the graph around it checks as well, dtypes, configs,
+        and on what its code reads in Python.)
         """
         add_state(check, self._tree(block))
-        self._add_read(check, block)
+        read: dict[Plan, list[nn.Module]] = {self: [block]}
         for path, number in self.inner:
             alike = _alike_of(inner := module_at(block, path))
-            if alike is None:  # gone, which the state above tells
+            if alike is None or number >= len(alike.plans):  # gone, which the state above tells
                 continue
-            if len(alike.members) == 1 and number < len(alike.plans):
+            if len(alike.members) == 1:
                 alike.plans[number].add_states(check, inner)
+            else:
+                read.setdefault(alike.plans[number], []).append(inner)
+        for plan, blocks in read.items():
+            plan._add_read(check, blocks)
 
     @property
     def modules(self) -> set[str]:

@@ -40,4 +40,3 @@ def restore(opt: nn.Module) -> Any:
         for name in _OWN:
             module.__dict__.pop(name, None)
     return root
-

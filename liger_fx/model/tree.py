@@ -121,6 +121,6 @@ def _with_copies(function: FunctionType, known: dict[int, Any]) -> FunctionType:
         tuple(cells),
     )
     functools.update_wrapper(made, function, updated=("__dict__",))
-    del made.__wrapped__
+    del made.__dict__["__wrapped__"]
     made.__kwdefaults__ = function.__kwdefaults__
     return made

@@ -74,8 +74,8 @@ MODES: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What the code asked of parameters and buffers, and found, by path; ``layouts`` are strides and
-    the offset."""
+    """What the code asked of parameters and buffers, and found, by path; ``layouts`` are strides
+    and the offset."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)

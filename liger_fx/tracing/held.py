@@ -81,9 +81,9 @@ def _containers(value: Any) -> Iterator[tuple[Any, Kind]]:
 def original(value: Any) -> Any:
     """The function in whose place a trace has put another for as long as it runs; any other value
     as it is."""
-    if isinstance(value, types.FunctionType) and value.__module__ != value.__globals__["__name__"]:
-        if value.__globals__["__name__"].startswith(_TRACING):
-            return value.__wrapped__  # type: ignore[attr-defined]
+    is_function = isinstance(value, types.FunctionType)
+    if is_function and str(value.__globals__.get("__name__")).startswith(_TRACING):
+        return getattr(value, "__wrapped__", value)
     return value
 
 
@@ -129,7 +129,11 @@ def picture(value: Any, seen: dict[int, int] | None = None) -> Any:
 
 def _picture_of_read(read: Any, seen: dict[int, int]) -> Any:
     if isinstance(read, np.ndarray):
-        return read.dtype.str, read.shape, read.tobytes() if not read.dtype.hasobject else repr(read)
+        return (
+            read.dtype.str,
+            read.shape,
+            read.tobytes() if not read.dtype.hasobject else repr(read),
+        )
     if isinstance(read, dict):
         return tuple((picture(key, seen), picture(item, seen)) for key, item in read.items())
     if isinstance(read, set):

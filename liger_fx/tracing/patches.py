@@ -59,6 +59,9 @@ class Tracing(Protocol):
     def note_read(self, module: nn.Module, name: str) -> None:
         """The model's code reads this attribute."""
 
+    def note_made(self, module: nn.Module) -> None:
+        """The model's code makes a module."""
+
     def enter_autocast(self, region: torch.autocast) -> None:
         """Record the start of an autocast region."""
 
@@ -228,7 +231,14 @@ def _patch_attributes(replace: Any) -> None:
         return original(module, name)
 
     replace(nn.Module, "__getattr__", look_up)
-    get = nn.Module.__getattribute__
+    get, init = nn.Module.__getattribute__, nn.Module.__init__
+
+    @functools.wraps(init)
+    def make(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        tracer = recording_tracer()
+        if tracer is not None:
+            tracer.note_made(module)
+        init(module, *args, **kwargs)
 
     def read(module: nn.Module, name: str) -> Any:
         tracer = recording_tracer()
@@ -237,6 +247,7 @@ def _patch_attributes(replace: Any) -> None:
         return get(module, name)
 
     replace(nn.Module, "__getattribute__", read)
+    replace(nn.Module, "__init__", make)
 
 
 def _patch_autocast(replace: Any) -> None:

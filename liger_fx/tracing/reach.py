@@ -74,7 +74,8 @@ class Place(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Reach:
     """places: where code finds values. caches: of these, functions with a cache. names: all that
-    the code names; stored: of these, the attributes that it may write. functions: the places of what was walked through, and that."""
+    the code names; stored: of these, the attributes that it may write. functions: the places of
+    what was walked through, and that."""
 
     places: tuple[Place, ...]
     caches: tuple[Place, ...]
@@ -120,7 +121,9 @@ def _of_code(code: Any) -> Reach:
         walk = _Walk(code)
         caches = tuple(place for place in walk.places if is_cached(place.value()))
         functions = tuple((p, original(v)) for p in walk.places if _is_code(v := p.value()))
-        found = Reach(tuple(walk.places), caches, frozenset(walk.names), frozenset(walk.stored), functions)
+        found = Reach(
+            tuple(walk.places), caches, frozenset(walk.names), frozenset(walk.stored), functions
+        )
         _REACH[code] = found
     return found
 

@@ -35,8 +35,8 @@ class Attributes:
     not there.
 
     Modules are none of them: a graph calls these as it runs. Nor are configs, whose values are
-    guarded for themselves. Of tensors, which it reads as it runs, the class stays, and which of them
-    are one.
+    guarded for themselves. Of tensors, which it reads as it runs, the class stays, and which of
+    them are one.
     """
 
     def __init__(self, root: nn.Module, names: Names) -> None:
@@ -74,7 +74,6 @@ class Attributes:
                 now = attributes.get(name, NOTHING)
                 held.add_to(check, now, "{}[{}]", attributes, name)
 
-
     def _add_tensors(self, check: Check, root: nn.Module) -> None:
         places: list[Any] = []
         for (path, name), kind in self.tensors.items():
@@ -82,7 +81,7 @@ class Attributes:
             if module is None or is_named(module):
                 return
             groups = (module.__dict__, module._parameters, module._buffers)
-            group = next((group for group in groups if name in group), {})
+            group: dict[str, Any] = next((group for group in groups if name in group), {})
             check.add("{}({}[{}]) is {}", _kind, group, name, kind)
             places += [group, name]
         if len(self.tensors) > 1:

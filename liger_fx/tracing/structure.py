@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.fakes import FakeWorld, Question
 
-
 _FAR = (1 << 8, 1 << 16)
 
 

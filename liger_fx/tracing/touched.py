@@ -1,8 +1,9 @@
 """What modules that a graph calls, and does not go through, may change in Python while they run.
 
-layers.0.router.aux = loss      their code writes an attribute:        who reads it after the call
-self.losses.append(loss)        their code names a list that is        is refused: a graph would hold
-                                reached from elsewhere as well         what was there before
+layers.0.router.aux = loss     their code writes an attribute
+self.losses.append(loss)       their code names a list that is reached from elsewhere as well
+ ->
+    who reads it after the call is refused: a graph would hold what was there before
 
 Found in their compiled code (reach.py) and in that of the hooks on them; nothing runs.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from liger_fx.tracing.call import PLAIN
-from liger_fx.tracing.contents import look_at
+from liger_fx.tracing.contents import Look, look_at
 from liger_fx.tracing.reach import Reach, reach_of, reach_of_function
 from liger_fx.tracing.tree_state import hooks_of, is_capturing
 
@@ -59,6 +60,11 @@ class Touched:
         return not _reached([value], frozenset())[1].keys().isdisjoint(self._objects)
 
 
+def _look_at(value: Any) -> Look | None:
+    cls: Any = type(value)
+    return look_at(cls)
+
+
 def _hooks_on(module: nn.Module) -> Iterator[Any]:
     for hooks in hooks_of(module):
         yield from (hook for hook in hooks.values() if not is_capturing(hook))
@@ -82,7 +88,7 @@ def _reached(
             pending += [held[name] for name in names & held.keys()]
         elif isinstance(value, tuple):
             pending += value
-        elif (look := look_at(type(value))) is not None:
+        elif (look := _look_at(value)) is not None:
             objects[id(value)] = value
             if look.attributes:
                 pending += vars(value).values()

@@ -90,11 +90,13 @@ class ResultSize:
 class Result:
     """What a block returns: a tree of tuples, lists and mappings of tensors, plain values, sizes
     and opaque objects; ``names`` are those of the sizes in it, as the call has them. ``assumes``
-    are the facts about sizes that decide what it is made of."""
+    are the facts about sizes that decide what it is made of. ``changes`` are places outside the
+    modules that its code changes."""
 
     tree: Any
     names: dict[sympy.Symbol, str]
     assumes: tuple[sympy.Basic, ...] = ()
+    changes: frozenset[tuple[int, str]] = frozenset()
 
 
 @dataclass

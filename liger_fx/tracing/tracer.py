@@ -18,7 +18,7 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,14 @@ class AsksAttributes(BaseException):
     def __init__(self, paths: list[str]) -> None:
         super().__init__(", ".join(paths))
         self.paths = paths
+
+
+class ChangesOutside(BaseException):
+    """What is called changes these places outside the model: trace again and see who reads them."""
+
+    def __init__(self, places: frozenset[Key]) -> None:
+        super().__init__("what lies outside the model")
+        self.places = places
 
 
 class Watch(BaseException):
@@ -197,6 +205,7 @@ class HFTracer(fx.Tracer, Recording):
         self.numbers: dict[str, Read] = {}
         self._read: dict[str, set[str]] = {}
         self._touched = Touched()
+        self._made: dict[int, nn.Module] = {}
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
@@ -385,6 +394,7 @@ class HFTracer(fx.Tracer, Recording):
                 recorder.recording = False
                 self.size_guards = size_guards(self.world, recorder.questions)
                 described = describe_result(result, self.world, recorder.decisive)
+                described = replace(described, changes=self._written_outside)
                 return described, self._tree_argument(result)
             except _WHOLE:
                 raise
@@ -485,6 +495,7 @@ class HFTracer(fx.Tracer, Recording):
             if known is None:
                 raise NeedsPlan(block, call, examples)
             number, result = known
+            self._note_changes_outside(result.changes)
             node = recorder.create_node(
                 "call_module", path, tuple(map(self._tree_argument, args)),
                 {key: self._tree_argument(value) for key, value in kwargs.items()},
@@ -539,10 +550,14 @@ class HFTracer(fx.Tracer, Recording):
                     if reason is not None:
                         kept.enter_context(self.streams.kept())
                         kept.enter_context(self.outside.kept(module))
+                    before_it = self.outside.changed(self.world)
                     with tensors_replaced(module, real_copy if concrete else self._own_copy):
                         result = infer_leaf(recorder, module, args, kwargs, concrete=concrete)
                     below = {m: f"{path}.{p}".rstrip(".") for p, m in module.named_modules()}
                     wrote = written(before, below, self.world) if reason is not None else []
+                    changed = self.outside.changed(self.world) if before_it is None else None
+                if changed is not None:
+                    self._note_changes_outside(frozenset((changed.key,)))
                 self.hidden.add(self.root, wrote)
             except Exception as error:
                 self.stack.append((ModuleCall(-1, path, type(module), None), module))
@@ -623,6 +638,11 @@ class HFTracer(fx.Tracer, Recording):
         cause = f"its code changes {changed.name}, which is outside the model"
         raise Untraceable(self._stack(), None, cause, outside=changed.key)
 
+    def _note_changes_outside(self, places: frozenset[Key]) -> None:
+        """What is called changes these places at each call: who reads them is called as well."""
+        if not places <= self._written_outside:
+            raise ChangesOutside(places)
+
     def _refuse_reads_outside(self, module: nn.Module) -> None:
         """A graph would hold what the code read there that day."""
         if reason := self.outside.reason_to_call(module):
@@ -632,12 +652,20 @@ class HFTracer(fx.Tracer, Recording):
         """Whether the code that reads this attribute must not see it."""
         return (module, name) in self.hidden.places
 
+    def note_made(self, module: nn.Module) -> None:
+        """The model's code makes a module, whose attributes are its own business."""
+        self._made[id(module)] = module
+
     def note_read(self, module: nn.Module, name: str) -> None:
         """The model's code reads this attribute."""
-        if self._touched.may_have_changed(module, name, attribute(module, name)):
-            owner = type(module).__name__
-            raise CannotRecord(f"{name} of a {owner}, which what was called may change, is read")
+        for one in names_read(module, name):
+            if self._touched.may_have_changed(module, one, attribute(module, one)):
+                owner = type(module).__name__
+                raise CannotRecord(f"{one} of a {owner}, which what was called may change, is read")
         path = self.members.path_of(module)
+        if path is None and id(module) not in self._made and [*names_read(module, name)]:
+            owner = type(module).__name__
+            raise CannotRecord(f"{name} of a {owner}, which is none of its own modules, is read")
         if path is not None:
             own = {*self.plans.attributes, *self.plans.fixed_attributes}
             names = (n for n in names_read(module, name) if f"{path}.{n}".lstrip(".") not in own)

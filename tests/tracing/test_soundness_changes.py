@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import liger_fx
-from liger_fx.errors import FallbackWarning
+from liger_fx.errors import FallbackWarning, TraceError
 from liger_fx.tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -330,7 +330,7 @@ class OfItsOwn(nn.Parameter):
 TENSORS: dict[str, Callable[[Any], object]] = {
     "two are tied": lambda m: setattr(m.b, "weight", m.a.weight),
     "strides by .data": lambda m: setattr(m.w, "data", m.w.data.t().contiguous().t()),
-    "strides by set_": lambda m: torch.no_grad()(m.w.set_)(torch.randn(8, 8).t()),
+    "strides by set_": lambda m: torch.no_grad()(m.w.set_)(torch.arange(64.0).view(8, 8).t()),
     "an offset": lambda m: setattr(m, "rows", torch.ones(4, 8)[1:]),
     "a shape": lambda m: setattr(m, "rows", torch.ones(5, 8)),
     "a class": lambda m: setattr(m, "w", OfItsOwn(m.w.detach())),
@@ -388,3 +388,238 @@ def test_a_hook_on_all_modules_that_is_put_on_later(kind: str) -> None:
         handle.remove()
     assert len(ours) == len(seen) and {"Linear", "Scaled", "Stack"} <= set(ours)
     torch.testing.assert_close(opt(X), model(X))
+
+
+class Layer(nn.Module):
+    """A layer that can be followed; ``op`` is what its subclasses are about."""
+
+    op: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.n = nn.Linear(8, 8), nn.RMSNorm(8)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + self.op(self.lin(self.n(x)))
+
+
+class CountsTokens(nn.Module):
+    """Opaque: it depends on the data. Keeps what others read."""
+
+    kept: list[torch.Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux, self.kept, self.space = 0.0, [], types.SimpleNamespace(last=1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.aux = float(x.detach().mean())
+        self.kept.append(x.detach().mean())
+        self.space.last = self.aux * 2
+        _LOSSES.append(self.aux)
+        return x * len(x.argmax(-1).unique().tolist())
+
+
+_LOSSES: list[float] = []
+
+
+class Counting(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = CountsTokens()
+
+
+class LinearThatKeeps(nn.Linear):
+    last: Any = torch.zeros(())
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        result = super().forward(input)
+        self.last = result.detach().mean()
+        return result
+
+
+class Keeping(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = LinearThatKeeps(8, 8)
+
+
+def _keep(module: Any, args: Any, result: torch.Tensor) -> None:
+    module.last = result.detach().mean()
+
+
+class Hooked(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = nn.Linear(8, 8)
+        self.op.last = torch.zeros(())
+        self.op.register_forward_hook(_keep)
+
+
+class Reading(nn.Module):
+    """Reads, after its layers ran, what they keep."""
+
+    layer: type[nn.Module] = Counting
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(self.layer() for _ in range(2)), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x), self.kept()
+
+    def kept(self) -> Any:
+        return [layer.op.aux for layer in self.layers]  # type: ignore[union-attr]
+
+
+class ReadsList(Reading):
+    def kept(self) -> Any:
+        found = [layer.op.kept[-1] for layer in self.layers]  # type: ignore[union-attr,index]
+        return torch.stack(found)
+
+
+class ReadsInside(Reading):
+    def kept(self) -> Any:
+        return [layer.op.space.last for layer in self.layers]  # type: ignore[union-attr]
+
+
+class ReadsByDict(Reading):
+    def kept(self) -> Any:
+        return [vars(layer.op)["aux"] for layer in self.layers]
+
+
+class ReadsGlobal(Reading):
+    def kept(self) -> Any:
+        return list(_LOSSES[-2:])
+
+
+class ReadsSharedList(Reading):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[torch.Tensor] = []
+        for layer in self.layers:
+            layer.op.kept = self.all  # type: ignore[union-attr]
+
+    def kept(self) -> Any:
+        return torch.stack(self.all[-2:])
+
+
+class ReadsLast(Reading):
+    layer = Keeping
+
+    def kept(self) -> Any:
+        return [layer.op.last for layer in self.layers]  # type: ignore[union-attr]
+
+
+class ReadsHooked(ReadsLast):
+    layer = Hooked
+
+
+READERS = [Reading, ReadsList, ReadsInside, ReadsByDict, ReadsGlobal, ReadsSharedList, ReadsLast,
+           ReadsHooked]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", READERS)
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_what_a_block_keeps_is_read_after_it_ran(make: type[nn.Module], ran_before: bool) -> None:
+    model = make()
+    if ran_before:
+        model(X + 1)
+    opt = liger_fx.optimize(copy.deepcopy(model), (X,))
+    for rows in (4, 6, 4):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(opt(x), model(x))
+    layer: Any = opt.get_submodule("layers.0")
+    assert layer.plans  # the layers run their graphs all the same
+
+
+class Adding(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.around: list[Any] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (around,) = self.around
+        around.total = around.total + self.lin(self.n(x)).detach().mean()
+        return x
+
+
+class Totals(Reading):
+    layer = Adding
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total: Any = 0.0
+        for layer in self.layers:
+            layer.around = [self]  # type: ignore[assignment]
+
+    def kept(self) -> Any:
+        return self.total
+
+
+def test_what_a_block_writes_to_the_model_around_it_is_refused() -> None:
+    with pytest.raises(TraceError, match="total of a Totals"):
+        liger_fx.optimize(Totals(), (X,))
+
+
+class LooksAside(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.other = 2.0, [self]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.lin(self.n(x)) * self.other[0].factor
+
+
+class Aside(Reading):
+    layer = LooksAside
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = self.layers
+        second.other = [first]  # type: ignore[assignment]
+
+    def kept(self) -> Any:
+        return self.layers[1].factor
+
+
+def test_an_attribute_of_a_module_elsewhere_is_read_at_each_call() -> None:
+    model = Aside()
+    opt = liger_fx.optimize(copy.deepcopy(model), (X,))
+    for factor in (2.0, 5.0, 7.0):
+        for tree in (opt, model):
+            for layer in tree.layers:
+                layer.factor = factor
+        torch.testing.assert_close(opt(X), model(X))
+
+
+class TwoKinds(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = False
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = x + self.lin(self.n(x))
+        return (h, h.mean(-1, keepdim=True)) if self.both else h
+
+
+class TakesBoth(Reading):
+    layer = TwoKinds
+
+    def forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+            x = x[0] + x[1] if isinstance(x, tuple) else x
+        return self.head(x)
+
+
+def test_what_a_block_returns_may_change_with_an_attribute() -> None:
+    model = TakesBoth()
+    opt = liger_fx.optimize(copy.deepcopy(model), (X,))
+    for both in (False, True, False, True):
+        for tree in (opt, model):
+            for layer in tree.layers:
+                layer.both = both
+        torch.testing.assert_close(opt(X), model(X))
