@@ -10,14 +10,14 @@ A graph holds what was found there, so a call looks whether it is there still.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from liger_fx.tracing.call import TENSORS
+from liger_fx.tracing.call import PLAIN, TENSORS
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.held import Held
 from liger_fx.tracing.reach import NOTHING, Place, reach_of
@@ -73,6 +73,14 @@ class Attributes:
             else:
                 now = attributes.get(name, NOTHING)
                 held.add_to(check, now, "{}[{}]", attributes, name)
+
+    def plain(self, root: nn.Module) -> Iterator[tuple[str, str, Any]]:
+        """Those that are numbers, flags and texts: the module's path, the name and the value."""
+        for path, name in self.held:
+            module = module_at(root, path)
+            value = NOTHING if module is None else module.__dict__.get(name, NOTHING)
+            if name.isidentifier() and isinstance(value, PLAIN):
+                yield path, name, value
 
     def _add_tensors(self, check: Check, root: nn.Module) -> None:
         places: list[Any] = []

@@ -623,3 +623,18 @@ def test_what_a_block_returns_may_change_with_an_attribute() -> None:
             for layer in tree.layers:
                 layer.both = both
         torch.testing.assert_close(opt(X), model(X))
+
+
+@pytest.mark.parametrize("change", ["a number", "a flag"])
+def test_an_attribute_that_is_changed_after_it_was_compiled(change: str) -> None:
+    model = Stack()
+    opt = liger_fx.optimize(copy.deepcopy(model), (X,))
+    torch._dynamo.reset()
+    compiled = torch.compile(opt, backend="eager", fullgraph=True)
+    before = compiled(X)
+    torch.testing.assert_close(before, model(X))
+    for tree in (opt, model):
+        for layer in tree.layers:
+            CHANGES[change](layer)
+    torch.testing.assert_close(compiled(X), model(X))
+    assert not torch.equal(compiled(X), before)
