@@ -65,6 +65,7 @@ def guards_record(guards: Guards) -> GuardsRecord:
         shapes={path: list(shape) for path, shape in guards.tensors.shapes.items()},
         dtypes=guards.tensors.dtypes,
         trained=guards.tensors.trained,
+        layouts={p: (list(s), offset) for p, (s, offset) in guards.tensors.layouts.items()},
     )
 
 
@@ -150,6 +151,7 @@ def read_guards(record: GuardsRecord, devices: Devices) -> Guards:
             {path: tuple(shape) for path, shape in record.shapes.items()},
             dict(record.dtypes),
             dict(record.trained),
+            {path: (tuple(strides), n) for path, (strides, n) in record.layouts.items()},
         ),
     )
 

@@ -9,6 +9,7 @@ torch.get_default_dtype()           must be what it was
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -47,11 +48,12 @@ class Asking(Protocol):
 
 class AskedFacts:
     """The questions of one trace. ``grad_mode_asked``: whether the code asked for the grad mode, or
-    changes it; ``layout_asked``: whether it asked how a tensor lies in memory."""
+    changes it; ``layout_asked``: whether it asked how a tensor lies in memory;
+    ``fixed_shape_asked``: or for the shape of one in which no size of the call is."""
 
     def __init__(self, owner: Asking) -> None:
         self.owner = owner
-        self.grad_mode_asked = self.layout_asked = False
+        self.grad_mode_asked = self.layout_asked = self.fixed_shape_asked = False
         self.modes: dict[str, Any] = {}
         self.tensors = TensorFacts()
 
@@ -67,6 +69,8 @@ class AskedFacts:
     def note(self, tensor: torch.Tensor, asked: str, kind: str | None, answer: Any) -> None:
         """A question of that kind about a tensor, and the trace's answer. CannotRecord for one that
         a trace cannot answer."""
+        if kind in ("shape", "rank") and all(type(size) is int for size in tensor.shape):
+            self.fixed_shape_asked = True
         if not isinstance(tensor, FakeTensor):
             self._note_of_real(tensor, asked, kind)
         elif kind == "layout":
@@ -80,13 +84,28 @@ class AskedFacts:
             if torch.is_grad_enabled() or (node is not None and node.op == "placeholder"):
                 raise CannotRecord(f"{asked} of a tensor is asked, which no trace can tell")
 
+    def note_layout(self, path: str, tensor: torch.Tensor) -> None:
+        """It is asked how this tensor of the model lies in memory."""
+        self.tensors.shapes[path] = tuple(tensor.shape)
+        self.tensors.layouts[path] = tensor.stride(), int(tensor.storage_offset())
+
+    def note_used(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """What was asked of results may come from any of these tensors of the model, by path."""
+        for path, tensor in tensors.items():
+            if self.fixed_shape_asked:
+                self.tensors.shapes[path] = tuple(tensor.shape)
+            if self.layout_asked and tensor.layout is torch.strided:
+                self.note_layout(path, tensor)
+
     def _note_of_real(self, tensor: torch.Tensor, asked: str, kind: str | None) -> None:
         path = self.owner.path_of_real(tensor)
         if path is None:
             return
         if asked == "grad":
             raise CannotRecord(f"the gradient of {path} is asked for")
-        if kind in ("shape", "rank", "layout"):
+        if kind == "layout":
+            self.note_layout(path, tensor)
+        elif kind in ("shape", "rank"):
             self.tensors.shapes[path] = tuple(tensor.shape)
         elif kind == "dtype":
             self.tensors.dtypes[path] = tensor.dtype
