@@ -1,6 +1,8 @@
 """What a model's code asks of tensors and of the process besides sizes, to be guarded.
 
 x.stride(0), h.is_contiguous()      every tensor input must be contiguous, as in the trace
+type(x), isinstance(x, Parameter)   every tensor input must be a plain tensor
+x is y                              no tensor may be given twice
 self.weight.requires_grad           it must be trained, or frozen, as it was
 hidden.requires_grad                refused where gradients are recorded: the trace records none
 torch.get_default_dtype()           must be what it was
@@ -15,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_fx.tracing.fakes import node_of
-from liger_fx.tracing.guards import MODES, TensorFacts
+from liger_fx.tracing.guards import MODES, TensorFacts, strides_of
 
 # ``recorder`` is what records the calls of this thread, if anything does.
 of_thread = threading.local()
@@ -47,11 +49,15 @@ class Asking(Protocol):
 
 class AskedFacts:
     """The questions of one trace. ``grad_mode_asked``: whether the code asked for the grad mode, or
-    changes it; ``layout_asked``: whether it asked how a tensor lies in memory."""
+    changes it; ``layout_asked``: whether it asked how a tensor lies in memory; ``class_asked``: of
+    which class one is. ``compares``: whether code that may be followed compares objects; ``twins``:
+    what may have given one object in two places then, for which the trace has two."""
 
     def __init__(self, owner: Asking) -> None:
         self.owner = owner
-        self.grad_mode_asked = self.layout_asked = False
+        self.grad_mode_asked = self.layout_asked = self.class_asked = False
+        self.compares = False
+        self.twins: str | None = None
         self.modes: dict[str, Any] = {}
         self.tensors = TensorFacts()
 
@@ -60,6 +66,10 @@ class AskedFacts:
         self.grad_mode_asked = True
         self.owner.note_question("whether gradients are recorded")
 
+    def note_twins(self, what: str) -> None:
+        """This may give back the very object that it was given."""
+        self.twins = self.twins or what
+
     def ask_mode(self, name: str) -> Any:
         """What a function of MODES answers."""
         return self.modes.setdefault(name, MODES[name]())
@@ -67,8 +77,12 @@ class AskedFacts:
     def note(self, tensor: torch.Tensor, asked: str, kind: str | None, answer: Any) -> None:
         """A question of that kind about a tensor, and the trace's answer. CannotRecord for one that
         a trace cannot answer."""
+        if kind == "version":
+            raise CannotRecord("how often a tensor was written to is asked")
         if not isinstance(tensor, FakeTensor):
             self._note_of_real(tensor, asked, kind)
+        elif kind == "class":
+            self.class_asked = True
         elif kind == "layout":
             self.layout_asked = True
         elif kind == "rank":
@@ -88,6 +102,10 @@ class AskedFacts:
             raise CannotRecord(f"the gradient of {path} is asked for")
         if kind in ("shape", "rank", "layout"):
             self.tensors.shapes[path] = tuple(tensor.shape)
+            if kind == "layout":
+                self.tensors.strides[path] = strides_of(tensor)
+        elif kind == "class":
+            self.tensors.classes[path] = type(tensor)
         elif kind == "dtype":
             self.tensors.dtypes[path] = tensor.dtype
         elif kind == "gradients":

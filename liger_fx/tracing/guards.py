@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_fx.tracing.call import (
     CallSpec,
@@ -79,11 +80,15 @@ class TensorFacts:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     trained: dict[str, bool] = field(default_factory=dict)
+    strides: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    classes: dict[str, type] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """Each as a line of text."""
         lines = [f"{path} is of shape {shape}" for path, shape in self.shapes.items()]
         lines += [f"{path} is {dtype}" for path, dtype in self.dtypes.items()]
+        lines += [f"{path} has strides {strides}" for path, strides in self.strides.items()]
+        lines += [f"{path} is a {cls.__name__}" for path, cls in self.classes.items()]
         return lines + [
             f"{path} is {'trained' if on else 'frozen'}" for path, on in self.trained.items()
         ]
@@ -99,8 +104,9 @@ class Guards:
     was off. ``reads`` are what the code asked of opaque arguments; ``numbers`` what it compared,
     by the names that ``sizes`` have for it. ``other_mode`` are modules in the other mode than
     ``training`` says, by path. ``contiguous``: every tensor input must be, because the code asked
-    for strides. ``distinct``: no tensor may be given twice. ``modes`` are answers of functions in
-    MODES.
+    for strides. ``plain``: every one must be a torch.Tensor and no subclass of it, because the code
+    asked for its class. ``distinct``: no tensor may be given twice. ``modes`` are answers of
+    functions in MODES.
     """
 
     call: CallSpec
@@ -114,6 +120,7 @@ class Guards:
     numbers: dict[str, Read] = field(default_factory=dict)
     other_mode: tuple[str, ...] = ()
     contiguous: bool = False
+    plain: bool = False
     distinct: bool = False
     modes: dict[str, Any] = field(default_factory=dict)
     tensors: TensorFacts = field(default_factory=TensorFacts)
@@ -129,6 +136,7 @@ class Guards:
         asked = [f"torch.{name}() is {value}" for name, value in self.modes.items()]
         asked += self.tensors.describe()
         asked += ["all tensors are contiguous"] * self.contiguous
+        asked += ["all tensors are plain ones, no parameters"] * self.plain
         lines += [f"{line}, asked by the model's code" for line in asked]
         lines += ["no tensor is given twice"] * self.distinct
         lines.append(f"the model is in {'train' if self.training else 'eval'} mode")
@@ -197,6 +205,15 @@ def autocast_state(devices: tuple[str, ...]) -> dict[str, torch.dtype | None]:
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+_PLAIN_TENSORS = (torch.Tensor, FakeTensor)  # a compiler calls with fakes
+
+
+def strides_of(tensor: Any) -> tuple[int, ...] | None:
+    """The strides of a tensor that lies in memory in strides; None for anything else."""
+    is_strided = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    return tuple(tensor.stride()) if is_strided else None
 
 
 def compile_take(guards: Guards) -> Take:
@@ -308,8 +325,14 @@ class _TakeWriter:
                 # answers without a guard.
                 self.conditions.append(f"s{v}[{dim}] > 0")
             self._size(size, f"s{v}[{dim}]")
+        if self.guards.plain:
+            self.conditions.append(f"type({v}) in {self._constant(_PLAIN_TENSORS)}")
         if self.guards.contiguous:
-            self.conditions += [f"{v}.is_contiguous()", f"{v}.storage_offset() == 0"]
+            self.conditions += [
+                f"{v}.layout is {self._constant(torch.strided)}",
+                f"{v}.is_contiguous()",
+                f"{v}.storage_offset() == 0",
+            ]
 
     def _size(self, size: int | str, place: str) -> None:
         if isinstance(size, str) and size not in self.bound:

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.asked import CannotRecord
+from liger_fx.tracing.containers import containers_kept
 from liger_fx.tracing.fakes import tensors_in
 from liger_fx.tracing.memo import Unknowable, run_without_grad
 from liger_fx.tracing.recorder import Recorder
@@ -105,7 +106,8 @@ def infer_leaf(recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concr
     args, kwargs = pytree.tree_map(_simulated, (args, kwargs))
 
     def run() -> Any:
-        return run_on_fakes(module, args, kwargs)
+        with containers_kept(args, kwargs):
+            return run_on_fakes(module, args, kwargs)
 
     try:
         key = _module_key(module)
@@ -232,7 +234,8 @@ def _run_at(sizes: Mapping[sympy.Symbol, int], module: Any, args: Any, kwargs: A
 
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng():
         arguments, keywords = pytree.tree_map(example, (args, kwargs))
-        return _forward_of(module)(*arguments, **keywords)
+        with containers_kept(arguments, keywords):
+            return _forward_of(module)(*arguments, **keywords)
 
 
 def real_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ what it needs (attention implementation, mask builder, output class) when it run
     create_causal_mask(self.config, ...)          ->  build_mask("create_causal_mask", model, ...)
     past_key_values.update(k, v, 3)               ->  cache_call(cache, "update", k, v, 3)
     CausalLMOutputWithPast(logits=logits)         ->  model_output("..:CausalLMOutputWithPast", ..)
+    Point(x, y), a named tuple or a dataclass     ->  container("..:Point", ..)
     Reverse.apply(x, 0.5)                         ->  apply_function("..:Reverse", x, 0.5)
     torch._check_tensor_all(x > 0)                ->  check(gt, "builtins:RuntimeError", None)
 """
@@ -154,6 +155,18 @@ def cache_call(cache: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 def model_output(cls: str, **fields: Any) -> Any:
     """The output class named by ``cls`` (``module:qualified.name``) with these fields."""
     return resolve(cls)(**fields)
+
+
+def container(cls: str, items: Any) -> Any:
+    """A tuple, list or mapping of the class named by ``cls`` with these items, or an object of a
+    dataclass with these pairs of a field and its value."""
+    kind = resolve(cls)
+    if hasattr(kind, "__dataclass_fields__"):
+        made = object.__new__(kind)
+        for field, value in items:
+            object.__setattr__(made, field, value)
+        return made
+    return kind._make(items) if hasattr(kind, "_make") else kind(items)
 
 
 def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:

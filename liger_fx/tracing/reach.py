@@ -70,11 +70,12 @@ class Place(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Reach:
     """places: where code finds values. caches: of these, functions with a cache. names: all that
-    the code names."""
+    the code names. functions: what it consists of."""
 
     places: tuple[Place, ...]
     caches: tuple[Place, ...]
     names: frozenset[str]
+    functions: tuple[types.FunctionType, ...]
 
 
 def is_cached(value: Any) -> bool:
@@ -102,7 +103,8 @@ def _of_code(code: Any) -> Reach:
     if found is None:
         walk = _Walk(code)
         caches = tuple(place for place in walk.places if is_cached(place.value()))
-        found = Reach(tuple(walk.places), caches, frozenset(walk.names))
+        functions = tuple(walk.functions)
+        found = Reach(tuple(walk.places), caches, frozenset(walk.names), functions)
         _REACH[code] = found
     return found
 
@@ -118,6 +120,7 @@ class _Walk:
         self.places: list[Place] = []
         self._by_id: set[tuple[int, str]] = set()
         self._seen: set[int] = set()
+        self.functions: list[types.FunctionType] = []
         self.names: set[str] = set()
         is_class = isinstance(code, type)
         classes = code.__mro__ if is_class else ()
@@ -144,6 +147,7 @@ class _Walk:
         if _of_a_library(value.__globals__.get("__name__", "")):  # a decorator's, say
             yield from map(_in_cell, value.__closure__ or ())
             return
+        self.functions.append(value)
         yield from self._note(value, "__dict__")
         yield from self._note(value, "__defaults__")
         code = value.__code__

@@ -23,7 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.tracing.check import Check
-from liger_fx.tracing.guards import Guards, TensorFacts
+from liger_fx.tracing.guards import Guards, TensorFacts, strides_of
 from liger_fx.tracing.walk import module_at, modules_by_path
 
 # Looked up when the graph runs, so it may change.
@@ -200,6 +200,11 @@ def _add_tensors(check: Check, root: nn.Module, asked: TensorFacts) -> None:
         for path, value in found.items():
             condition = f"getattr({{}}.get({{}}), '{attribute}', None) == {{}}"
             check.add(condition, *_group_of_tensor(root, path), value)
+    for path, strides in asked.strides.items():
+        place = _group_of_tensor(root, path)
+        check.add("{}({}.get({})) == {}", strides_of, *place, strides)
+    for path, cls in asked.classes.items():
+        check.add("type({}.get({})) is {}", *_group_of_tensor(root, path), cls)
     for path, on in asked.trained.items():
         condition = f"getattr({{}}.get({{}}), 'requires_grad', None) is {on}"
         check.add(condition, *_group_of_tensor(root, path))
