@@ -10,6 +10,7 @@ what it needs (attention implementation, mask builder, output class) when it run
     Point(x, y), a named tuple or a dataclass     ->  container("..:Point", ..)
     Reverse.apply(x, 0.5)                         ->  apply_function("..:Reverse", x, 0.5)
     torch._check_tensor_all(x > 0)                ->  check(gt, "builtins:RuntimeError", None)
+    h = self.scan(x), which is not followed       ->  check_result(h, "scan", float32, [None, 64])
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from liger_fx.errors import ResultError
 from liger_fx.tracing.one_position import (
     append,
     attend_in_groups,
@@ -186,6 +189,24 @@ def check(condition: Any, error: str, message: str | None) -> None:
         torch._check_tensor_all_with(resolve(error), condition, text)
     else:
         torch._check_with(resolve(error), condition, text)
+
+
+def check_result(
+    tensor: torch.Tensor, module: str, dtype: torch.dtype, sizes: Sequence[int | None]
+) -> None:
+    """ResultError unless the tensor, a result of the module at this path, is of that dtype and of
+    these sizes; None is any."""
+    same = tensor.dtype is dtype and len(tensor.shape) == len(sizes)
+    if not same or any(
+        size is not None and size != found
+        for size, found in zip(sizes, tensor.shape, strict=True)
+    ):
+        raise ResultError(
+            f"{module} returned {tensor.dtype} of shape {tuple(tensor.shape)}, and "
+            f"{dtype} of shape {tuple('any' if s is None else s for s in sizes)} when the model "
+            f"was traced; the code around it was traced for that alone. Call the model that was "
+            f"given to liger_fx.optimize, or put this code into the module."
+        )
 
 
 def is_output_class(kind: Any) -> bool:

@@ -72,8 +72,9 @@ def other_sizes(world: FakeWorld, asked: Iterable[Any]) -> Iterator[dict[sympy.S
 
 
 def number_at(size: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
-    """What a symbolic number is at these sizes; anything else as it is."""
-    return int(size.node.expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
+    """What a symbolic number is at these sizes, also if the code fixed it since; anything else as
+    it is."""
+    return int(size.node._expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
 
 
 def _at(sizes: Mapping[sympy.Symbol, int]) -> Callable[[Any], Any]:

@@ -17,10 +17,11 @@ import functools
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.errors import TraceError
+from liger_fx.tracing import leaves
 from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.call import (
     CallSpec,
@@ -224,8 +226,8 @@ class HFTracer(fx.Tracer, Recording):
         for path, tensor in self._constants.items():
             root.register_buffer(path, tensor, persistent=False)
         self._finish(output)
-        leaves = list(self.opaque_leaves.values())
-        return Trace(self.graph, root, self.calls, self._guards(call), leaves, result)
+        opaque = list(self.opaque_leaves.values())
+        return Trace(self.graph, root, self.calls, self._guards(call), opaque, result)
 
     def let_go(self) -> None:
         """Hold nothing more after the trace: the tracer's parts hold each other, and the caller's
@@ -276,10 +278,10 @@ class HFTracer(fx.Tracer, Recording):
         return {p for p, m in followed.items() if m.training is not mode and asks_mode(m)}
 
     def _placeholders(self, call: CallSpec, examples: Mapping[str, Any]) -> dict[str, Any]:
-        leaves, made = call.leaves(), list[tuple[Any, fx.Node]]()
+        inputs, made = call.leaves(), list[tuple[Any, fx.Node]]()
 
         def make(spec: Spec) -> Any:
-            name, _ = next(leaves)
+            name, _ = next(inputs)
             node = self.graph.placeholder(name)
             node.meta.update(call=0, module="", source=None)
             value = self._input(spec, name, node, call, examples)
@@ -499,6 +501,7 @@ class HFTracer(fx.Tracer, Recording):
             raise Untraceable([*self._stack(), (path, module)], None, text)
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
+            known = self.world.examples.keys()
             reason = self._opaque_reason(module)
             concrete = type(module) in self.opaque_classes
             if reason is None and not is_leaf(module):
@@ -541,8 +544,23 @@ class HFTracer(fx.Tracer, Recording):
                 }
             )
             made = recorder.bind(result, node, ids)
+            if concrete:
+                self._check_results(made, path, known)
         _let_collect(module, args, made)
         return made
+
+    def _check_results(self, made: Any, path: str, known: Set[sympy.Symbol]) -> None:
+        """The code around a module that was run on random data may ask for the dtypes, ranks and
+        sizes of what it gave: they are checked where it gives it. ``known``: the sizes before."""
+
+        def checked(size: Any) -> Any:
+            is_known = isinstance(size, int) or size.node._expr.free_symbols <= known
+            return self.recorder.argument(size) if is_known else None
+
+        for value in pytree.tree_leaves(made):
+            if isinstance(value, FakeTensor):
+                arguments = node_of(value), path, value.dtype, list(map(checked, value.shape))
+                self.recorder.create_node("call_function", leaves.check_result, arguments)
 
     def _own_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a leaf may write into. A count (of a batch norm's batches) is data that its code
