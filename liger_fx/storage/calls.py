@@ -63,6 +63,7 @@ def guards_record(guards: Guards) -> GuardsRecord:
         other_mode=list(guards.other_mode),
         contiguous=guards.contiguous,
         plain=guards.plain,
+        order=list(guards.order),
         distinct=guards.distinct,
         default_dtype=guards.modes.get(_DEFAULT_DTYPE),
         modes={name: value for name, value in guards.modes.items() if name != _DEFAULT_DTYPE},
@@ -157,6 +158,7 @@ def read_guards(record: GuardsRecord, devices: Devices) -> Guards:
         other_mode=tuple(record.other_mode),
         contiguous=record.contiguous,
         plain=record.plain,
+        order=tuple(record.order),
         distinct=record.distinct,
         modes=_read_modes(record),
         tensors=TensorFacts(

@@ -176,6 +176,7 @@ class GuardsRecord:
     other_mode: list[Path] = absent([])
     contiguous: bool = absent(False)
     plain: bool = absent(False)
+    order: list[Name] = absent([])
     distinct: bool = absent(False)
     default_dtype: torch.dtype | None = absent(None)
     modes: dict[str, bool | int | str] = absent({})

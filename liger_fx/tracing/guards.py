@@ -105,8 +105,8 @@ class Guards:
     by the names that ``sizes`` have for it. ``other_mode`` are modules in the other mode than
     ``training`` says, by path. ``contiguous``: every tensor input must be, because the code asked
     for strides. ``plain``: every one must be a torch.Tensor and no subclass of it, because the code
-    asked for its class. ``distinct``: no tensor may be given twice. ``modes`` are answers of
-    functions in MODES.
+    asked for its class. ``order``: that of the arguments which ``**kwargs`` gathers. ``distinct``:
+    no tensor may be given twice. ``modes`` are answers of functions in MODES.
     """
 
     call: CallSpec
@@ -121,6 +121,7 @@ class Guards:
     other_mode: tuple[str, ...] = ()
     contiguous: bool = False
     plain: bool = False
+    order: tuple[str, ...] = ()
     distinct: bool = False
     modes: dict[str, Any] = field(default_factory=dict)
     tensors: TensorFacts = field(default_factory=TensorFacts)
@@ -137,6 +138,8 @@ class Guards:
         asked += self.tensors.describe()
         asked += ["all tensors are contiguous"] * self.contiguous
         asked += ["all tensors are plain ones, no parameters"] * self.plain
+        if self.order:
+            lines.append(f"{', '.join(self.order)} are given in this order")
         lines += [f"{line}, asked by the model's code" for line in asked]
         lines += ["no tensor is given twice"] * self.distinct
         lines.append(f"the model is in {'train' if self.training else 'eval'} mode")
@@ -250,6 +253,10 @@ class _TakeWriter:
             self.bound[name] = f"({names[read.argument]}{_steps_text(read.steps)})"
         self.conditions += [f"({_with_places(guard, self.bound)})" for guard in guards.sizes]
         self.conditions += [self._read(read, names) for read in guards.reads]
+        if guards.order:
+            gathered, order = self._constant(frozenset(guards.order)), self._constant(guards.order)
+            given = f"tuple(filter({gathered}.__contains__, arguments))"
+            self.conditions.append(f"{given} == {order}")
         if guards.distinct:
             tensors = [names[name] for name in guards.call.tensors]
             pairs = itertools.combinations(tensors, 2)

@@ -198,8 +198,7 @@ def check_result(
     these sizes; None is any."""
     same = tensor.dtype is dtype and len(tensor.shape) == len(sizes)
     if not same or any(
-        size is not None and size != found
-        for size, found in zip(sizes, tensor.shape, strict=True)
+        size is not None and size != found for size, found in zip(sizes, tensor.shape, strict=True)
     ):
         raise ResultError(
             f"{module} returned {tensor.dtype} of shape {tuple(tensor.shape)}, and "

@@ -7,6 +7,7 @@ computes as ever.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -299,6 +300,7 @@ _SEEDS = ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed", 
 _REFUSED: list[tuple[Any, str, str]] = [
     (torch.inference_mode, "__enter__", "a region of torch.inference_mode"),
     (saved_tensors_hooks, "__enter__", "a region of torch.autograd.graph.saved_tensors_hooks"),
+    (contextlib.suppress, "__enter__", "a region of contextlib.suppress"),
     (np.random, "default_rng", "numpy.random.default_rng, a generator of random numbers"),
     *(
         (owner, name, f"torch.{name}, which changes what random numbers are drawn")

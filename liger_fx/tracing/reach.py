@@ -124,7 +124,7 @@ class _Walk:
         self.names: set[str] = set()
         is_class = isinstance(code, type)
         classes = code.__mro__ if is_class else ()
-        self._bases = [base for base in classes if not _of_a_library(base.__module__)]
+        self._bases = [base for base in classes if not of_a_library(base.__module__)]
         # Of a block it is its own class whose attributes ``type(self)`` writes.
         self._class = code if is_class else None
         pending = [getattr(code, "block_class", code).forward if is_class else code]
@@ -144,7 +144,7 @@ class _Walk:
         if not isinstance(value, types.FunctionType) or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if _of_a_library(value.__globals__.get("__name__", "")):  # a decorator's, say
+        if of_a_library(value.__globals__.get("__name__", "")):  # a decorator's, say
             yield from map(_in_cell, value.__closure__ or ())
             return
         self.functions.append(value)
@@ -166,7 +166,7 @@ class _Walk:
     def _found(self, owner: Any, name: str, names: frozenset[str]) -> Iterator[Any]:
         for value in self._note(owner, name):
             yield value
-            if isinstance(value, types.ModuleType) and not _of_a_library(value.__name__):
+            if isinstance(value, types.ModuleType) and not of_a_library(value.__name__):
                 for inner in names & vars(value).keys():
                     yield from self._note(vars(value), inner)
             elif _is_own_class(value):
@@ -182,7 +182,7 @@ class _Walk:
 
 
 def _is_own_class(value: Any) -> bool:
-    if not isinstance(value, type) or _of_a_library(value.__module__):
+    if not isinstance(value, type) or of_a_library(value.__module__):
         return False
     return not issubclass(value, nn.Module)
 
@@ -203,7 +203,7 @@ def _names(code: types.CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(texts, *map(_names, inner))
 
 
-def _of_a_library(module: str) -> bool:
+def of_a_library(module: str) -> bool:
     """Whether nothing there is looked into: libraries, and transformers but for its models."""
     if module.startswith("transformers."):
         return not module.startswith(("transformers.models.", "transformers.integrations."))

@@ -15,6 +15,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.asked import AskedFacts, CannotRecord, of_thread
+from liger_fx.tracing.catching import catches_errors
 from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.fakes import FakeWorld, Question, node_of, set_node
 from liger_fx.tracing.memo import Memo, run_without_grad
@@ -77,15 +79,17 @@ class Recorder(TorchFunctionMode):
         # What the code made texts of (size_methods.py).
         self.texts: list[Any] = []
         self._outer: Recorder | None = None
+        self._outermost: FrameType | None = None
         world.shape_env.unanswered = self._unanswered
 
     def __enter__(self) -> Recorder:
         self._outer, of_thread.recorder = getattr(of_thread, "recorder", None), self
+        self._outermost = sys._getframe(1)
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        of_thread.recorder = self._outer
+        of_thread.recorder, self._outermost = self._outer, None
         super().__exit__(*exception)
 
     def _unanswered(self, error: Exception) -> None:
@@ -222,7 +226,10 @@ class Recorder(TorchFunctionMode):
     def create_node(
         self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
-        """A node that knows the module call and the line of the model that made it."""
+        """A node that knows the module call and the line of the model that made it. CannotRecord
+        where the model's code would go on after an error of what the node does."""
+        if op.startswith("call_") and catches_errors(sys._getframe(1), self._outermost):
+            raise CannotRecord(f"{target} may fail at another call, and its code catches errors")
         node = self.graph.create_node(op, target, args, kwargs or {})
         meta = node.meta
         meta["call"], meta["module"] = self.owner.current_call()

@@ -153,9 +153,11 @@ def asker(frame: FrameType) -> CodeType:
 def is_model_code(code: CodeType) -> bool:
     """Whether a frame of this code stands for a line of the model, not of what carries it out."""
     path = code.co_filename
-    return not (path.startswith(_MACHINERY) or path.endswith(_PLUMBING) or path.startswith("<"))
+    return not (path.startswith(_MACHINERY) or path.endswith(_PLUMBING))
 
 
-_MACHINERY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+# Of what has no file, a model may be typed in; graphs and their guards are not.
+_MACHINERY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep,
+              "<eval_with_key>", "<graph ", "<guards>", "<frozen ")  # fmt: skip
 _PLUMBING = ("contextlib.py", "functools.py")
 _TENSORS_OWN = (os.path.join("torch", "_tensor.py"), os.path.join("torch", "overrides.py"))

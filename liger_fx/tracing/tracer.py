@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import operator
 import sys
@@ -257,10 +258,17 @@ class HFTracer(fx.Tracer, Recording):
             other_mode=tuple(sorted(self._in_other_mode())),
             contiguous=self.recorder.facts.layout_asked,
             plain=self.recorder.facts.class_asked,
+            order=self._gathered(call),
             distinct=self._comparing is not None,
             modes=self.recorder.facts.modes,
             tensors=self.recorder.facts.tensors,
         )
+
+    def _gathered(self, call: CallSpec) -> tuple[str, ...]:
+        """The arguments that forward's ``**kwargs`` gathers, where they have an order."""
+        named = inspect.signature(_forward_of(self.root)).parameters
+        gathered = tuple(name for name in call.arguments if name not in named)
+        return gathered if len(gathered) > 1 else ()
 
     def _device_types(self, call: CallSpec) -> tuple[str, ...]:
         """The devices of the inputs and parameters. (Blocks inside look at theirs themselves.)"""

@@ -4,10 +4,12 @@ refused."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import enum
 import functools
 import operator
+import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import liger_fx
-from liger_fx.errors import LigerFxError
+from liger_fx.errors import FallbackWarning, LigerFxError
 from tests.support.original import RIGHT, TOLD, Small, beside
 
 T = torch.Tensor
@@ -427,3 +429,103 @@ def test_what_a_module_appends_is_there_after_it(in_list: bool) -> None:
 def test_a_list_that_is_given_comes_back_as_itself() -> None:
     with pytest.raises(LigerFxError, match="a list that is given comes back"):
         liger_fx.optimize(Small(lambda m, x, held: (m.lin(x), held)), (*rows(4), [1]))
+
+
+# -- errors that are caught, arguments in another order --------------------------------------------
+
+
+def cross_rows(m: Any, x: T) -> T:
+    h = m.lin(x)
+    try:
+        return h + x[5]
+    except IndexError:
+        return h
+
+
+def narrowed(m: Any, x: T) -> T:
+    h = m.lin(x)
+    try:
+        h = h.narrow(0, 2, 4)
+    except Exception:
+        h = h * 2
+    finally:
+        h = h + 1
+    return h
+
+
+def suppressed(m: Any, x: T) -> T:
+    h = m.lin(x)
+    with contextlib.suppress(IndexError):
+        h = h + x[5]
+    return h
+
+
+def so_many(m: Any, x: T) -> T:
+    h, each = 0, iter(m.lin(x))
+    try:
+        for _ in range(5):
+            h = h + next(each)
+    except StopIteration:
+        return h * 2
+    return h
+
+
+def by_key(m: Any, x: T) -> T:
+    try:
+        factor = {4: 2}[x.shape[0]]
+    except KeyError:
+        factor = 3
+    return m.lin(x) * factor
+
+
+def inside_another(m: Any, x: T) -> T:
+    def rows_of(h: T) -> T:
+        return h + x[5]
+
+    try:
+        return rows_of(m.lin(x))
+    except IndexError:
+        return m.lin(x)
+
+
+CATCHING = [cross_rows, narrowed, suppressed, so_many, by_key, inside_another]
+
+
+@pytest.mark.parametrize("forward", CATCHING)
+@pytest.mark.parametrize("first", [6, 4])
+def test_what_fails_at_another_size_is_caught_there(forward: Any, first: int) -> None:
+    beside(Small(forward), rows(first), [rows(n) for n in (first, 6, 4, 3)])
+
+
+def renamed(m: Any, x: T) -> T:
+    try:
+        h = m.lin(x)
+    except RuntimeError as error:
+        raise ValueError("of another width") from error
+    finally:
+        x = x * 2
+    return h + x
+
+
+def test_a_handler_that_raises_and_one_that_only_tidies_up_catch_nothing() -> None:
+    assert beside(Small(renamed), rows(4), [rows(4), rows(6)]) == RIGHT
+
+
+def test_the_order_of_keywords() -> None:
+    def forward(m: Any, x: T, **options: Any) -> T:
+        return m.lin(x) * next(iter(options.values()))
+
+    x = rows(4)[0]
+    calls = [{"x": x, "a": 2, "b": 3}, {"x": x, "b": 3, "a": 2}, {"a": 2, "x": x, "b": 3}]
+    for first in calls:
+        beside(Small(forward), first, calls)
+    opt = liger_fx.optimize(Small(forward), calls[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        opt(**calls[2])
+
+
+def test_code_that_was_typed_in_is_a_model_s_code() -> None:
+    scope: dict[str, Any] = {}
+    exec("def forward(m, x): return m.lin(x) * len(f'{x.shape[0]:03d}') * x.shape[0]", scope)
+    assert beside(Small(scope["forward"]), rows(4), [rows(4)]) == RIGHT
