@@ -2,12 +2,13 @@
 
     python -m tools.fuzz_traces --runs 20000 --out tools/bench/results/fuzz_traces.json
 
-A module is Python source, drawn from a grammar of what docs/soundness.md speaks of: sizes as Python's
-numbers, classes and identity, containers, conditions, attributes, modules that are not followed,
-blocks in a ModuleList, writes in place, dropout, errors that are caught. It is called with other
-sizes, dtypes, modes and arguments than it was traced with. Outputs by class and value, gradients and
-errors must be the original's, or a LigerFxError or FallbackWarning says that they are not a graph's.
-With ``--out`` of an earlier run that run is gone on with; ``--show`` prints the module of one seed.
+A module is Python source, drawn from a grammar of what docs/soundness.md speaks of: sizes as
+Python's numbers, classes and identity, containers, conditions, attributes, modules that are not
+followed, blocks in a ModuleList, writes in place, dropout, errors that are caught. It is called
+with other sizes, dtypes, modes and arguments than it was traced with. Outputs by class and value,
+gradients and errors must be the original's, or a LigerFxError or FallbackWarning says that no
+graph gave them. With ``--out`` of an earlier run that run goes on; ``--show`` prints the module of
+a seed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import nn
 import liger_fx
 from liger_fx.errors import FallbackWarning, LigerFxError
 
-SAVE_EVERY = 100
+SAVE_EVERY = 25
 
 # -- the grammar -----------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ class Model(nn.Module):
     def forward(self, x, y=None, flag=None, **options):
         h = self.lin(x.to(self.lin.weight.dtype))
 """
-_SIZE = ["x.shape[0]", "h.shape[0]", "len(x)", "h.size(0) + 1", "x.numel() // 8", "x.shape[-1]"]
+_SIZE = ["x.shape[0]", "h.shape[0]", "len(x)", "(h.size(0) + 1)", "(x.numel() // 8)", "x.shape[-1]"]
 _NUMBER = [
     "{size}", "{size} / 4", "len(str({size}))", 'int(f"{{{size}}}")', "({size} % 3 + 1)",
     "{{4: 2, 6: 3}}.get({size}, 5)", "(2 if isinstance({size}, int) else 3)", "self.scale",
@@ -82,10 +83,12 @@ _NUMBER = [
     "(2 if {size} in (4, 5) else 3)", "(2 if {size} in {{4, 5}} else 3)", "divmod({size}, 3)[1]",
     "(2 if self.training else 3)", "(2 if type(x) is torch.Tensor else 3)", "len(options)",
     "(2 if isinstance(x, nn.Parameter) else 3)", "(2 if y is x else 3)", "h.dim()", "({size} > 4)",
-    "(2 if x.is_contiguous() else 3)", "(2 if h.dtype == torch.float32 else 3)", "{size}.bit_length()",
+    "(2 if x.is_contiguous() else 3)", "{size}.bit_length()",
+    "(2 if h.dtype == torch.float32 else 3)",
     "(2 if torch.is_grad_enabled() else 3)", "(2 if self.lin.weight.requires_grad else 3)",
     "(2 if flag else 3)", "(1 if flag is None else 2)", "list(options).index('b') if 'b' in options"
-    " else 1", "(2 if h.float() is h else 3)", "round({size} / 3)", "hash({size})", "min({size}, 5)",
+    " else 1", "(2 if h.float() is h else 3)", "round({size} / 3)",
+    "hash({size})", "min({size}, 5)",
 ]  # fmt: skip
 _TENSOR = [
     "self.lin(h)", "self.norm(h)", "h + 1", "h * {number}", "h + self.positions", "self.drop(h)",
@@ -107,7 +110,8 @@ _STATEMENT = [
     "with torch.no_grad(): h = {tensor}",
     "try: h = h + x[5].mean()\n        except IndexError: h = h * 2",
     "try: h = {tensor}\n        except (RuntimeError, IndexError): h = h * 2",
-    "pair = Pair(h, {number}); h = pair.h * pair.n", "held = Held(h, {number}); h = held.h * held.n",
+    "pair = Pair(h, {number}); h = pair.h * pair.n",
+    "held = Held(h, {number}); h = held.h * held.n",
     "memo = {{id(x): h}}; h = memo[id(x)]", "h = {{x: h}}[x]", "first, *_ = h; h = h + first",
     "self.last = h", "h = h + sum(row.sum() for row in h)", "assert {size} > 0",
 ]  # fmt: skip
@@ -118,8 +122,10 @@ _RESULT = [
 ]  # fmt: skip
 _OPAQUE = ["h * 2", "h[:2]", "h[h.sum(-1) > 0]", "torch.cat([h, h])", "h[..., :4]", "h.double()",
            "h if h.sum() > 0 else h.double()", "h"]  # fmt: skip
-_LAYER = ["h = h + self.norm(self.lin(h))", "h = self.drop(h)", "h = h * scale", "h = h + h.shape[0]",
-          "h = h * (2 if flag else 3)", "h = h * (2 if flag == 1 else 3)", "h = h.squeeze(0)"]  # fmt: skip
+_LAYER = ["h = h + self.norm(self.lin(h))", "h = self.drop(h)", "h = h * scale",
+          "h = h + h.shape[0]",
+          "h = h * (2 if flag else 3)", "h = h * (2 if flag == 1 else 3)",
+          "h = h.squeeze(0)"]  # fmt: skip
 
 
 def source_of(rng: random.Random) -> str:
@@ -213,7 +219,7 @@ def run(model: Any, call: dict[str, Any]) -> list[tuple[Any, Any]]:
         return [(type(error), None)]
     sums = [t.float().sum() for _, t in found if t is not None and t.requires_grad]
     if sums and call["grad"]:
-        torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(sums).sum().backward()
     grads = [(name, p.grad) for name, p in model.named_parameters()]
     return found + [(name, None if g is None else g.clone()) for name, g in grads]
 

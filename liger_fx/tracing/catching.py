@@ -13,7 +13,7 @@ from __future__ import annotations
 import dis
 import functools
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from liger_fx.tracing.reach import of_a_library
 
@@ -43,7 +43,9 @@ def catches_errors(frame: FrameType | None, outermost: FrameType | None) -> bool
 def _regions(code: CodeType) -> tuple[_Region, ...]:
     if not code.co_exceptiontable:
         return ()
-    return tuple(_Region(e.start, e.end, e.target) for e in dis.Bytecode(code).exception_entries)
+    # typeshed does not know of them.
+    entries: Any = vars(dis.Bytecode(code))["exception_entries"]
+    return tuple(_Region(entry.start, entry.end, entry.target) for entry in entries)
 
 
 def _goes_on(code: CodeType, offset: int) -> bool:

@@ -199,7 +199,9 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
             ran_at.append(sizes)
     if any(_without_sizes(other) != _without_sizes(results[0]) for other in results):
         raise CannotRecord("what it returns has other parts where its inputs are others")
-    given = [t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)]
+    given: list[Any] = [
+        t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)
+    ]
     known = {s.node._expr: s for shape in given for s in shape if isinstance(s, torch.SymInt)}
 
     def size_of(found: tuple[int, ...]) -> Any:

@@ -229,7 +229,8 @@ class Recorder(TorchFunctionMode):
         """A node that knows the module call and the line of the model that made it. CannotRecord
         where the model's code would go on after an error of what the node does."""
         if op.startswith("call_") and catches_errors(sys._getframe(1), self._outermost):
-            raise CannotRecord(f"{target} may fail at another call, and its code catches errors")
+            name = getattr(target, "__name__", target)
+            raise CannotRecord(f"{name} may fail at another call, and its code catches errors")
         node = self.graph.create_node(op, target, args, kwargs or {})
         meta = node.meta
         meta["call"], meta["module"] = self.owner.current_call()

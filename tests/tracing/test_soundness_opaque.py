@@ -1,5 +1,5 @@
-"""What a module that is not followed returns is of the dtype, rank and sizes that it was traced with,
-or an error says so."""
+"""What a module that is not followed returns is of the dtype, rank and sizes that it was traced
+with, or an error says so."""
 
 from __future__ import annotations
 

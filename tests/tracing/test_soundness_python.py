@@ -461,7 +461,8 @@ def suppressed(m: Any, x: T) -> T:
 
 
 def so_many(m: Any, x: T) -> T:
-    h, each = 0, iter(m.lin(x))
+    h: Any = 0
+    each = iter(m.lin(x))
     try:
         for _ in range(5):
             h = h + next(each)
