@@ -47,6 +47,18 @@ class UsesConstants(nn.Module):
         return x * TABLE + self.steps
 
 
+class AsksItsWeight(nn.Module):
+    """Asks how its weight lies in memory, and of which class it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 16).view(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factor = self.weight.stride(0) + self.weight.storage_offset()
+        return x @ self.weight * (factor if type(self.weight) is nn.Parameter else 7)
+
+
 @dataclass
 class Settings:
     """A config of one's own."""

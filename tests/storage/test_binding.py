@@ -273,3 +273,16 @@ def test_arguments_of_another_kind(given: dict[str, Any], said: str, saved: Path
 def test_inputs_of_another_kind(llama: Block, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a int"):
         liger_fx.export(llama, tmp_path / "a.pt2", 3)  # type: ignore[arg-type]
+
+
+def test_what_was_asked_of_a_weight_is_saved(tmp_path: Path) -> None:
+    x, model = torch.randn(2, 4), custom.AsksItsWeight()
+    liger_fx.save(liger_fx.trace(model, (x,)), tmp_path / "a", weights=False)
+    loaded = liger_fx.load(tmp_path / "a", model=model)
+    assert torch.equal(loaded(x), model(x)) and len(loaded.plans) == 1
+    asked = loaded.plans[0].guards.tensors
+    assert asked.layouts == {"weight": ((4, 1), 0)} and asked.classes == {"weight": nn.Parameter}
+    model.weight = nn.Parameter(model.weight.detach().t())
+    loaded = liger_fx.load(tmp_path / "a", model=model)
+    assert torch.equal(loaded(x), model(x)) and len(loaded.plans) == 2
+    assert loaded.plans[1].guards.tensors.layouts == {"weight": ((1, 4), 0)}
