@@ -37,12 +37,8 @@ from liger_fx.kernels.library import (
     differentiate,
     gradients_of,
 )
-from liger_fx.kernels.rms_norm import (
-    norm_backward,
-    norm_forward,
-    rms_norm_reference,
-    sum_of_rows,
-)
+from liger_fx.kernels.norm import sum_of_rows
+from liger_fx.kernels.rms_norm import norm_backward, norm_forward, rms_norm_reference
 from liger_fx.kernels.rope import (
     Form,
     check_tables,

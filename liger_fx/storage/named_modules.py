@@ -75,7 +75,9 @@ def check(record: NamedModule) -> None:
 @functools.cache
 def _option_types(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls.__init__)
-    return {k: hint for k, hint in hints.items() if k not in ("return", "weight", "children")}
+    return {
+        k: hint for k, hint in hints.items() if k not in ("return", "weight", "bias", "children")
+    }
 
 
 def install(root: nn.Module, record: NamedModule) -> None:
@@ -121,8 +123,9 @@ def _make(record: NamedModule, original: nn.Module | None) -> nn.Module:
             raise LoadError(f"{record.path} has no {missing[0]}", "path")
         if record.children:
             taken = {"children": {name: held[name] for name in names}}
-        elif names:
-            taken = {"weight": held[names[0]]}
+        else:
+            given = {role: record.options.get(f"{role}_name") for role in ("weight", "bias")}
+            taken = {role: held[name] for role, name in given.items() if name in names}
     try:
         made: nn.Module = CLASSES[record.class_](**taken, **record.options)
     except Exception as error:  # options of the right types may still make no sense together
