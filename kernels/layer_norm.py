@@ -5,8 +5,8 @@ square, scaled and shifted.
     y = (x - mean) * rsqrt(variance + eps) * (offset + weight) + bias
     ->  y = layer_norm(x, weight, bias, eps, offset)     one read of x, one write of y
 
-Ba, Kiros & Hinton, "Layer Normalization", 2016. The kernels and the derivatives are in norm.py; where
-these do not serve, PyTorch's own layer norm does, in float32 (or float64).
+Ba, Kiros & Hinton, "Layer Normalization", 2016. The kernels and the derivatives are in norm.py;
+where these do not serve, PyTorch's own layer norm does, in float32 (or float64).
 """
 
 from typing import Any
@@ -85,6 +85,34 @@ def _wide(
     return factor + offset if offset else factor
 
 
+def layer_norm_backward_reference(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    more: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of x and weight by the formulas of norm.py, in PyTorch's own operations.
+
+    more: a gradient that x has from elsewhere, to which this one is added.
+    """
+    dtype = compute_dtype(x, weight)
+    wide, grad = as_wide(x, dtype), as_wide(dy, dtype)
+    normed = wide - wide.mean(-1, keepdim=True)
+    r = torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
+    normed.mul_(r)
+    factor = _wide(weight, dtype, offset)
+    g = grad if factor is None else grad * factor
+    # Whose mean is taken away last, and with it what rounding left in that of the row.
+    g = g - normed * (g * normed).mean(-1, keepdim=True)
+    dx = (g - g.mean(-1, keepdim=True)).mul_(r)
+    dx = as_wide(dx if more is None else dx.add_(more), x.dtype)
+    if weight is None:
+        return dx, None
+    return dx, as_wide((grad * normed).sum_to_size(weight.shape), weight.dtype)
+
+
 def norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -118,17 +146,10 @@ def norm_backward(
         asked = dw if weight_grad else None, dbias if bias_grad else None
         norm.backward(dy, x, weight, eps, offset, True, dx, *asked, more)
         return dx, dw, dbias
-    dtype = compute_dtype(x, weight, bias)
-    wide, rows = as_wide(x, dtype), x.shape[-1:]
-    _, mean, r = torch.native_layer_norm(wide, rows, None, None, eps)
-    found = torch.ops.aten.native_layer_norm_backward(
-        as_wide(dy, dtype), wide, rows, mean, r, _wide(weight, dtype, offset), _wide(bias, dtype),
-        [True, weight_grad, bias_grad],
-    )  # fmt: skip
-    wide_dx = found[0] if more is None else found[0] + more
-    dw = as_wide(found[1], dw.dtype) if weight_grad else dw
-    dbias = as_wide(found[2], dbias.dtype) if bias_grad else dbias
-    return laid_out(as_wide(wide_dx, x.dtype), x), dw, dbias
+    plain = layer_norm_backward_reference(dy, x, weight, eps, offset, more)
+    if bias is not None and bias_grad:
+        dbias = dy.to(compute_dtype(dy)).sum_to_size(bias.shape).to(bias.dtype)
+    return laid_out(plain[0], x), plain[1] if plain[1] is not None and weight_grad else dw, dbias
 
 
 def norm_backward_fake(

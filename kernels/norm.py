@@ -1,12 +1,12 @@
 """The Triton kernels of both norms of a row, and of the norm of a sum: what rms_norm.py,
 layer_norm.py and the operators that add first have in common.
 
-    y = x * r * (offset + weight) + bias     r = 1 / sqrt(mean(x^2) + eps); of a LayerNorm x is what
-                                             is left of the row without its mean
+    y = x * r * (offset + weight) + bias     r = 1 / sqrt(mean(x^2) + eps)
 
-With g = dy * (offset + weight) and n the row's width, the derivatives are
+where x is the row, of a LayerNorm without its mean. With g = dy * (offset + weight), of a LayerNorm
+without its mean, and n the row's width, the derivatives are
 
-    dx = r * (g - x * r^2 * sum(g * x) / n)  and less the mean of g times r, of a LayerNorm
+    dx = r * (g - x * r^2 * sum(g * x) / n)
     dweight = sum over rows of dy * x * r    dbias = sum over rows of dy
 
 Everything that a row needs is summed from x and dy where they are: the backward needs x and the
@@ -41,6 +41,13 @@ def _row_offset(row, inner, outer_stride, inner_stride, ONE_STRIDE: tl.constexpr
     return (row // inner) * outer_stride + (row % inner) * inner_stride
 
 
+@triton.jit
+def _without_mean(x, mask, width):
+    """Each row less its mean, but for what rounding leaves of it: the mean of the result, which is
+    for the caller to take away as well. (Of numbers far from zero it is large.)"""
+    return tl.where(mask, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)
+
+
 @triton.jit(do_not_specialize=["rows", "inner"])
 def _forward_kernel(
     x_ptr, b_ptr, w_ptr, bias_ptr, y_ptr, s_ptr, rows, inner, width, x_outer, x_inner, eps, offset,
@@ -63,8 +70,13 @@ def _forward_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + col, col < width, other=0.0).to(tl.float32)
     if CENTERED:
-        x = tl.where(mask, x - (tl.sum(x, axis=1) / width)[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
+        x = _without_mean(x, mask, width)
+        squares, left = tl.split(tl.sum(tl.join(x * x, x), axis=1))  # one reduction
+        left /= width
+        x -= left[:, None]
+        r = tl.rsqrt(squares / width - left * left + eps)
+    else:
+        r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
     y = x * r[:, None]
     if HAS_WEIGHT:
         y = y * w[None, :]
@@ -99,16 +111,22 @@ def _backward_kernel(
         if HAS_WEIGHT:
             g = dy * w[None, :]
         if CENTERED:
-            total, total_g = tl.split(tl.sum(tl.join(x, g), axis=1))  # one reduction
-            x = tl.where(mask, x - (total / width)[:, None], 0.0)
-        squares, products = tl.split(tl.sum(tl.join(x * x, g * x), axis=1))
+            x = _without_mean(x, mask, width)
+            sums = tl.sum(tl.join(tl.join(x * x, g * x), tl.join(x, g)), axis=1)  # one reduction
+            of_products, of_factors = tl.split(sums)
+            squares, products = tl.split(of_products)
+            left, mean_g = tl.split(of_factors)
+            left, mean_g = left / width, mean_g / width
+            x -= left[:, None]
+            variance = squares / width - left * left
+            product = products / width - left * mean_g
+            g -= mean_g[:, None]
+        else:
+            squares, products = tl.split(tl.sum(tl.join(x * x, g * x), axis=1))
+            variance, product = squares / width, products / width
         # Rows past the last are zeros, whose root is infinite without eps: they shall add nothing.
-        r = tl.where(row < rows, tl.rsqrt(squares / width + eps), 0.0)
-        slope = r * r * (products / width)
-        dx = g - x * slope[:, None]
-        if CENTERED:
-            dx -= (total_g / width)[:, None]
-        dx *= r[:, None]
+        r = tl.where(row < rows, tl.rsqrt(variance + eps), 0.0)
+        dx = r[:, None] * (g - x * (r * r * product)[:, None])
         if HAS_MORE:
             more_row = _row_offset(row, inner, more_outer, more_inner, ONE_STRIDE)
             more = tl.load(more_ptr + more_row[:, None] + col[None, :], mask, other=0.0)
