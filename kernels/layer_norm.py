@@ -99,18 +99,18 @@ def layer_norm_backward_reference(
     """
     dtype = compute_dtype(x, weight)
     wide, grad = as_wide(x, dtype), as_wide(dy, dtype)
-    normed = wide - wide.mean(-1, keepdim=True)
-    r = torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
-    normed.mul_(r)
-    factor = _wide(weight, dtype, offset)
-    g = grad if factor is None else grad * factor
-    # Whose mean is taken away last, and with it what rounding left in that of the row.
-    g = g - normed * (g * normed).mean(-1, keepdim=True)
-    dx = (g - g.mean(-1, keepdim=True)).mul_(r)
+    centered = wide - wide.mean(-1, keepdim=True)
+    centered.sub_(centered.mean(-1, keepdim=True))  # what rounding left of it
+    r = centered.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        grad, centered, x.shape[-1:], torch.zeros_like(r), r, _wide(weight, dtype, offset), None,
+        [True, False, False],
+    )  # fmt: skip
     dx = as_wide(dx if more is None else dx.add_(more), x.dtype)
     if weight is None:
         return dx, None
-    return dx, as_wide((grad * normed).sum_to_size(weight.shape), weight.dtype)
+    dw = (grad * centered).mul_(r).sum_to_size(weight.shape)
+    return dx, as_wide(dw, weight.dtype)
 
 
 def norm_forward(

@@ -109,10 +109,9 @@ def test_float64_is_computed_in_float64(device: str) -> None:
         assert max(map(relative_error, ours, with_gradients(both, given, *grads))) < 1e-13
 
 
-@pytest.mark.parametrize("width", [1, MAX_WIDTH + 1])
-def test_narrowest_and_too_wide_rows(width: int, device: str) -> None:
-    a, b, dy, ds = torch.randn(4, 2, width, device=device)
-    given = (a, b, *torch.randn(2, width, device=device))
+def test_too_wide_rows(device: str) -> None:
+    a, b, dy, ds = torch.randn(4, 2, MAX_WIDTH + 1, device=device)
+    given = (a, b, *torch.randn(2, MAX_WIDTH + 1, device=device))
     ours = with_gradients(lambda a, b, w, c: add_layer_norm(a, b, w, c, EPS), given, dy, ds)
     exact = with_gradients(both, doubled(given), dy, ds)
     assert max(map(relative_error, ours, exact)) < 1e-5

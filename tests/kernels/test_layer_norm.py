@@ -109,9 +109,21 @@ def test_without_weight_or_bias(has_weight: bool, has_bias: bool, device: str) -
     assert_as_accurate(ours, exact, exact)
 
 
-@pytest.mark.parametrize("width", [1, MAX_WIDTH, MAX_WIDTH + 1])
-def test_narrowest_and_widest_rows(width: int, device: str) -> None:
-    """Of a single number nothing is left; x is without influence."""
+def test_of_a_single_number_nothing_is_left(device: str) -> None:
+    """dx is what remains of a cancellation: it is held to the size of the terms that cancel."""
+    x, grad = torch.randn(2, 300, 1, device=device)
+    weight, bias = torch.randn(2, 1, device=device)
+    y, dx, dw, dbias = with_gradients(
+        lambda x, w, b: layer_norm(x, w, b, EPS), (x, weight, bias), grad
+    )
+    assert torch.equal(y, bias.expand(300, 1)) and not dw.any()
+    assert relative_error(dbias, grad.double().sum(0)) < 1e-5  # 300 numbers of both signs
+    terms = (grad * weight).abs() / EPS**0.5
+    assert (dx.abs() <= 2e-7 * terms).all()
+
+
+@pytest.mark.parametrize("width", [MAX_WIDTH, MAX_WIDTH + 1])
+def test_widest_rows(width: int, device: str) -> None:
     x, grad = torch.randn(2, 2, width, device=device)
     inputs = (x, *torch.randn(2, width, device=device))
     ours = with_gradients(lambda x, w, b: layer_norm(x, w, b, EPS), inputs, grad)
