@@ -11,7 +11,7 @@ norm is the one of layer_norm.py, in all its spellings; the rest is as in add_rm
 from __future__ import annotations
 
 from liger_fx.engine.match import Match
-from liger_fx.engine.operators import rsqrt, variance
+from liger_fx.engine.operators import rsqrt, sqrt, variance
 from liger_fx.engine.pattern import Constant, Inner, Op, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Replacement, Rule
 from liger_fx.modules import LigerAddLayerNorm
@@ -27,7 +27,7 @@ from liger_fx.passes.layer_norm import (
 
 a, b = Tensor("a"), Tensor("b")
 summed = Inner("sum", a + b, anywhere=True)
-spread = variance(a + b)
+spread = either(variance(a + b) + anything, variance(a + b))
 
 
 class AddLayerNorm(Rule):
@@ -38,7 +38,8 @@ class AddLayerNorm(Rule):
         norm_of(summed), Op("add_layer_norm", (summed,), {"module": Constant("named")})
     )
     looks_like = either(
-        rsqrt(either(spread + anything, spread)),
+        rsqrt(spread),
+        sqrt(spread),
         Op("layer_norm", (a + b,)),
         Op("layer_norm", (a + b, anything, anything)),
         Op("add_layer_norm", (a + b,)),

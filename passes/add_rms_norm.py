@@ -14,7 +14,7 @@ from torch import nn
 
 from liger_fx.engine.dtypes import rounding
 from liger_fx.engine.match import Match
-from liger_fx.engine.operators import mean, rsqrt, square
+from liger_fx.engine.operators import mean, rsqrt, sqrt, square
 from liger_fx.engine.pattern import Constant, Inner, Op, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term, bare, loses_nothing
@@ -24,7 +24,7 @@ from liger_fx.passes.rms_norm import check_norm, norm_of, options_of
 
 a, b = Tensor("a"), Tensor("b")
 summed = Inner("sum", a + b, anywhere=True)
-squares = mean(square(a + b))
+squares = either(mean(square(a + b)) + anything, mean(square(a + b)))
 
 
 class AddRMSNorm(Rule):
@@ -33,7 +33,8 @@ class AddRMSNorm(Rule):
     name = "add_rms_norm"
     pattern = either(norm_of(summed), Op("add_rms_norm", (summed,), {"module": Constant("named")}))
     looks_like = either(
-        rsqrt(either(squares + anything, squares)),
+        rsqrt(squares),
+        sqrt(squares),
         Op("rms_norm", (a + b,)),
         Op("rms_norm", (a + b, anything)),
         Op("add_rms_norm", (a + b,)),

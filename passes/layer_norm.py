@@ -27,7 +27,8 @@ from liger_fx.modules import LigerLayerNorm
 from liger_fx.modules.casting import Cast
 
 FACTORS = ("weight", "bias")
-weight, bias, eps, offset = Tensor("weight"), Tensor("bias"), Constant("eps"), Constant("offset")
+weight, eps, offset = Tensor("weight"), Constant("eps"), Constant("offset")
+bias = Tensor("bias", rank=1)  # else a residual that is added to the norm would be one
 scale = either(offset + weight, weight)
 of_torch = {"eps": eps, "rank": Constant("rank")}
 
@@ -55,6 +56,7 @@ def norm_of(x: Pattern) -> Pattern:
 
 
 spread = either(Op("mean", (square(anything - Op("mean", (anything,))),)), Op("var", (anything,)))
+under_root = either(spread + anything, spread)
 
 
 class LayerNorm(Rule):
@@ -63,8 +65,8 @@ class LayerNorm(Rule):
     name = "layer_norm"
     pattern = norm_of(Tensor("x"))
     looks_like = either(
-        rsqrt(either(spread + anything, spread)),
-        sqrt(either(spread + anything, spread)),
+        rsqrt(under_root),
+        sqrt(under_root),
         Op("layer_norm", (anything,)),
         Op("layer_norm", (anything, anything, anything)),
     )
@@ -99,14 +101,14 @@ def check_norm(match: Match, x: Term) -> None:
 def dtype_of_norm(match: Match, x: Term, name: str) -> Cast:
     """How the result is rounded: as PyTorch's own norm does it, where that is called with x as it
     is and nothing is done to its result."""
-    root = match.view(match.root)
-    if root.op == "layer_norm":
-        given = root.operands[0]
+    result = match.view(match.root)
+    if result.op == "layer_norm":
+        given = result.operands[0]
         while given.op == "alias":
             given = given.operands[0]
         if match.view.same(given, x):
             return "autocast"
-    return rounding(match, root, name, *FACTORS)
+    return rounding(match, result, name, *FACTORS)
 
 
 def factors_of(match: Match) -> tuple[Term, ...]:
