@@ -99,9 +99,10 @@ def layer_norm_backward_reference(
     """
     dtype = compute_dtype(x, weight)
     wide, grad = as_wide(x, dtype), as_wide(dy, dtype)
-    centered = wide - wide.mean(-1, keepdim=True)
+    # The forward's own r: how it was rounded changes y and dx alike, which the next norm undoes.
+    _, mean, r = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)
+    centered = wide - mean
     centered.sub_(centered.mean(-1, keepdim=True))  # what rounding left of it
-    r = centered.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         grad, centered, x.shape[-1:], torch.zeros_like(r), r, _wide(weight, dtype, offset), None,
         [True, False, False],
