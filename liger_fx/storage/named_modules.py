@@ -100,6 +100,12 @@ def install(root: nn.Module, record: NamedModule) -> None:
         _at(root, other).add_module(name, module)
 
 
+def roles(record: NamedModule) -> dict[str, str]:
+    """The parameters that such a module is made with: the argument, and the name in the model."""
+    given = {role: record.options.get(f"{role}_name") for role in ("weight", "bias")}
+    return {role: name for role, name in given.items() if name in record.parameters}
+
+
 def _is_alike(record: NamedModule, named: Any) -> bool:
     return bool(type(named).__name__ == record.class_ and named.options() == record.options)
 
@@ -124,8 +130,7 @@ def _make(record: NamedModule, original: nn.Module | None) -> nn.Module:
         if record.children:
             taken = {"children": {name: held[name] for name in names}}
         else:
-            given = {role: record.options.get(f"{role}_name") for role in ("weight", "bias")}
-            taken = {role: held[name] for role, name in given.items() if name in names}
+            taken = {role: held[name] for role, name in roles(record).items()}
     try:
         made: nn.Module = CLASSES[record.class_](**taken, **record.options)
     except Exception as error:  # options of the right types may still make no sense together

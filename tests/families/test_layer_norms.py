@@ -7,6 +7,7 @@ Norms before each block (gpt2, opt, vit, whisper), after it (bert, bart), once f
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,9 @@ def test_dropout_before_the_sum_drops_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "cohere"])
-def test_saved_flattened_and_verified(name: str, tmp_path: Path) -> None:
+def test_saved_written_as_source_flattened_and_verified(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, opt = pair(name)
     inputs = example_inputs(model, 2, 9)
     inputs.pop("labels", None)
@@ -147,6 +150,10 @@ def test_saved_flattened_and_verified(name: str, tmp_path: Path) -> None:
     loaded = liger_fx.load(tmp_path / "saved")
     assert torch.equal(loaded(**inputs).logits, expected)
     assert str(loaded) == str(opt) and list(loaded.state_dict()) == list(model.state_dict())
+    liger_fx.to_folder(opt, tmp_path / f"{name}_source")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = importlib.import_module(f"{name}_source").load()
+    assert torch.equal(source(**inputs).logits, expected)
     flat = liger_fx.flatten(opt)
     assert torch.equal(flat(**inputs).logits, expected)
     alone, of_sums, _ = SITES[name]
