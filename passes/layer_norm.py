@@ -19,7 +19,7 @@ from torch import nn
 from liger_fx.engine.dtypes import check_comes_back, rounding
 from liger_fx.engine.match import Match
 from liger_fx.engine.operators import mean, rsqrt, sqrt, square, variance
-from liger_fx.engine.parameters import own_parameter
+from liger_fx.engine.parameters import leaf_parameters, own_parameter
 from liger_fx.engine.pattern import Constant, Number, Op, Pattern, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term
@@ -123,10 +123,7 @@ def options_of(match: Match, x: Term, owner: Owner | None) -> dict[str, Any]:
     if owner is None:
         return options
     if match.get("leaf") is not None:
-        if type(owner.module) is not nn.LayerNorm:
-            kind = type(owner.module).__name__
-            raise Reject(f"it is a {kind}, not a plain LayerNorm", match.root)
-        return options | {role: getattr(owner.module, role) for role in FACTORS}
+        return options | leaf_parameters(match, owner, nn.LayerNorm, *FACTORS)
     check_comes_back(match, x)
     for role in FACTORS:
         options |= own_parameter(match, owner, role)

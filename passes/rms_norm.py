@@ -18,7 +18,7 @@ from torch import nn
 from liger_fx.engine.dtypes import check_comes_back, rounding
 from liger_fx.engine.match import Match
 from liger_fx.engine.operators import mean, rsqrt, sqrt, square
-from liger_fx.engine.parameters import own_parameter
+from liger_fx.engine.parameters import leaf_parameters, own_parameter
 from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term
@@ -92,8 +92,8 @@ def options_of(match: Match, x: Term, owner: Owner | None) -> dict[str, Any]:
     options |= {"offset": float(match.get("offset", 0.0)), "cast": match.found}
     if owner is not None:
         check_comes_back(match, x)
-        if isinstance(owner.module, nn.RMSNorm):
-            options["weight"] = owner.module.weight
+        if match.get("leaf") is not None:
+            options |= leaf_parameters(match, owner, nn.RMSNorm, "weight")
         else:
             options |= own_parameter(match, owner, "weight")
     return options

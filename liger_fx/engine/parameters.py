@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from liger_fx.engine.match import Match
 from liger_fx.engine.rule import Owner, Reject
 from liger_fx.engine.term import Term
@@ -24,3 +26,16 @@ def own_parameter(match: Match, owner: Owner, role: str) -> dict[str, Any]:
     if name not in dict(owner.module.named_parameters(recurse=False)):
         raise Reject(f"the {role} is a buffer, not a parameter", term.node)
     return {role: owner.module.get_parameter(name), f"{role}_name": name}
+
+
+def leaf_parameters(
+    match: Match, owner: Owner, kind: type[nn.Module], *roles: str
+) -> dict[str, Any]:
+    """The parameters of a module of PyTorch's own, under its own names for them.
+
+    Reject what is derived from that class: its parameters may be computed (parametrizations are).
+    """
+    if type(owner.module) is not kind:
+        found = type(owner.module).__name__
+        raise Reject(f"it is a {found}, not a plain {kind.__name__}", match.root)
+    return {role: getattr(owner.module, role) for role in roles}
