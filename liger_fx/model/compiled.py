@@ -24,6 +24,7 @@ from torch._dynamo.comptime import comptime
 
 from liger_fx.model.dynamo import value_of
 from liger_fx.model.plan import Plan
+from liger_fx.model.regions import can_be_region, hand_nothing_on
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.guards import attribute_text
 from liger_fx.tracing.inner_blocks import collected_in_compile, collects_inside, rebuilt
@@ -34,6 +35,7 @@ class _Found(threading.local):
     """The name under which the plan found last is kept, on its way into what is compiled."""
 
     name: str | None = None
+    region: bool = False
 
 
 _found = _Found()
@@ -44,6 +46,8 @@ class _Kept:
 
     def __init__(self, plan: Plan, block: nn.Module) -> None:
         self.plan, self.holds, self.function = plan, _check(plan, block), plan.function
+        self.can_be_region = can_be_region(plan, block)
+        self.region = torch.compiler.nested_compile_region(plan.function)
 
 
 def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -54,19 +58,19 @@ def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     outline = _outline(arguments, leaves, objects)  # noqa: F841  (_find_plan reads it)
     keys = collected_in_compile()  # noqa: F841
     comptime(_find_plan)
-    name = _name_of_found(id(block._block.alike))  # the id is guarded
+    name, region = _name_of_found(id(block._block.alike))  # the id is guarded
     if name is not None:
         kept = getattr(block._block.alike.compiled, name)
         if kept.holds(block):
             inputs = kept.plan.take(block, arguments)
             if inputs is not None:
-                return kept.function(block, *inputs)
+                return (kept.region if region else kept.function)(block, *inputs)
     return block.block_class.forward(block, *args, **kwargs)
 
 
 @torch.compiler.assume_constant_result
-def _name_of_found(alike: int) -> str | None:
-    return _found.name
+def _name_of_found(alike: int) -> tuple[str | None, bool]:
+    return _found.name, _found.region
 
 
 def _outline(value: Any, leaves: list[Any], objects: list[Any]) -> Any:
@@ -106,6 +110,7 @@ def _find_plan(context: Any) -> None:
         arguments = _filled(outline, iter(leaves), iter(objects))
         plan = block.plan_for_compiler(arguments)
     _found.name = None if plan is None else _keep(plan, block)
+    _found.region = plan is not None and not objects and getattr(block._block.alike.compiled, _found.name).can_be_region and hand_nothing_on(context)
 
 
 def _keep(plan: Plan, block: Any) -> str:
