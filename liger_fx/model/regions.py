@@ -2,11 +2,13 @@
 
     layers.0, layers.1, ..., layers.15  ->  one compiled function, called sixteen times
 
-A region is torch.compiler.nested_compile_region's. Up to PyTorch 2.13 Inductor hands on the memory of
-what a region was given, though the region kept it for its backward, and lets a backward overwrite
-what belongs to its caller (pytorch/pytorch#193960): gradients are wrong without a word. So what is
-compiled with regions is compiled with no memory handed on. Where tensors go when they are done with
-is then PyTorch's allocator's alone.
+A region is torch.compiler.nested_compile_region's. Up to PyTorch 2.13 Inductor hands on the memory
+of what a region was given, though the region kept it for its backward, and lets a backward
+overwrite what belongs to its caller (pytorch/pytorch#193960): gradients are wrong without a word.
+So what has regions is compiled with no memory handed on; its allocator alone uses memory again.
+
+What draws random numbers is no region, nor are layers with caches, and nothing is one with
+dynamic=True: Dynamo then takes an eps for a number that may change, which no region can be given.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.eval_frame import innermost_backend
+from torch.nn.modules.dropout import _DropoutNd
 
 from liger_fx.engine.memory import Memory
 from liger_fx.model.plan import Plan
@@ -32,11 +34,17 @@ def can_be_region(plan: Plan, block: Any) -> bool:
     if alone or plan.has_regions or plan.inner:
         return False
     nodes = list(plan.graph.nodes)
-    if any(is_effectful(node, block) or draws_random_numbers(node) for node in nodes):
-        return False
     memory = Memory(block)
+    if any(is_effectful(node, block) or _draws(node, memory) for node in nodes):
+        return False
     results = [memory.storage(node) for node in nodes[-1].all_input_nodes]
     return len(set(results)) == len(results) and all(_is_new(node, memory) for node in results)
+
+
+def _draws(node: fx.Node, memory: Memory) -> bool:
+    if node.op == "call_module":
+        return any(isinstance(m, _DropoutNd) and m.training for m in memory.module(node).modules())
+    return draws_random_numbers(node) or bool(node.kwargs.get("dropout_p"))
 
 
 def _is_new(node: fx.Node, memory: Memory) -> bool:
@@ -54,8 +62,10 @@ def hand_nothing_on(context: Any) -> bool:
     """Have Inductor compile what Dynamo records here so that regions are right in it; False where
     another compiler will, or one that cannot call regions."""
     output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
-    inductor = innermost_backend(output.compiler_fn)
+    inductor = _innermost(output.compiler_fn)
     if not isinstance(inductor, torch._TorchCompileInductorWrapper) or output.export:
+        return False
+    if not torch._dynamo.config.assume_static_by_default:
         return False
     if inductor.config.get("cpp_wrapper", torch._inductor.config.cpp_wrapper):
         return False
@@ -78,3 +88,9 @@ class _HandingNothingOn:
             return self._torchdynamo_orig_backend(graph, inputs)
         finally:
             self.inductor.config = config
+
+
+def _innermost(compiler: Any) -> Any:
+    while hasattr(compiler, "_torchdynamo_orig_backend"):
+        compiler = compiler._torchdynamo_orig_backend
+    return compiler
