@@ -14,6 +14,7 @@ from torch import nn
 
 from liger_fx.kernels.layer_norm import layer_norm
 from liger_fx.modules.casting import Cast, check_cast, result_dtype
+from liger_fx.modules.constant import constant
 from liger_fx.modules.origin import NamedModule
 
 Given = tuple[torch.Tensor | None, torch.Tensor | None, float, float, torch.dtype]
@@ -28,6 +29,9 @@ class LigerLayerNorm(NamedModule):
     offset: 1.0 where the model multiplies by 1 + weight.
     cast: the result's dtype, as `result_dtype` has it. It is rounded to that dtype once.
     """
+
+    eps = constant("_eps")
+    offset = constant("_offset")
 
     def __init__(
         self,
