@@ -18,12 +18,13 @@ import triton.language as tl
 from liger_fx.kernels.launch import Launch, ceil_div, compute_dtype, launch, uses_triton
 from liger_fx.kernels.layout import in_strides_of
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
     define_op,
     differentiable,
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -152,11 +153,13 @@ def _backward(dy: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
 
 
 _activation = define_op(
-    "activation(Tensor x, str name) -> Tensor", _forward, lambda x, name: torch.empty_like(x)
+    "activation(Tensor x, str name) -> Tensor",
+    Replayed(_forward),
+    lambda x, name: torch.empty_like(x),
 )
 _activation_backward = define_op(
     "activation_backward(Tensor dy, Tensor x, str name) -> Tensor",
-    _backward,
+    Replayed(_backward),
     lambda dy, x, name: torch.empty_like(x),
 )
 
@@ -165,20 +168,20 @@ def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     def plain(x: torch.Tensor) -> torch.Tensor:
         return activation_reference(x, ctx.name)
 
-    return *gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:1]), None
+    return *gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:1]), None, None
 
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, name: str) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, name: str, compute: Compute) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.name = name
-        return below_autograd(_activation, x, name)
+        return compute(x, name)
 
     @staticmethod
     @differentiable(_again)
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _activation_backward(dy, *ctx.saved_tensors, ctx.name), None
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _activation_backward(dy, *ctx.saved_tensors, ctx.name), None, None
 
 
 differentiate(_activation, _Activation, activation_reference)

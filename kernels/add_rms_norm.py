@@ -18,12 +18,13 @@ import triton.language as tl
 from liger_fx.kernels.launch import ceil_div, launch, uses_triton
 from liger_fx.kernels.layout import empty_rows_like
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
     define_op,
     differentiable,
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 from liger_fx.kernels.rms_norm import (
     MAX_WIDTH,
     forward_launch,
@@ -162,13 +163,13 @@ def _backward_fake(
 _add_rms_norm = define_op(
     "add_rms_norm(Tensor a, Tensor b, Tensor? weight, float eps, float offset,"
     " ScalarType? out_dtype) -> (Tensor, Tensor)",
-    _forward,
+    Replayed(_forward),
     _fake,
 )
 _add_rms_norm_backward = define_op(
     "add_rms_norm_backward(Tensor ds, Tensor dy, Tensor s, Tensor? weight, float eps,"
     " float offset, bool weight_grad) -> (Tensor, Tensor)",
-    _backward,
+    Replayed(_backward),
     _backward_fake,
 )
 
@@ -182,7 +183,7 @@ def _again(
 
     a, b, weight, *_ = ctx.needs_input_grad
     dx, dw = gradients_of(norm, ctx.saved_tensors, (dy, ds), (a or b, weight))
-    return dx if a else None, dx if b else None, dw, None, None, None
+    return dx if a else None, dx if b else None, dw, *(None,) * 4
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -195,8 +196,9 @@ class _AddRMSNorm(torch.autograd.Function):
         eps: float,
         offset: float,
         out_dtype: torch.dtype | None,
+        compute: Compute,
     ) -> Two:
-        y, s = below_autograd(_add_rms_norm, a, b, weight, eps, offset, out_dtype)
+        y, s = compute(a, b, weight, eps, offset, out_dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(s, weight)
         ctx.constants = eps, offset
@@ -208,14 +210,14 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         if dy is None:  # the sum alone was used
-            return ds, ds, None, None, None, None
+            return ds, ds, *(None,) * 5
         weight_grad = ctx.needs_input_grad[2]
         given = (*ctx.saved_tensors, *ctx.constants, weight_grad)
         if ds is None:
             dx, dw = rms_norm_backward(dy, *given)
         else:
             dx, dw = _add_rms_norm_backward(ds, dy, *given)
-        return dx, dx, dw if weight_grad else None, None, None, None
+        return dx, dx, dw if weight_grad else None, *(None,) * 4
 
 
 differentiate(_add_rms_norm, _AddRMSNorm, add_rms_norm_reference)

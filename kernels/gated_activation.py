@@ -32,12 +32,13 @@ from liger_fx.kernels.launch import (
 )
 from liger_fx.kernels.layout import Tensors, as_rows, as_wide, empty_rows_like, laid_out
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
     define_op,
     differentiable,
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -241,23 +242,25 @@ def _packed_fake(gate_up: torch.Tensor, activation: str, gate_first: bool) -> to
 
 
 _gated = define_op(
-    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor", product_of, _fake
+    "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor",
+    Replayed(product_of),
+    _fake,
 )
 _gated_backward = define_op(
     "gated_activation_backward(Tensor dy, Tensor gate, Tensor up, str activation)"
     " -> (Tensor, Tensor)",
-    _backward,
+    Replayed(_backward),
     _backward_fake,
 )
 _packed = define_op(
     "packed_gated_activation(Tensor gate_up, str activation, bool gate_first) -> Tensor",
-    _packed_forward,
+    Replayed(_packed_forward),
     _packed_fake,
 )
 _packed_backward_op = define_op(
     "packed_gated_activation_backward(Tensor dy, Tensor gate_up, str activation, bool gate_first)"
     " -> Tensor",
-    _packed_backward,
+    Replayed(_packed_backward),
     lambda dy, gate_up, activation, gate_first: empty_rows_like(gate_up),
 )
 
@@ -266,40 +269,45 @@ def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     def plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return gated_activation_reference(gate, up, ctx.activation)
 
-    return *gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:2]), None
+    return *gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:2]), None, None
 
 
 def _packed_again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     def plain(gate_up: torch.Tensor) -> torch.Tensor:
         return packed_gated_activation_reference(gate_up, *ctx.constants)
 
-    return *gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:1]), None, None
+    grads = gradients_of(plain, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:1])
+    return *grads, None, None, None
 
 
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str, compute: Compute
+    ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return below_autograd(_gated, gate, up, activation)
+        return compute(gate, up, activation)
 
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_gated_backward(dy, *ctx.saved_tensors, ctx.activation), None
+        return *_gated_backward(dy, *ctx.saved_tensors, ctx.activation), None, None
 
 
 class _PackedGatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, activation: str, gate_first: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, gate_up: torch.Tensor, activation: str, gate_first: bool, compute: Compute
+    ) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
         ctx.constants = activation, gate_first
-        return below_autograd(_packed, gate_up, activation, gate_first)
+        return compute(gate_up, activation, gate_first)
 
     @staticmethod
     @differentiable(_packed_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _packed_backward_op(dy, *ctx.saved_tensors, *ctx.constants), None, None
+        return _packed_backward_op(dy, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
 differentiate(_gated, _GatedActivation, gated_activation_reference)

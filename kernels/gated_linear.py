@@ -22,12 +22,14 @@ from liger_fx.kernels.gated_activation import (
     product_of,
 )
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
+    InSteps,
     define_op,
     differentiable,
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.products import linear_into
 
 Optional = torch.Tensor | None
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -75,15 +77,25 @@ def gated_linear_reference(
     return F.linear(product, weight, bias)
 
 
-def _forward(
+def _begin(gate: torch.Tensor, up: Optional, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
+
+
+def _finish(
+    y: torch.Tensor,
     gate: torch.Tensor,
     up: Optional,
     weight: torch.Tensor,
     bias: Optional,
     activation: str,
     gate_first: bool,
-) -> torch.Tensor:
-    return F.linear(product_of(*_parts(gate, up, gate_first), activation), weight, bias)
+) -> None:
+    product = product_of(*_parts(gate, up, gate_first), activation)
+    linear_into(_rows(y), _rows(product), weight, bias)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _backward(
@@ -100,7 +112,7 @@ def _backward(
     dgate, dup, dw, db = _backward_fake(
         dy, gate, up, weight, activation, gate_first, weight_grad, bias_grad
     )
-    rows = dy.reshape(-1, dy.shape[-1])
+    rows = _rows(dy)
     product = (rows @ weight).view(*dy.shape[:-1], weight.shape[1])
     gate, up = gate.contiguous(), None if up is None else up.contiguous()
     grads = halves(dgate, gate_first) if up is None else (dgate, dup)
@@ -135,8 +147,8 @@ def _backward_fake(
 _gated_linear = define_op(
     "gated_linear(Tensor gate, Tensor? up, Tensor weight, Tensor? bias, str activation,"
     " bool gate_first) -> Tensor",
-    _forward,
-    lambda gate, up, weight, bias, *_: gate.new_empty((*gate.shape[:-1], weight.shape[0])),
+    InSteps(_begin, _finish),
+    _begin,
 )
 _gated_linear_backward = define_op(
     "gated_linear_backward(Tensor dy, Tensor gate, Tensor? up, Tensor weight, str activation,"
@@ -152,7 +164,7 @@ def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
     *wanted, bias = ctx.needs_input_grad[:4]
     grads = gradients_of(plain, ctx.saved_tensors, (dy,), wanted)
-    return *grads, dy.flatten(0, -2).sum(0) if bias else None, None, None
+    return *grads, dy.flatten(0, -2).sum(0) if bias else None, None, None, None
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -165,12 +177,11 @@ class _GatedLinear(torch.autograd.Function):
         bias: Optional,
         activation: str,
         gate_first: bool,
+        compute: Compute,
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.constants = activation, gate_first
-        result: torch.Tensor = below_autograd(
-            _gated_linear, gate, up, weight, bias, activation, gate_first
-        )
+        result: torch.Tensor = compute(gate, up, weight, bias, activation, gate_first)
         return result
 
     @staticmethod
@@ -178,7 +189,7 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         grads = _gated_linear_backward(dy, *ctx.saved_tensors, *ctx.constants, *wanted[2:])
-        return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None)
+        return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 3)
 
 
 differentiate(_gated_linear, _GatedLinear, gated_linear_reference)

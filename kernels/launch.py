@@ -1,5 +1,9 @@
 """What every kernel launch here shares: when Triton runs, on which device, and in what tiles."""
 
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -80,6 +84,38 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **const
         _start(kernel, programs, device, args, constants)
 
 
+class Started(NamedTuple):
+    """A launch: `start(*args)` does it, and does it again with other tensors of the same kinds, or
+    with their addresses, among `args`."""
+
+    start: Callable[..., None]
+    args: tuple[Any, ...]
+
+
+class _Noted(threading.local):
+    """The launches of this thread, while somebody wants to know of them."""
+
+    launches: list[Started | None] | None = None
+
+
+_noted = _Noted()
+
+
+@contextmanager
+def launches_noted() -> Iterator[list[Started | None]]:
+    """A list of the launches inside; None for one that cannot be started again so."""
+    before, _noted.launches = _noted.launches, []
+    try:
+        yield _noted.launches
+    finally:
+        _noted.launches = before
+
+
+def _note(started: Started | None) -> None:
+    if _noted.launches is not None:
+        _noted.launches.append(started)
+
+
 # What Triton compiled a kernel to, and the constants that it takes, by all that it depends on.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
@@ -89,16 +125,41 @@ def _start(
 ) -> None:
     """`kernel[(programs,)](*args, **constants)`, which takes 14 microseconds to find again what it
     compiled for such arguments; to ask here first takes a quarter of that."""
+    if INTERPRETED:
+        start = functools.partial(kernel[(programs,)], **constants)
+        with torch._C._DisableTorchDispatch():  # its copies are its own affair
+            start(*args)
+        _note(Started(start, args))
+        return
     key = (id(kernel), device.index, *constants, *constants.values(), *_kinds(args))
     if (found := _compiled.get(key)) is not None:
         compiled, rest = found
         compiled[programs, 1, 1](*args, *rest)
+        _note(Started(_starter(compiled, programs, device.index), (*args, *rest)))
         return
     compiled = kernel[(programs,)](*args, **constants)
-    if not INTERPRETED and torch.version.cuda is not None:
+    _note(None)
+    if torch.version.cuda is not None:
         given = {name: p.default for name, p in kernel.signature.parameters.items()} | constants
         rest = tuple(given[name] for name in kernel.arg_names[len(args) :])
         _compiled[key] = compiled, rest
+
+
+def _starter(compiled: Any, programs: int, device: int) -> Callable[..., None]:
+    """`compiled[programs, 1, 1]`, which for a launch spends more than the launch itself on who may
+    want to see it: nobody, as a rule."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    knobs, stream_of = triton.knobs.runtime, triton.runtime.driver.active.get_current_stream
+    observed = compiled[programs, 1, 1]
+
+    def start(*args: Any) -> None:
+        hook = knobs.launch_enter_hook
+        if getattr(hook, "calls", hook):  # since Triton 3.5 always a chain of them
+            observed(*args)
+        else:
+            run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *args)
+
+    return start
 
 
 def _kinds(args: tuple[Any, ...]) -> list[Any]:

@@ -13,11 +13,15 @@ same and costs 12 microseconds more per forward and backward.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+
+# What an autograd.Function computes by: see `differentiate`.
+Compute = Callable[..., Any]
 
 _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
 # What takes no part in the dispatch: no subclass of a tensor, no symbolic number.
@@ -30,21 +34,50 @@ _dispatch_modes, _function_modes, _transforms, _jit_trace = (
 )
 
 
+@dataclass(frozen=True)
+class InSteps:
+    """What computes an operator in two steps, between which the inputs of its derivative are saved.
+
+    begin: gives the results, computed or not; those that the derivative needs are. finish: takes
+    the results and the arguments, and computes the rest in place.
+
+    A checkpoint computes a layer again down to what is saved last and no further. PyTorch's linear
+    saves its input before it multiplies; so does the product of such an operator not come twice.
+    """
+
+    begin: Callable[..., Any]
+    finish: Callable[..., None]
+
+    def __call__(self, *args: Any) -> Any:
+        results = self.begin(*args)
+        self.finish(results, *args)
+        return results
+
+
 class Op:
     """An operator: called with plain tensors it computes, else PyTorch dispatches it.
 
-    overload: torch.ops.liger_fx.<name>.default. run: what computes. function: its derivative.
+    overload: torch.ops.liger_fx.<name>.default. run: what computes. apply: records its derivative,
+    and computes by what it is given last.
     """
 
-    def __init__(self, overload: Any, run: Callable[..., Any]) -> None:
+    def __init__(self, overload: Any, run: Callable[..., Any] | InSteps) -> None:
         self.overload, self.run = overload, run
-        self.function: type[torch.autograd.Function] | None = None
+        self.begin: Callable[..., Any] = run
+        self.finish: Callable[..., None] | None = None
+        if isinstance(run, InSteps):
+            self.begin, self.finish = run.begin, run.finish
+        self.apply: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or not at_once(args):
             return self.overload(*args)
-        if self.function is not None and torch.is_grad_enabled() and _asks_gradient(args):
-            return self.function.apply(*args)
+        if self.apply is not None and torch.is_grad_enabled() and _asks_gradient(args):
+            results = self.apply(*args, self.begin)
+            if self.finish is not None:
+                with torch.no_grad():
+                    self.finish(results, *args)
+            return results
         return self.run(*args)
 
 
@@ -62,7 +95,10 @@ def at_once(args: tuple[Any, ...]) -> bool:
 
 
 def _asks_gradient(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+    for arg in args:  # noqa: SIM110 - a generator takes twice the time
+        if isinstance(arg, torch.Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Op:
@@ -80,7 +116,7 @@ def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def below_autograd(op: Op, *args: Any) -> Any:
-    """Call `op` without recording it: what the forward of its autograd.Function does."""
+    """Call `op` without recording it."""
     if not torch.compiler.is_compiling() and at_once(args):
         return op.run(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -144,7 +180,8 @@ def refused(backward: Callable[..., Any], message: str) -> Callable[..., Any]:
 def differentiate(
     op: Op, function: type[torch.autograd.Function], reference: Callable[..., Any]
 ) -> None:
-    """Run `function` (whose forward takes `op`'s arguments) where `op` is to be differentiated.
+    """Run `function` where `op` is to be differentiated. Its forward takes `op`'s arguments and
+    what computes `op` of them, and does not ask again how to call it.
 
     Mark its backward `differentiable`: second derivatives are zero without a word where it is made
     of operators that have none. (`once_differentiable` raises only where a gradient that comes in
@@ -158,10 +195,12 @@ def differentiate(
         if forward_ad._current_level >= 0:  # forward mode does not ask for requires_grad
             return reference(*args)
         if torch.is_grad_enabled() and _asks_gradient(args):
-            return function.apply(*args)
-        return below_autograd(op, *args)
+            return function.apply(*args, below)
+        return below(*args)
 
-    op.function = function
+    below = functools.partial(below_autograd, op)
+    # Function.apply without its questions about transforms, which `at_once` has asked.
+    op.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     _LIBRARY.impl(op.overload, autograd, "Autograd")
     # This key is asked first of all while a transform of torch.func is active, and never else.
     _LIBRARY.impl(op.overload, reference, "FuncTorchDynamicLayerFrontMode")

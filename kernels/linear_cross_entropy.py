@@ -38,6 +38,7 @@ from liger_fx.kernels.library import (
     differentiate,
     refused,
 )
+from liger_fx.kernels.products import linear_into
 
 Tensors = tuple[torch.Tensor, ...]
 REDUCTIONS = ("mean", "sum")
@@ -362,10 +363,7 @@ def _compute(
     for start in range(0, rows, size):
         part = slice(start, start + size)
         z = buffer[: min(size, rows - start)]
-        if bias is None:
-            torch.mm(h[part], weight.t(), out=z)
-        else:
-            torch.addmm(bias, h[part], weight.t(), out=z)
+        linear_into(z, h[part], weight, bias)
         total += compute(z, labels[part], factor, form, any(wanted)).sum()
         if wanted[0]:
             torch.mm(z, weight, out=dh[part])
@@ -447,7 +445,7 @@ def _scaled(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _times(g, factor, keep) if wanted else None
         for g, wanted in zip(grads, ctx.wanted, strict=True)
     )
-    return *made, *[None] * 9
+    return *made, *[None] * 10
 
 
 _NO_SECOND = (
@@ -459,6 +457,7 @@ _NO_SECOND = (
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        *args, _ = args  # type: ignore[assignment]  # what computes the loss alone
         ctx.wanted = ctx.needs_input_grad[:3]
         loss, *saved = below_autograd(_loss_and_gradients, *args, *ctx.wanted)
         ctx.save_for_backward(*saved)

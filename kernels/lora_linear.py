@@ -25,12 +25,14 @@ import triton.language as tl
 
 from liger_fx.kernels.launch import Launch, ceil_div, launch, power_of_two, uses_triton
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
+    InSteps,
     define_op,
     differentiable,
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.products import add_product, linear_into, wide_product
 
 Optional = torch.Tensor | None
 
@@ -138,14 +140,7 @@ def _split(
     return y
 
 
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, accumulated in float32 and left there."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _forward(
+def _begin(
     x: torch.Tensor,
     dropped: Optional,
     weight: torch.Tensor,
@@ -154,18 +149,34 @@ def _forward(
     b: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result, and t for the backward: as it is, or in parts."""
-    y = F.linear(_rows(x), weight, bias)
+    """Room for the result, and t for the backward: as it is, or in parts."""
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     entering, rank = _rows(x if dropped is None else dropped), a.shape[0]
+    if not _is_split(x, a):
+        return y, F.linear(entering, a.to(x.dtype))
+    a_parts = _split(a.contiguous(), x.dtype, left=False, down=True)
+    t = wide_product(entering, a_parts[rank:].t())
+    return y, _split(t, x.dtype, left=True, summed=True)
+
+
+def _finish(
+    results: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    dropped: Optional,
+    weight: torch.Tensor,
+    bias: Optional,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+) -> None:
+    """The result, of x and of t."""
+    y, t = _rows(results[0]), results[1]
+    linear_into(y, _rows(x), weight, bias)
     if _is_split(x, a):
-        a_parts = _split(a.contiguous(), x.dtype, left=False, down=True)
-        t = _wide_product(entering, a_parts[rank:].t())
-        t = _split(t, x.dtype, left=True, summed=True)
         b = _split(b.contiguous(), x.dtype, left=False, factor=scaling)
     else:
-        t, b = F.linear(entering, a.to(x.dtype)), (b * scaling).to(x.dtype)
-    y.addmm_(t, b.t())
-    return y.view(*x.shape[:-1], y.shape[1]), t
+        b = (b * scaling).to(x.dtype)
+    add_product(y, t, b.t())
 
 
 def _is_split(x: torch.Tensor, a: torch.Tensor) -> bool:
@@ -197,11 +208,11 @@ def _backward(
     dx = rows @ weight if x_grad else x.new_empty(0)
     if _is_split(x, a):
         b_parts = _split(b.contiguous(), x.dtype, left=False, factor=scaling)
-        u = _split(_wide_product(rows, b_parts[:, rank:]), x.dtype, left=True, summed=True)
+        u = _split(wide_product(rows, b_parts[:, rank:]), x.dtype, left=True, summed=True)
         narrow_a = _split(a.contiguous(), x.dtype, left=False, down=True)
-        da = _wide_product(u[:, : 2 * rank].t(), entering)
+        da = wide_product(u[:, : 2 * rank].t(), entering)
         da = da[:rank] + da[rank:]
-        db = _wide_product(rows.t(), t[:, : 2 * rank])
+        db = wide_product(rows.t(), t[:, : 2 * rank])
         db = torch.add(db[:, :rank], db[:, rank:]).mul_(scaling).to(b.dtype)
     else:
         u, narrow_a = rows @ (b * scaling).to(x.dtype), a.to(x.dtype)
@@ -211,7 +222,7 @@ def _backward(
     if dropped is not None:
         ddropped = (u @ narrow_a).view(x.shape)
     elif x_grad:
-        dx.addmm_(u, narrow_a)
+        add_product(dx, u, narrow_a)
     return dx.view(x.shape) if x_grad else dx, ddropped, da, db
 
 
@@ -227,7 +238,7 @@ def _backward_fake(
 _lora_linear = define_op(
     "lora_linear(Tensor x, Tensor? dropped, Tensor weight, Tensor? bias, Tensor a, Tensor b,"
     " float scaling) -> (Tensor, Tensor)",
-    _forward,
+    InSteps(_begin, _finish),
     _forward_fake,
 )
 _lora_linear_backward = define_op(
@@ -244,10 +255,10 @@ def _again(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ..
     def plain(x: torch.Tensor, dropped: Optional, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return lora_linear_reference(x, dropped, weight, None, a, b, ctx.scaling)[0]
 
-    x_grad, dropped_grad, _, _, a_grad, b_grad, _ = ctx.needs_input_grad
+    x_grad, dropped_grad, _, _, a_grad, b_grad, *_ = ctx.needs_input_grad
     wanted = x_grad, dropped_grad, a_grad, b_grad
     dx, ddropped, da, db = gradients_of(plain, (x, dropped, a, b), (dy,), wanted)
-    return dx, ddropped, None, None, da, db, None
+    return dx, ddropped, None, None, da, db, None, None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -261,10 +272,11 @@ class _LoraLinear(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
+        compute: Compute,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             raise RuntimeError("lora_linear: the weight and the bias of the layer must be frozen")
-        y, t = below_autograd(_lora_linear, x, dropped, weight, bias, a, b, scaling)
+        y, t = compute(x, dropped, weight, bias, a, b, scaling)
         ctx.save_for_backward(x, dropped, t, weight, a, b)
         ctx.scaling = scaling
         ctx.mark_non_differentiable(t)
@@ -274,7 +286,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        x_grad, dropped_grad, _, _, a_grad, b_grad, _ = ctx.needs_input_grad
+        x_grad, dropped_grad, _, _, a_grad, b_grad, *_ = ctx.needs_input_grad
         x, dropped, t, weight, a, b = ctx.saved_tensors
         dx, ddropped, da, db = _lora_linear_backward(
             dy, x, dropped, t, weight, a, b, ctx.scaling, x_grad
@@ -286,6 +298,7 @@ class _LoraLinear(torch.autograd.Function):
             None,
             da if a_grad else None,
             db if b_grad else None,
+            None,
             None,
         )
 

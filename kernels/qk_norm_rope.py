@@ -25,21 +25,22 @@ from liger_fx.kernels.launch import (
     Launch,
     compute_dtype,
     launch,
-    multiprocessors,
     power_of_two,
     uses_triton,
 )
 from liger_fx.kernels.layout import empty_rows_like, with_unit_stride
 from liger_fx.kernels.library import (
-    below_autograd,
     define_op,
     differentiable,
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 from liger_fx.kernels.rms_norm import (
+    backward_programs,
     norm_backward,
     norm_forward,
+    partial_sums,
     rms_norm_reference,
     sum_of_rows,
 )
@@ -481,15 +482,15 @@ def _backward(
     if not steps:
         return new_q, new_k, dw.zero_()
     tile = backward_launch(_pairs(cos, options))
-    programs = min(steps, tile.per_sm * multiprocessors(q.device))
-    partial = dw.new_empty((programs, dw.numel()), dtype=torch.float32) if weight_grad else None
+    programs = backward_programs(steps, tile, q.device)
+    partial = partial_sums(dw, programs) if weight_grad else None
     heads = [(dq, dk), (q, k), (new_q, None if k is None else new_k)]
     _launch(
         _backward_kernel, programs, tile,
         [(with_unit_stride(x), None if y is None else with_unit_stride(y)) for x, y in heads],
         (q_weight, k_weight), (cos, sin), options, partial, steps, WEIGHT_GRAD=weight_grad,
     )  # fmt: skip
-    if partial is not None:
+    if partial is not None and partial is not dw:
         sum_of_rows(partial, dw)
     return new_q, new_k, dw
 
@@ -516,12 +517,12 @@ _OPTIONS = (
 )
 _GIVEN = "Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor cos, Tensor sin"
 _qk_norm_rope = define_op(
-    f"qk_norm_rope({_GIVEN}, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _fake
+    f"qk_norm_rope({_GIVEN}, {_OPTIONS}) -> (Tensor, Tensor)", Replayed(_forward), _fake
 )
 _qk_norm_rope_backward = define_op(
     f"qk_norm_rope_backward(Tensor dq, Tensor? dk, {_GIVEN}, {_OPTIONS}, bool weight_grad)"
     " -> (Tensor, Tensor, Tensor)",
-    _backward,
+    Replayed(_backward),
     _backward_fake,
 )
 
@@ -534,15 +535,16 @@ def _again(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[Maybe, ...]:
     refuse_table_gradients(*wanted[4:])
     saved = ctx.saved_tensors
     given = dq, None if saved[1] is None else dk
-    return *gradients_of(plain, saved, given, wanted), *(None,) * 7
+    return *gradients_of(plain, saved, given, wanted), *(None,) * 8
 
 
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Two:
-        ctx.save_for_backward(*args[:6])
-        ctx.options = args[6:]
-        found: Two = below_autograd(_qk_norm_rope, *args)
+        *given, compute = args
+        ctx.save_for_backward(*given[:6])
+        ctx.options = given[6:]
+        found: Two = compute(*given)
         return found
 
     @staticmethod
@@ -555,7 +557,7 @@ class _QKNormRope(torch.autograd.Function):
             dq, dk if has_k else None, *saved, *ctx.options, any(wanted)
         )
         weights = [dw[i] if asked else None for i, asked in enumerate(wanted)]
-        return new_q, new_k if has_k else None, *weights, *(None,) * 9
+        return new_q, new_k if has_k else None, *weights, *(None,) * 10
 
 
 differentiate(_qk_norm_rope, _QKNormRope, qk_norm_rope_reference)

@@ -29,13 +29,16 @@ from liger_fx.kernels.launch import (
 )
 from liger_fx.kernels.layout import as_rows, as_wide, empty_rows_like, laid_out
 from liger_fx.kernels.library import (
-    below_autograd,
+    Compute,
     define_op,
     differentiable,
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.replay import Replayed
 
+FEW_STEPS = 4
+FEW_NUMBERS = 1 << 15
 MAX_WIDTH = 65_536  # a row is held in the registers of one program; wider ones use PyTorch
 
 
@@ -85,15 +88,20 @@ def _by_pytorch(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """The same in fewer passes, which nothing differentiates. (F.rms_norm takes twice the time of a
-    short row's.)"""
+    """The same in fewer steps, which nothing differentiates. Few numbers are bound by calls, which
+    torch.rms_norm does in one; many by memory, of which it takes more."""
+    is_few, out_dtype = x.numel() <= FEW_NUMBERS, out_dtype or x.dtype
+    if is_few and not offset and out_dtype is x.dtype is (x if weight is None else weight).dtype:
+        return torch.rms_norm(x, x.shape[-1:], weight, eps)
     dtype = compute_dtype(x, weight)
     wide = as_wide(x, dtype)
-    y = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     if weight is not None:
         weight = as_wide(weight, dtype)
-        y.mul_(weight + offset if offset else weight)
-    return as_wide(y, out_dtype or x.dtype)
+        weight = weight + offset if offset else weight
+    if is_few:
+        return as_wide(torch.rms_norm(wide, wide.shape[-1:], weight, eps), out_dtype)
+    y = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return as_wide(y if weight is None else y.mul_(weight), out_dtype)
 
 
 def rms_norm_backward_reference(
@@ -102,22 +110,27 @@ def rms_norm_backward_reference(
     weight: torch.Tensor | None,
     eps: float,
     offset: float,
+    weight_grad: bool,
     more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of x and weight by the formulas above, in PyTorch's own operations.
+    """The gradients of x and, if wanted, weight by the formulas above, in PyTorch's own operations.
 
     more: a gradient that x has from elsewhere, to which this one is added.
     """
     dtype = compute_dtype(x, weight)
-    wide, grad = x.to(dtype), dy.to(dtype)
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed = wide * r
-    g = grad if weight is None else grad * (weight.to(dtype) + offset)
-    dx = r * (g - normed * (g * normed).mean(-1, keepdim=True))
-    dx = (dx if more is None else dx.add_(more)).to(x.dtype)
+    wide, grad = as_wide(x, dtype), as_wide(dy, dtype)
+    r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed, dw = wide * r, None
     if weight is None:
-        return dx, None
-    return dx, (grad * normed).sum_to_size(weight.shape).to(weight.dtype)
+        g = grad.clone()
+    else:
+        scale = as_wide(weight, dtype)
+        g = grad * (scale + offset if offset else scale)
+    dx = g.addcmul_(normed, (g * normed).mean(-1, keepdim=True), value=-1).mul_(r)
+    dx = dx if more is None else dx.add_(more)
+    if weight is not None and weight_grad:
+        dw = as_wide(normed.mul_(grad).sum_to_size(weight.shape), weight.dtype)
+    return as_wide(dx, x.dtype), dw
 
 
 @triton.jit
@@ -185,7 +198,8 @@ def _backward_kernel(
             dw += dy * (x * r[:, None])
     if WEIGHT_GRAD:
         partial_ptr += tl.program_id(0).to(tl.int64) * width
-        tl.store(partial_ptr + col, tl.sum(dw, axis=0), col < width)
+        total = tl.sum(dw, axis=0).to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + col, total, col < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -260,10 +274,10 @@ def norm_backward(
     more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx, and dweight: of no elements unless `weight_grad`. more: as the reference has it."""
-    dx, dw = norm_backward_fake(dy, x, weight, eps, offset, weight_grad)
     if not uses_triton(dy, x, weight, more) or x.shape[-1] > MAX_WIDTH:
-        plain, plain_dw = rms_norm_backward_reference(dy, x, weight, eps, offset, more)
-        return laid_out(plain, x), plain_dw if plain_dw is not None and weight_grad else dw
+        plain, plain_dw = rms_norm_backward_reference(dy, x, weight, eps, offset, weight_grad, more)
+        return laid_out(plain, x), x.new_empty(0) if plain_dw is None else plain_dw
+    dx, dw = norm_backward_fake(dy, x, weight, eps, offset, weight_grad)
     if not dx.numel():
         return dx, dw.zero_()
     width = x.shape[-1]
@@ -272,8 +286,8 @@ def norm_backward(
     dy, x, more = given[0], given[1], None if more is None else given[2]
     tile = backward_launch(width, sum(t.element_size() for t in given))
     steps = ceil_div(count, tile.rows)
-    programs = min(steps, tile.per_sm * multiprocessors(x.device))
-    partial = dw.new_empty((programs, width), dtype=torch.float32) if weight_grad else None
+    programs = backward_programs(steps, tile, x.device)
+    partial = partial_sums(dw, programs) if weight_grad else None
     launch(
         _backward_kernel, programs, x.device,
         dy, x, None if weight is None else weight.contiguous(), more, dx, partial,
@@ -283,9 +297,20 @@ def norm_backward(
         HAS_MORE=more is not None,
         ROWS=tile.rows, COLS=tile.cols, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    if partial is not None:
+    if partial is not None and partial is not dw:
         sum_of_rows(partial, dw)
     return dx, dw
+
+
+def backward_programs(steps: int, tile: Launch, device: torch.device) -> int:
+    """How many programs share the steps: one takes a few in less time than the launch that would
+    add up what several leave of a weight's gradient."""
+    return 1 if steps <= FEW_STEPS else min(steps, tile.per_sm * multiprocessors(device))
+
+
+def partial_sums(dw: torch.Tensor, programs: int) -> torch.Tensor:
+    """Where each program leaves its sum, a row for each; of one program that is `dw` itself."""
+    return dw if programs == 1 else dw.new_empty((programs, dw.numel()), dtype=torch.float32)
 
 
 def sum_of_rows(partial: torch.Tensor, out: torch.Tensor) -> None:
@@ -314,13 +339,13 @@ def norm_backward_fake(
 
 _rms_norm = define_op(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, ScalarType? out_dtype) -> Tensor",
-    norm_forward,
+    Replayed(norm_forward),
     lambda x, weight, eps, offset, out_dtype: empty_rows_like(x, out_dtype),
 )
 rms_norm_backward = define_op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, float offset,"
     " bool weight_grad) -> (Tensor, Tensor)",
-    norm_backward,
+    Replayed(norm_backward),
     norm_backward_fake,
 )
 
@@ -331,7 +356,7 @@ def _again(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return rms_norm_reference(x, weight, eps, offset, dy.dtype)
 
     grads = gradients_of(norm, ctx.saved_tensors, (dy,), ctx.needs_input_grad[:2])
-    return *grads, None, None, None
+    return *grads, *(None,) * 4
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -343,17 +368,18 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         offset: float,
         out_dtype: torch.dtype | None,
+        compute: Compute,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.constants = eps, offset
-        return below_autograd(_rms_norm, x, weight, eps, offset, out_dtype)
+        return compute(x, weight, eps, offset, out_dtype)
 
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight_grad = ctx.needs_input_grad[1]
         dx, dw = rms_norm_backward(dy, *ctx.saved_tensors, *ctx.constants, weight_grad)
-        return dx, dw if weight_grad else None, None, None, None
+        return dx, dw if weight_grad else None, *(None,) * 4
 
 
 differentiate(_rms_norm, _RMSNorm, rms_norm_reference)

@@ -20,7 +20,8 @@ import triton.language as tl
 
 from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
 from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out, with_unit_stride
-from liger_fx.kernels.library import below_autograd, define_op, differentiate
+from liger_fx.kernels.library import define_op, differentiate
+from liger_fx.kernels.replay import Replayed
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -261,8 +262,9 @@ def rope_forward(
     """One or two tensors turned, in x's order of dimensions in memory."""
     if not uses_triton(*tensors, cos, sin):
         width = cos.shape[-1]
-        if not any(form) and tensors[0].shape[-1] == width == tensors[-1].shape[-1]:
-            return _whole_heads_turned(tensors, cos, sin, dtypes)
+        whole = tensors[0].shape[-1] == width == tensors[-1].shape[-1]
+        if whole and not any(form[:3]):
+            return _whole_heads_turned(tensors, cos, sin, form.transposed, dtypes)
         return tuple(
             laid_out(rope_reference(x, cos, sin, form, dtype), x)
             for x, dtype in zip(tensors, dtypes, strict=True)
@@ -279,13 +281,17 @@ def _whole_heads_turned(
     tensors: tuple[torch.Tensor, ...],
     cos: torch.Tensor,
     sin: torch.Tensor,
+    transposed: bool,
     dtypes: tuple[torch.dtype | None, ...],
 ) -> tuple[torch.Tensor, ...]:
-    """The common form in PyTorch's own operations: (a, b) * cos + (b, a) * (-sin_a, sin_b)."""
+    """The common form in PyTorch's own operations: (a, b) * cos + (b, a) * (-sin_a, sin_b); the
+    turn back has (sin_b, -sin_a) there."""
     dtype = compute_dtype(*tensors, cos, sin)
     wide_cos = as_wide(cos, dtype).unsqueeze(1)
-    sin_a, sin_b = as_wide(sin, dtype).unsqueeze(1).chunk(2, -1)
-    signed, half = torch.cat((sin_a.neg(), sin_b), -1), cos.shape[-1] // 2
+    half = cos.shape[-1] // 2
+    sin = sin.roll(half, -1) if transposed else sin
+    signed = sin.to(dtype, copy=True).unsqueeze(1)
+    signed.narrow(-1, half if transposed else 0, half).neg_()
     outs = []
     for x, out_dtype in zip(tensors, dtypes, strict=True):
         wide = as_wide(x, dtype)
@@ -337,13 +343,15 @@ def _fake(x: torch.Tensor, cos: torch.Tensor, out_dtype: torch.dtype | None) -> 
 _FORM = "bool interleaved_in, bool interleaved_out, bool half_tables, bool transposed"
 _rope = define_op(
     f"rope(Tensor x, Tensor cos, Tensor sin, {_FORM}, ScalarType? out_dtype) -> Tensor",
-    lambda x, cos, sin, *rest: rope_forward((x,), cos, sin, Form(*rest[:4]), rest[4:])[0],
+    Replayed(lambda x, cos, sin, *rest: rope_forward((x,), cos, sin, Form(*rest[:4]), rest[4:])[0]),
     lambda x, cos, sin, *rest: _fake(x, cos, rest[4]),
 )
 _rope_pair = define_op(
     f"rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, {_FORM}, ScalarType? q_dtype,"
     " ScalarType? k_dtype) -> (Tensor, Tensor)",
-    lambda q, k, cos, sin, *rest: rope_forward((q, k), cos, sin, Form._make(rest[:4]), rest[4:]),
+    Replayed(
+        lambda q, k, cos, sin, *rest: rope_forward((q, k), cos, sin, Form._make(rest[:4]), rest[4:])
+    ),
     lambda q, k, cos, sin, *rest: (_fake(q, cos, rest[4]), _fake(k, cos, rest[5])),
 )
 
@@ -354,13 +362,14 @@ class _Rope(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any
     ) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.form, ctx.dtype = _back(rest), x.dtype
-        return below_autograd(_rope, x, cos, sin, *rest)
+        ctx.form, ctx.dtype = rest[:4], x.dtype
+        *options, compute = rest
+        return compute(x, cos, sin, *options)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_table_gradients(*ctx.needs_input_grad[1:3])
-        return _rope(dy, *ctx.saved_tensors, *ctx.form, ctx.dtype), *(None,) * 7
+        return _rope(dy, *ctx.saved_tensors, *_back(ctx.form), ctx.dtype), *(None,) * 8
 
 
 class _RopePair(torch.autograd.Function):
@@ -374,19 +383,19 @@ class _RopePair(torch.autograd.Function):
         *rest: Any,
     ) -> Pair:
         ctx.save_for_backward(cos, sin)
-        ctx.form, ctx.dtypes = _back(rest), (q.dtype, k.dtype)
-        return below_autograd(_rope_pair, q, k, cos, sin, *rest)
+        ctx.form, ctx.dtypes = rest[:4], (q.dtype, k.dtype)
+        *options, compute = rest
+        return compute(q, k, cos, sin, *options)
 
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_table_gradients(*ctx.needs_input_grad[2:4])
-        grads = _rope_pair(dq, dk, *ctx.saved_tensors, *ctx.form, *ctx.dtypes)
-        return *grads, *(None,) * 8
+        grads = _rope_pair(dq, dk, *ctx.saved_tensors, *_back(ctx.form), *ctx.dtypes)
+        return *grads, *(None,) * 9
 
 
-def _back(rest: tuple[Any, ...]) -> Form:
-    form = Form(*rest[:4])
-    return form._replace(transposed=not form.transposed)
+def _back(form: tuple[bool, bool, bool, bool]) -> Form:
+    return Form(*form[:3], not form[3])
 
 
 def refuse_table_gradients(cos_needs_grad: bool, sin_needs_grad: bool) -> None:

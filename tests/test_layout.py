@@ -15,7 +15,7 @@ PACKAGE = ROOT / "liger_fx"
 MAY_IMPORT = {
     "liger_fx.kernels": (),
     "liger_fx.modules": ("liger_fx.kernels",),
-    "liger_fx.tracing": ("liger_fx.errors",),
+    "liger_fx.tracing": ("liger_fx.kernels", "liger_fx.errors"),
     "liger_fx.engine": ("liger_fx.modules", "liger_fx.tracing", "liger_fx.errors"),
     "liger_fx.passes": ("liger_fx.engine", "liger_fx.modules"),
     "liger_fx.report": ("liger_fx.engine", "liger_fx.codec", "liger_fx.errors", "liger_fx"),

@@ -119,17 +119,18 @@ def describe(block: nn.Module) -> tuple[Hashable, dict[str, int]]:
     return tuple(parts), ints
 
 
-def _value(value: Any) -> Hashable:
+def _value(value: Any, inside: bool = False) -> Hashable:
+    """inside: whether it is held by a container. A tensor there is a constant of a graph."""
     if isinstance(value, PLAIN):
         return type(value), repr(value)
     if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(_value, value))
+        return type(value), tuple(_value(item, True) for item in value)
     if isinstance(value, dict):
-        return type(value), tuple((repr(key), _value(item)) for key, item in value.items())
-    if isinstance(value, torch.Tensor):
+        return type(value), tuple((repr(key), _value(item, True)) for key, item in value.items())
+    if isinstance(value, torch.Tensor) and not inside:
         return _tensor(value)
     if isinstance(value, functools.partial):
-        return value.func, _value(value.args), _value(value.keywords)
+        return value.func, _value(value.args, True), _value(value.keywords, True)
     return type(value), id(value)
 
 

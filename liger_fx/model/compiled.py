@@ -121,8 +121,8 @@ def _keep(plan: Plan, block: Any) -> str:
 
 
 def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
-    """Whether modes and plain values of the config are those that the plan was made for, as code
-    that Dynamo can follow, and so guards.
+    """Whether modes, plain values of the config and plain attributes that the code read are those
+    that the plan was made for, as code that Dynamo can follow, and so guards.
 
     (It leaves hooks unguarded, here as in any model; the rest it reads by itself.)
     """
@@ -135,6 +135,10 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
         scope[config] = values
         read = f"{attribute_text(path)}.__dict__"
         conditions += [f"{read}[{name!r}] == {config}[{name!r}]" for name in values]
+    for path, name, value in plan.attributes.plain(block):
+        held = f"held_{len(scope)}"
+        scope[held] = value
+        conditions.append(f"{attribute_text(path)}.{name} == {held}")
     text = " and ".join(conditions)
     check: Callable[[nn.Module], bool] = eval(f"lambda block: {text}", scope)
     return check

@@ -1,6 +1,6 @@
 """The mask of a decoding step over a static cache, made by a handful of operations.
 
-    attention_mask (batch, seen)
+    attention_mask (batch, seen), or None where all is seen
  ->
     (batch, 1, 1, length of the cache): 0 for what is seen, -inf for what is not
 
@@ -31,16 +31,13 @@ def create_masks_for_generate(
     text: Any = config.get_text_config()
     layers: Any = getattr(past_key_values, "layers", ())
     if (
-        attention_mask is not None
-        and attention_mask.ndim == 2
-        and inputs_embeds.shape[1] == 1
+        inputs_embeds.shape[1] == 1
         and type(past_key_values) is StaticCache
         and all(type(layer) is StaticLayer and layer.is_initialized for layer in layers)
-        and attention_mask.shape[1] <= layers[0].max_cache_len
-        and attention_mask.device == layers[0].keys.device
+        and _fits(attention_mask, layers[0])
         and _is_plain(text, others)
     ):
-        mask = _mask(attention_mask, layers[0])
+        mask = _mask(attention_mask, len(inputs_embeds), layers[0])
         return {"full_attention": mask} if hasattr(text, "layer_types") else mask
     return masking_utils.create_masks_for_generate(
         config=config,
@@ -48,6 +45,12 @@ def create_masks_for_generate(
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         **others,
+    )
+
+
+def _fits(seen: torch.Tensor | None, layer: StaticLayer) -> bool:
+    return seen is None or (
+        seen.ndim == 2 and seen.shape[1] <= layer.max_cache_len and seen.device == layer.keys.device
     )
 
 
@@ -67,11 +70,12 @@ def _is_plain(text: Any, others: dict[str, Any]) -> bool:
 _CHANGING = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 
 
-def _mask(seen: torch.Tensor, layer: StaticLayer) -> torch.Tensor:
-    length, device = layer.max_cache_len, seen.device
-    shape = len(seen), length
-    mask = torch.full(shape, -torch.inf, dtype=layer.keys.dtype, device=device)
-    mask[:, : seen.shape[1]].masked_fill_(seen != 0, 0)
+def _mask(seen: torch.Tensor | None, batch: int, layer: StaticLayer) -> torch.Tensor:
+    length, device = layer.max_cache_len, layer.keys.device
+    start = 0.0 if seen is None else -torch.inf
+    mask = torch.full((batch, length), start, dtype=layer.keys.dtype, device=device)
+    if seen is not None:
+        mask[:, : seen.shape[1]].masked_fill_(seen != 0, 0)
     to_come = _positions(length, device) > layer.cumulative_length
     return mask.masked_fill_(to_come, -torch.inf)[:, None, None]
 

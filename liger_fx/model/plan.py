@@ -24,6 +24,7 @@ from liger_fx.tracing.check import Check
 from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Guards, Take, compile_take
 from liger_fx.tracing.leaf_modules import is_leaf
+from liger_fx.tracing.reads import Attributes, Surroundings
 from liger_fx.tracing.trace import OpaqueLeaf, Result, Trace
 from liger_fx.tracing.tree_state import (
     Kind,
@@ -59,6 +60,7 @@ class Plan:
         self.opaque: list[OpaqueLeaf] = trace.opaque
         self.paths = sorted({call.path for call in trace.calls})
         self.result: Result | None = trace.result
+        self.read: Mapping[str, tuple[str, ...]] = trace.read
         self.sites, self.operators = sites, before
         self.assume(trace.root)
         self._prepare()
@@ -70,6 +72,7 @@ class Plan:
         guards: Guards,
         opaque: list[OpaqueLeaf],
         paths: list[str],
+        read: Mapping[str, tuple[str, ...]],
         sites: tuple[Site, ...],
         operators: Operators | None,
     ) -> Plan:
@@ -77,6 +80,7 @@ class Plan:
         plan = cls.__new__(cls)
         plan.graph, plan.guards, plan.opaque = graph, guards, opaque
         plan.paths, plan.sites, plan.operators, plan.result = paths, sites, operators, None
+        plan.read = read
         plan._prepare()
         return plan
 
@@ -86,11 +90,14 @@ class Plan:
         there = _modules_at(block, self.paths)
         followed = {path: m for path, m in there.items() if not is_leaf(m)}
         followed |= self._taken_apart(block)
-        facts = TreeFacts.of(block, followed)
+        called = _modules_at(block, self._called_paths)
+        facts = TreeFacts.of(block, followed, called)
         if kinds is not None:
             facts = replace(facts, kinds={path: kinds[path] for path in facts.kinds})
         self.facts = facts
         self.members = ModuleFacts.of(followed)
+        self.attributes = Attributes(block, self.read)
+        self.surroundings: Surroundings | None = Surroundings(followed.values())
         self._forget()
 
     def _taken_apart(self, block: nn.Module) -> Modules:
@@ -108,25 +115,42 @@ class Plan:
             self.called = {path: block.get_submodule(path)._block.alike for path in paths}
 
     def stands(self, block: Any) -> bool:
-        """Whether the blocks that the graph calls are there, and grouped as they were."""
-        there = {path: module_at(block, path) for path in self.called}
-        if any(_alike_of(there[path]) is not alike for path, alike in self.called.items()):
-            return False
-        alone = [(path, n) for path, n in self.inner if self._is_alone(path)]
-        return all(self.called[path].plans[n].stands(there[path]) for path, n in alone)
-
-    def _is_alone(self, path: str) -> bool:
-        return path in self.called and len(self.called[path].members) == 1
+        """Whether its code would find in Python what it found, and the blocks that the graph calls
+        are there, grouped as they were, and the same is true of them."""
+        check = Check()
+        self._add_read(check, [block])
+        there = {path: module_at(block, path) for path, _ in self.inner}
+        return (
+            check.compiled()()
+            and all(_alike_of(there[path]) is alike for path, alike in self.called.items())
+            and all(_serves_in(there[path], number) for path, number in self.inner)
+        )
 
     def fits(self, block: nn.Module) -> bool:
-        """Whether the dtypes, devices and configs of the tree are those the graph was made for."""
+        """Whether the dtypes, devices and configs of the tree are those the graph was made for, and
+        its code would find in Python what it found."""
         check = Check()
         add_facts(check, self._tree(block))
+        self._add_read(check, [block])
         return check.compiled()()
+
+    def _add_read(self, check: Check, blocks: list[nn.Module]) -> None:
+        """Add that the code of these blocks would find in Python what it found."""
+        for block in blocks:
+            self.attributes.add_to(check, block)
+        if self.surroundings is None:  # it was pickled
+            self.surroundings = Surroundings(self.followed_modules(blocks[0]).values())
+        self.surroundings.add_to(check)
 
     def _tree(self, block: nn.Module) -> Tree:
         modules = self.followed_modules(block)
         return Tree.of(block, modules, self.facts, self.guards, self._places, self.members)
+
+    @property
+    def _called_paths(self) -> list[str]:
+        """The paths of the modules that the graph calls as they are, blocks aside."""
+        nodes = self.graph.find_nodes(op="call_module")
+        return sorted({str(n.target) for n in nodes if "plan" not in n.meta})
 
     @functools.cached_property
     def _places(self) -> list[str]:
@@ -137,15 +161,21 @@ class Plan:
         """Add that the block is as the graph assumes: its modes, hooks, dtypes, devices and
         configs; and so are the models inside it, whose results depend on that.
 
-        (What a layer returns depends on what the graph around it checks as well: dtypes, configs.)
+        (What a layer returns depends on what the graph around it checks as well, dtypes, configs,
+        and on what its code reads in Python.)
         """
         add_state(check, self._tree(block))
+        read: dict[Plan, list[nn.Module]] = {self: [block]}
         for path, number in self.inner:
             alike = _alike_of(inner := module_at(block, path))
-            if alike is None:  # gone, which the state above tells
+            if alike is None or number >= len(alike.plans):  # gone, which the state above tells
                 continue
-            if len(alike.members) == 1 and number < len(alike.plans):
+            if len(alike.members) == 1:
                 alike.plans[number].add_states(check, inner)
+            else:
+                read.setdefault(alike.plans[number], []).append(inner)
+        for plan, blocks in read.items():
+            plan._add_read(check, blocks)
 
     @property
     def modules(self) -> set[str]:
@@ -237,6 +267,12 @@ def _modules_at(root: nn.Module, paths: Iterable[str]) -> Modules:
     """Those of the modules that are there."""
     found = ((path, module_at(root, path)) for path in paths)
     return {path: module for path, module in found if module is not None}
+
+
+def _serves_in(block: nn.Module, number: int) -> bool:
+    """Whether the plan of that number is one of the block as it is."""
+    alike = _alike_of(block)
+    return alike is not None and bool(alike.plans[number].stands(block))
 
 
 def _alike_of(module: Any) -> Any:

@@ -44,6 +44,7 @@ from liger_fx.tracing.walk import modules_by_path
 # Each kind of call costs a trace and a graph; a block called in more ways than this has a
 # plain argument that changes at every call.
 MAX_PLANS = 16
+_NO_PROMISE = "the model's code asks of these sizes what no graph can promise"
 
 
 class NotNow(UnsupportedCall):
@@ -279,19 +280,22 @@ class Planner:
         for exact in (False, True):
             try:
                 self.plan(block, needed.call, needed.examples, exact=exact)
-                return
             except NotNow:
                 raise
             except (LigerFxError, UnsupportedCall) as error:
                 forget_frames(error)
                 first = first or error
-        block._block.failed.append((needed.call.arguments, first))
+                continue
+            if self._result_of(block, needed.call, needed.examples) is not None:
+                return
+        first = first or UnsupportedCall(_NO_PROMISE)
+        block._block.failed.append((needed.call, first))
 
     def _result_of(
         self, block: Any, call: CallSpec, examples: Mapping[str, Any]
     ) -> tuple[int, Result] | None:
-        for arguments, reason in block._block.failed:
-            if arguments == call.arguments:
+        for failed, reason in block._block.failed:
+            if failed == call:
                 raise NoPlan(reason)
         for number, plan in enumerate(block._block.alike.plans):
             if plan.result is not None and _serves(plan, block, call, examples):
@@ -317,7 +321,7 @@ class Planner:
                 return plan
         if first is not None:
             raise first
-        raise UnsupportedCall("the model's code asks of these sizes what no graph can promise")
+        raise UnsupportedCall(_NO_PROMISE)
 
     def _with_numbers_free(
         self, block: Any, call: CallSpec, arguments: Mapping[str, Any]
@@ -326,7 +330,9 @@ class Planner:
         alike: Alike = block._block.alike
         for number, old in enumerate(alike.plans):
             freed = with_numbers_free(call, old.guards.call)
-            if freed is None or freed == old.guards.call or freed in alike.asking:
+            if freed is None or freed.arguments == old.guards.call.arguments:
+                continue
+            if freed in alike.asking:
                 continue
             if not _serves(old, block, old.guards.call):
                 continue
@@ -381,6 +387,7 @@ def _serves(
     guards = plan.guards
     return (
         guards.call.arguments == call.arguments
+        and guards.sizes_hold(call.hints)
         and guards.holds_for_attributes(block)
         and guards.reads_hold(block, examples or {})
         and block._block.holds(plan, block)

@@ -14,7 +14,7 @@ from torch import nn
 from liger_fx.errors import UsageError
 from liger_fx.model.block import Block
 from liger_fx.model.tree import copy_tree, plain_module
-from liger_fx.modules.origin import NamedModule, origins
+from liger_fx.modules.origin import NamedModule, origins, turn_back
 
 _OWN = ("_block", "_origins")
 
@@ -31,28 +31,12 @@ def restore(opt: nn.Module) -> Any:
     root: nn.Module = copy_tree(opt, plain_module)
     for path, module in list(root.named_modules(remove_duplicate=False)):
         if isinstance(module, NamedModule):
-            owner, _, name = path.rpartition(".")
-            _put_back(root.get_submodule(owner), name, module)
+            if origins(module):
+                turn_back(module)
+            else:  # it was mounted beside
+                owner, _, name = path.rpartition(".")
+                del root.get_submodule(owner)._modules[name]
     for module in root.modules():
         for name in _OWN:
             module.__dict__.pop(name, None)
     return root
-
-
-def _put_back(owner: nn.Module, name: str, named: nn.Module) -> None:
-    """What the named module at this place replaced, or nothing where it was mounted beside."""
-    stood = origins(named)
-    if not stood:
-        del owner._modules[name]
-        return
-    root = stood[0].module()
-    root.training = named.training
-    root._parameters.update({k: p for k, p in named._parameters.items() if p is not None})
-    root._buffers.update(named._buffers)
-    root._modules.update(named._modules)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-        getattr(root, hooks).update(getattr(named, hooks))
-    for origin in stood[1:]:
-        place, _, own = origin.path.rpartition(".")
-        root.get_submodule(place).add_module(own, origin.module())
-    owner._modules[name] = root

@@ -14,7 +14,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -56,7 +56,7 @@ def copy_tree(
         attributes = twin.__dict__
         for name, value in module.__dict__.items():
             if type(value) in _PLAIN_DICTS and not value:  # most are: the hooks
-                attributes[name] = type(value)()
+                attributes[name] = known.setdefault(id(value), type(value)())
                 continue
             if name == "_block":  # what a block is besides its module is not copied
                 continue
@@ -88,6 +88,8 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
     if kind in (tuple, set):
         twin = kind(_copied(item, known) for item in value)
         return twin
+    if kind is FunctionType and any(id(m) in known for m in _modules_closed_over(value)):
+        return _with_copies(value, known)
     if kind is MethodType:
         return MethodType(value.__func__, _copied(value.__self__, known))
     if kind is functools.partial:
@@ -97,3 +99,28 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
         bound.__dict__.update(_copied(value.__dict__, known))
         return bound
     return value
+
+
+def _modules_closed_over(function: FunctionType) -> list[nn.Module]:
+    cells = (cell for cell in function.__closure__ or () if cell != CellType())
+    return [m for cell in cells if isinstance(m := cell.cell_contents, nn.Module)]
+
+
+def _with_copies(function: FunctionType, known: dict[int, Any]) -> FunctionType:
+    """The function, a model's own hook, with the copies of the modules that it closes over."""
+    modules = {id(m) for m in _modules_closed_over(function)}
+    cells = []
+    for cell in function.__closure__ or ():
+        held = None if cell == CellType() else cell.cell_contents
+        cells.append(CellType(known.get(id(held), held)) if id(held) in modules else cell)
+    made = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(cells),
+    )
+    functools.update_wrapper(made, function, updated=("__dict__",))
+    del made.__dict__["__wrapped__"]
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made

@@ -104,12 +104,7 @@ _SMALL = 1 << 22
 
 def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
     """Whether a call of ``down`` would keep a large input for a backward on a GPU: a plain linear
-    layer that is trained.
-
-    Not where hooks take what is saved: a checkpoint keeps nothing, and computes a layer again only
-    down to what is saved last. PyTorch's linear saves its input before it multiplies, an operator
-    of ours after, so that its product would be computed twice.
-    """
+    layer that is trained."""
     return (
         _is_large(gate)
         and type(down) is nn.Linear
@@ -118,7 +113,6 @@ def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
         and uses_triton(gate, down.weight)
         and gate.dtype is down.weight.dtype
         and only_runs_forward(down)
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and not torch.is_autocast_enabled(gate.device.type)
     )
 

@@ -39,6 +39,11 @@ class Origin:
         made: nn.Module = self.cls.__new__(self.cls)
         nn.Module.__init__(made)
         made.__dict__.update(copy.copy(self.attributes))
+        return made
+
+    def shown(self) -> nn.Module:
+        """The same to look at: a hook on it is refused."""
+        made = self.module()
         for name in _HOOKS:
             made.__dict__[name] = self._refuse_hook
         return made
@@ -64,8 +69,15 @@ class NamedModule(nn.Module):
             if not origin.path and name in origin.attributes:
                 return origin.attributes[name]
             if origin.path == name:
-                return origin.module()
+                return origin.shown()
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _is_of_original(self, name):
+            turn_back(self)
+            setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def remember(named: nn.Module, original: nn.Module) -> None:
@@ -83,6 +95,35 @@ def remember(named: nn.Module, original: nn.Module) -> None:
         else:
             found.append(Origin(path, type(module), plain_attributes(vars(module))))
     vars(named)[_NAME] = tuple(found)
+
+
+def _is_of_original(named: nn.Module, name: str) -> bool:
+    """Whether the attribute is one that the replaced module had and the named one has not."""
+    held = vars(named)
+    groups = (held, *(held.get(group, {}) for group in ("_parameters", "_buffers", "_modules")))
+    if any(name in group for group in groups):
+        return False
+    return any(
+        name in origin.attributes if not origin.path else name == origin.path
+        for origin in origins(named)
+    )
+
+
+def turn_back(named: nn.Module) -> None:
+    """Make a named module, where it stands, the module again that it replaced, with the weights,
+    children, hooks and mode that it has now."""
+    original, *inner = origins(named)
+    held: Any = vars(named)
+    for name in held.keys() - _INTERNALS:
+        del held[name]
+    parameters = held["_parameters"]
+    for name in [name for name, parameter in parameters.items() if parameter is None]:
+        del parameters[name]
+    held.update(copy.copy(original.attributes))
+    named.__class__ = original.cls
+    for origin in inner:
+        path, _, name = origin.path.rpartition(".")
+        named.get_submodule(path).add_module(name, origin.module())
 
 
 def origins(named: nn.Module) -> tuple[Origin, ...]:

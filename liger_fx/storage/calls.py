@@ -70,7 +70,10 @@ def guards_record(guards: Guards) -> GuardsRecord:
         shapes={path: list(shape) for path, shape in guards.tensors.shapes.items()},
         dtypes=guards.tensors.dtypes,
         trained=guards.tensors.trained,
-        strides={p: None if s is None else list(s) for p, s in guards.tensors.strides.items()},
+        layouts={
+            path: None if at is None else (list(at[0]), at[1])
+            for path, at in guards.tensors.layouts.items()
+        },
         classes={path: _class_name(path, cls) for path, cls in guards.tensors.classes.items()},
     )
 
@@ -165,7 +168,10 @@ def read_guards(record: GuardsRecord, devices: Devices) -> Guards:
             {path: tuple(shape) for path, shape in record.shapes.items()},
             dict(record.dtypes),
             dict(record.trained),
-            {path: None if s is None else tuple(s) for path, s in record.strides.items()},
+            {
+                path: None if at is None else (tuple(at[0]), at[1])
+                for path, at in record.layouts.items()
+            },
             {path: _TENSORS[name] for path, name in record.classes.items()},
         ),
     )

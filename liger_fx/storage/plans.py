@@ -37,13 +37,20 @@ class SavedPlan:
     followed: list[str]
     opaque: list[OpaqueLeaf]
     references: list[Reference]
+    read: dict[str, tuple[str, ...]]
     sites: tuple[Site, ...]
     operators: dict[str, int] | None
 
     def plan(self) -> Plan:
         """The plan, which holds for no call before ``assume``."""
         return Plan.restored(
-            self.graph, self.guards, self.opaque, self.followed, self.sites, self.operators
+            self.graph,
+            self.guards,
+            self.opaque,
+            self.followed,
+            self.read,
+            self.sites,
+            self.operators,
         )
 
 
@@ -70,7 +77,8 @@ def plan_record(
     nodes = encode_nodes(plan.graph, sizes, device, numbers)
     sites = [portable(site) for site in plan.sites]
     guards = guards_record(plan.guards)
-    return PlanRecord(guards, list(plan.paths), opaque, nodes, sites, plan.operators)
+    read = {path: list(names) for path, names in plan.read.items() if names}
+    return PlanRecord(guards, list(plan.paths), opaque, nodes, read, sites, plan.operators)
 
 
 def read_block(record: BlockRecord, devices: Devices, device: torch.device) -> SavedBlock:
@@ -94,8 +102,9 @@ def _read_plan(record: PlanRecord, devices: Devices, device: torch.device) -> Sa
         _check_sites(graph, record.sites)
     opaque = [OpaqueLeaf(o.path, o.class_, o.reason, o.source) for o in record.opaque]
     sites = tuple(map(located, record.sites))
+    read = {path: tuple(names) for path, names in record.read.items()}
     return SavedPlan(
-        graph, guards, record.followed, opaque, reader.references, sites, record.operators
+        graph, guards, record.followed, opaque, reader.references, read, sites, record.operators
     )
 
 

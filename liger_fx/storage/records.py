@@ -183,7 +183,7 @@ class GuardsRecord:
     shapes: dict[Path, list[int]] = absent({})
     dtypes: dict[Path, torch.dtype] = absent({})
     trained: dict[Path, bool] = absent({})
-    strides: dict[Path, list[int] | None] = absent({})
+    layouts: dict[Path, tuple[list[int], int] | None] = absent({})
     classes: dict[Path, Literal["Tensor", "Parameter", "Buffer"]] = absent({})
 
 
@@ -218,14 +218,15 @@ class NodeRecord:
 class PlanRecord:
     """A graph for one kind of call. The nodes are read as NodeRecords, one by one.
 
-    sites: what the rules rewrote and refused. operators: how often each stood there before; None
-    for a plain trace.
+    read: the attributes that the code read, by module. sites: what the rules rewrote and refused.
+    operators: how often each stood there before; None for a plain trace.
     """
 
     guards: GuardsRecord
     followed: list[RootPath]
     opaque: list[OpaqueRecord]
     nodes: list[Any]
+    read: dict[RootPath, list[str]] = absent({})
     sites: list[Site] = absent([])
     operators: dict[str, int] | None = absent(None)
 

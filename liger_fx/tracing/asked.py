@@ -11,13 +11,14 @@ torch.get_default_dtype()           must be what it was
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_fx.tracing.fakes import node_of
-from liger_fx.tracing.guards import MODES, TensorFacts, strides_of
+from liger_fx.tracing.guards import MODES, TensorFacts, layout_of
 
 # ``recorder`` is what records the calls of this thread, if anything does.
 of_thread = threading.local()
@@ -49,13 +50,15 @@ class Asking(Protocol):
 
 class AskedFacts:
     """The questions of one trace. ``grad_mode_asked``: whether the code asked for the grad mode, or
-    changes it; ``layout_asked``: whether it asked how a tensor lies in memory; ``class_asked``: of
-    which class one is. ``compares``: whether code that may be followed compares objects; ``twins``:
-    what may have given one object in two places then, for which the trace has two."""
+    changes it; ``layout_asked``: whether it asked how a tensor lies in memory;
+    ``fixed_shape_asked``: or for the shape of one in which no size of the call is; ``class_asked``:
+    of which class one is. ``compares``: whether code that may be followed compares objects;
+    ``twins``: what may have given one object in two places then, for which the trace has two."""
 
     def __init__(self, owner: Asking) -> None:
         self.owner = owner
-        self.grad_mode_asked = self.layout_asked = self.class_asked = False
+        self.grad_mode_asked = self.layout_asked = False
+        self.fixed_shape_asked = self.class_asked = False
         self.compares = False
         self.twins: str | None = None
         self.modes: dict[str, Any] = {}
@@ -79,6 +82,8 @@ class AskedFacts:
         a trace cannot answer."""
         if kind == "version":
             raise CannotRecord("how often a tensor was written to is asked")
+        if kind in ("shape", "rank") and all(type(size) is int for size in tensor.shape):
+            self.fixed_shape_asked = True
         if not isinstance(tensor, FakeTensor):
             self._note_of_real(tensor, asked, kind)
         elif kind == "class":
@@ -94,16 +99,29 @@ class AskedFacts:
             if torch.is_grad_enabled() or (node is not None and node.op == "placeholder"):
                 raise CannotRecord(f"{asked} of a tensor is asked, which no trace can tell")
 
+    def note_layout(self, path: str, tensor: torch.Tensor) -> None:
+        """It is asked how this tensor of the model lies in memory."""
+        self.tensors.shapes[path] = tuple(tensor.shape)
+        self.tensors.layouts[path] = layout_of(tensor)
+
+    def note_used(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """What was asked of results may come from any of these tensors of the model, by path."""
+        for path, tensor in tensors.items():
+            if self.fixed_shape_asked:
+                self.tensors.shapes[path] = tuple(tensor.shape)
+            if self.layout_asked and tensor.layout is torch.strided:
+                self.note_layout(path, tensor)
+
     def _note_of_real(self, tensor: torch.Tensor, asked: str, kind: str | None) -> None:
         path = self.owner.path_of_real(tensor)
         if path is None:
             return
         if asked == "grad":
             raise CannotRecord(f"the gradient of {path} is asked for")
-        if kind in ("shape", "rank", "layout"):
+        if kind == "layout":
+            self.note_layout(path, tensor)
+        elif kind in ("shape", "rank"):
             self.tensors.shapes[path] = tuple(tensor.shape)
-            if kind == "layout":
-                self.tensors.strides[path] = strides_of(tensor)
         elif kind == "class":
             self.tensors.classes[path] = type(tensor)
         elif kind == "dtype":

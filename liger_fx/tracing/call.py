@@ -26,7 +26,7 @@ from liger_fx.tracing.numbers import TracedNumber
 
 # Arguments that a graph is made for, one by one.
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor)
+TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def refuse_tensor_subclasses(arguments: Mapping[str, Any]) -> None:
 
 
 def _refuse_subclass(name: str, value: Any) -> None:
-    if isinstance(value, torch.Tensor) and type(value) not in _TENSORS:
+    if isinstance(value, torch.Tensor) and type(value) not in TENSORS:
         raise UnsupportedCall(f"{name}, a {type(value).__name__}")
     if isinstance(value, (tuple, list, dict)):
         for item in value.values() if isinstance(value, dict) else value:

@@ -3,7 +3,8 @@
 add("{}['training'] is True", held); add("{}.get('norm') is {}", modules, norm)
  ->
     def holds():
-        return (v0['training'] is True) and (v1.get('norm') is v2)
+        try: return (v0['training'] is True) and (v1.get('norm') is v2)
+        except KeyError: return False
 
 It runs at every call of every block; a loop over the conditions would cost twice.
 """
@@ -40,6 +41,15 @@ class Check:
 def _factory(text: str, count: int) -> Any:
     names = ", ".join(f"v{n}" for n in range(count))
     scope: dict[str, Any] = {}
-    source = f"def make({names}):\n    def holds(): return {text}\n    return holds"
+    source = "\n".join(
+        [
+            f"def make({names}):",
+            "    def holds():",
+            f"        try: return {text}",
+            # What was in a dictionary is not there any more.
+            "        except KeyError: return False",
+            "    return holds",
+        ]
+    )
     exec(compile(source, "<guards>", "exec"), scope)
     return scope["make"]

@@ -2,6 +2,7 @@
 
 {"n": 1}, [1], deque((1,)), {1}     their items
 SimpleNamespace(n=1), Counter()     their attributes, as a dict or in slots
+partial(f, k=2)                     its function and arguments
 numpy.ones(3), bytearray(8)         a copy
 """
 
@@ -58,6 +59,19 @@ def _slots_of(owner: Any) -> dict[str, Any]:
     return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
 
 
+def _parts_of(partial: functools.partial[Any]) -> dict[str, Any]:
+    return {
+        "func": partial.func,
+        "args": partial.args,
+        "keywords": partial.keywords,
+        "attributes": vars(partial),
+    }
+
+
+def _set_parts(partial: Any, held: dict[str, Any]) -> None:
+    partial.__setstate__(tuple(held.values()))
+
+
 def _none(held: Any) -> Iterable[Any]:
     return ()
 
@@ -66,12 +80,14 @@ MAPPING = Kind(dict, _update, dict.values)
 _SEQUENCE = Kind(list, _extend, iter)
 _SET = Kind(set, _update, iter)
 _SLOTS = Kind(_slots_of, _set_attributes, dict.values)
+_PARTIAL = Kind(_parts_of, _set_parts, dict.values)
 _ARRAY = Kind(np.copy, _fill, _none)
 _BYTES = Kind(bytes, _overwrite, _none)
 _BUILT_IN: dict[type, Kind] = {
     **dict.fromkeys((dict, OrderedDict, defaultdict, Counter), MAPPING),
     **dict.fromkeys((list, deque), _SEQUENCE),
     set: _SET,
+    functools.partial: _PARTIAL,
     np.ndarray: _ARRAY,
     bytearray: _BYTES,
 }

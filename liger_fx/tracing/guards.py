@@ -75,19 +75,25 @@ MODES: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What the code asked of parameters and buffers, and found, by path."""
+    """What the code asked of parameters and buffers, and found, by path; ``layouts`` are strides
+    and the offset."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     trained: dict[str, bool] = field(default_factory=dict)
-    strides: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    layouts: dict[str, tuple[tuple[int, ...], int] | None] = field(default_factory=dict)
     classes: dict[str, type] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """Each as a line of text."""
         lines = [f"{path} is of shape {shape}" for path, shape in self.shapes.items()]
         lines += [f"{path} is {dtype}" for path, dtype in self.dtypes.items()]
-        lines += [f"{path} has strides {strides}" for path, strides in self.strides.items()]
+        lines += [
+            f"{path} is sparse"
+            if layout is None
+            else f"{path} has strides {layout[0]}, and starts at {layout[1]}"
+            for path, layout in self.layouts.items()
+        ]
         lines += [f"{path} is a {cls.__name__}" for path, cls in self.classes.items()]
         return lines + [
             f"{path} is {'trained' if on else 'frozen'}" for path, on in self.trained.items()
@@ -152,7 +158,7 @@ class Guards:
         if self.attention_fixed:
             lines.append("so does its attention implementation")
         lines.append("no hook stands on a module that the graph goes through, or on all modules")
-        lines.append("plain attributes of its modules (eps, scaling) stay so: this is not checked")
+        lines.append("what the code read of its modules' attributes and of globals stays so")
         return lines
 
     def add_modes(self, check: Check) -> None:
@@ -171,14 +177,28 @@ class Guards:
         """Whether opaque arguments, by name, would answer what the code asked as they did."""
         return all(_answers(read, block, examples) for read in self.reads)
 
+    @property
+    def _sizes(self) -> set[Any]:
+        """The sizes of the call's tensors, and the numbers that are sizes."""
+        sizes: set[Any] = {size for spec in self.call.tensors.values() for size in spec.sizes}
+        return sizes | {spec.size for _, spec in self.call.leaves() if isinstance(spec, Number)}
+
+    def sizes_hold(self, hints: Mapping[str, int]) -> bool:
+        """Whether what the code asked of sizes alone holds for these; of a size that is not among
+        them nothing is known, and nothing said."""
+        unknown = {*self._sizes, *self.numbers, *self.attributes} - hints.keys()
+        asked = (guard for guard in self.sizes if unknown.isdisjoint(_NAME.findall(guard)))
+        try:
+            return all(eval(guard, {"math": math}, dict(hints)) for guard in asked)
+        except ArithmeticError:  # a division by a size of zero
+            return False
+
     def holds_for_attributes(self, block: nn.Module) -> bool:
         """Whether what the code asked of the block's own ints holds for this block's."""
         places = {name: attribute_text(path) for name, path in self.attributes.items()}
         scope = {"math": math, "block": block}
-        sizes: set[Any] = {size for spec in self.call.tensors.values() for size in spec.sizes}
-        sizes |= {spec.size for _, spec in self.call.leaves() if isinstance(spec, Number)}
         asked = (set(_NAME.findall(guard)) for guard in self.sizes)
-        others = sizes | self.numbers.keys()
+        others = self._sizes | self.numbers.keys()
         own = [not names & others and names & places.keys() for names in asked]
         try:
             return all(
@@ -213,10 +233,10 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 _PLAIN_TENSORS = (torch.Tensor, FakeTensor)  # a compiler calls with fakes
 
 
-def strides_of(tensor: Any) -> tuple[int, ...] | None:
-    """The strides of a tensor that lies in memory in strides; None for anything else."""
+def layout_of(tensor: Any) -> tuple[tuple[int, ...], int] | None:
+    """The strides and the offset of a tensor that lies in memory so; None for anything else."""
     is_strided = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    return tuple(tensor.stride()) if is_strided else None
+    return (tuple(tensor.stride()), int(tensor.storage_offset())) if is_strided else None
 
 
 def compile_take(guards: Guards) -> Take:

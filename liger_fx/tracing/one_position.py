@@ -3,7 +3,7 @@
     attention of grouped heads    a mask, and keys and values repeated for each head of a group
  ->                               keys and values as they are
     update of a static cache      a range, plus the length so far: where to write
- ->                               the length so far
+ ->                               written at the length so far, in one launch
 
 The heads of a group ask as positions would, and share what they read; where that are too few groups
 for the GPU, each asks for itself, by a kernel that parts the keys.
@@ -19,6 +19,8 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from liger_fx.kernels.static_cache import append_position
 
 # What may be given beside the tensors; the last have no part in PyTorch's attention.
 _OPTIONS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
@@ -80,6 +82,8 @@ def static_layer(cache: Any, key: torch.Tensor, place: int) -> StaticLayer | Non
     layer = cache.layers[place]
     if type(layer) is not StaticLayer or not layer.is_initialized or key.shape[2] != 1:
         return None
+    if torch.is_grad_enabled():  # which may be recorded through the cache
+        return None
     return None if key.device.type == "mps" else layer  # which knows no index_copy_
 
 
@@ -87,8 +91,5 @@ def append(
     layer: StaticLayer, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``layer.update(key, value)`` for one position."""
-    place = layer.cumulative_length.view(1)
-    layer.keys.index_copy_(2, place, key)
-    layer.values.index_copy_(2, place, value)
-    layer.cumulative_length.add_(1)
+    append_position(layer.keys, layer.values, layer.cumulative_length, key, value)
     return layer.keys, layer.values

@@ -60,6 +60,12 @@ class Tracing(Protocol):
     def is_hidden(self, module: nn.Module, name: str) -> bool:
         """Whether the code that reads this attribute must not see it."""
 
+    def note_read(self, module: nn.Module, name: str) -> None:
+        """The model's code reads this attribute."""
+
+    def note_made(self, module: nn.Module) -> None:
+        """The model's code makes a module."""
+
     def enter_autocast(self, region: torch.autocast) -> None:
         """Record the start of an autocast region."""
 
@@ -233,6 +239,23 @@ def _patch_attributes(replace: Any) -> None:
         return original(module, name)
 
     replace(nn.Module, "__getattr__", look_up)
+    get, init = nn.Module.__getattribute__, nn.Module.__init__
+
+    @functools.wraps(init)
+    def make(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        tracer = recording_tracer()
+        if tracer is not None:
+            tracer.note_made(module)
+        init(module, *args, **kwargs)
+
+    def read(module: nn.Module, name: str) -> Any:
+        tracer = recording_tracer()
+        if tracer is not None and is_model_code(sys._getframe(1).f_code):
+            tracer.note_read(module, name)
+        return get(module, name)
+
+    replace(nn.Module, "__getattribute__", read)
+    replace(nn.Module, "__init__", make)
 
 
 def _patch_autocast(replace: Any) -> None:

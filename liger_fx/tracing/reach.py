@@ -10,6 +10,7 @@ Found in the compiled code, once a class; nothing runs.
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 import types
@@ -20,7 +21,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from liger_fx.tracing.held import original
+
 _MOST_FUNCTIONS = 2000
+_OF_A_FUNCTION = ("__dict__", "__defaults__", "__kwdefaults__", "__code__")
 _CACHED = functools._lru_cache_wrapper
 # What is called there keeps no state of a model's.
 _LIBRARIES = frozenset({"torch", "numpy", "triton", "liger_fx", "einops", *sys.stdlib_module_names})
@@ -70,12 +74,20 @@ class Place(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Reach:
     """places: where code finds values. caches: of these, functions with a cache. names: all that
-    the code names. functions: what it consists of."""
+    the code names; stored: of these, the attributes that it may write. functions: the places of
+    what was walked through, and that; code: the functions among it."""
 
     places: tuple[Place, ...]
     caches: tuple[Place, ...]
     names: frozenset[str]
-    functions: tuple[types.FunctionType, ...]
+    stored: frozenset[str]
+    functions: tuple[tuple[Place, Any], ...]
+    code: tuple[types.FunctionType, ...]
+
+    @property
+    def stands(self) -> bool:
+        """Whether the code is that still."""
+        return all(original(place.value()) is then for place, then in self.functions)
 
 
 def is_cached(value: Any) -> bool:
@@ -98,15 +110,33 @@ def reach_of(module: nn.Module) -> Iterator[Reach]:
             yield _of_code(value)
 
 
+def reach_of_function(function: Any) -> Reach:
+    """What a function, a method or another callable object can touch."""
+    function = _unbound(function)
+    return _of_code(function if type(function) in _FUNCTIONS else _unbound(type(function).__call__))
+
+
 def _of_code(code: Any) -> Reach:
     found = _REACH.get(code)
-    if found is None:
+    if found is None or not found.stands:
         walk = _Walk(code)
         caches = tuple(place for place in walk.places if is_cached(place.value()))
-        functions = tuple(walk.functions)
-        found = Reach(tuple(walk.places), caches, frozenset(walk.names), functions)
+        functions = tuple((p, original(v)) for p in walk.places if _is_code(v := p.value()))
+        found = Reach(
+            tuple(walk.places),
+            caches,
+            frozenset(walk.names),
+            frozenset(walk.stored),
+            functions,
+            tuple(walk.functions),
+        )
         _REACH[code] = found
     return found
+
+
+def _is_code(value: Any) -> bool:
+    kinds = (types.FunctionType, types.CodeType, functools.partial, property, classmethod)
+    return isinstance(value, (*kinds, staticmethod, _CACHED))
 
 
 _FUNCTIONS = (types.FunctionType, functools.partial, _CACHED)
@@ -122,6 +152,7 @@ class _Walk:
         self._seen: set[int] = set()
         self.functions: list[types.FunctionType] = []
         self.names: set[str] = set()
+        self.stored: set[str] = set()
         is_class = isinstance(code, type)
         classes = code.__mro__ if is_class else ()
         self._bases = [base for base in classes if not of_a_library(base.__module__)]
@@ -148,13 +179,14 @@ class _Walk:
             yield from map(_in_cell, value.__closure__ or ())
             return
         self.functions.append(value)
-        yield from self._note(value, "__dict__")
-        yield from self._note(value, "__defaults__")
+        for name in _OF_A_FUNCTION:
+            yield from self._note(value, name)
         code = value.__code__
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
             yield from self._note(cell, name)
         names = _names(code)
         self.names |= names
+        self.stored |= _stored(code)
         for name in names & value.__globals__.keys():
             yield from self._found(value.__globals__, name, names)
         for base in self._bases:
@@ -201,6 +233,21 @@ def _names(code: types.CodeType) -> frozenset[str]:
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
     texts = (const for const in code.co_consts if isinstance(const, str) and const.isidentifier())
     return frozenset(code.co_names).union(texts, *map(_names, inner))
+
+
+@functools.lru_cache(4096)
+def _stored(code: types.CodeType) -> frozenset[str]:
+    """The attributes that the code and the functions that it makes write; where one is written by
+    a name that is a value, all texts in the code."""
+    own = {str(i.argval) for i in dis.get_instructions(code) if i.opname in _STORES}
+    if not _WRITERS.isdisjoint(code.co_names):
+        own |= {const for const in code.co_consts if isinstance(const, str)}
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return frozenset(own).union(*map(_stored, inner))
+
+
+_STORES = ("STORE_ATTR", "DELETE_ATTR")
+_WRITERS = frozenset({"setattr", "delattr", "__setattr__", "__dict__", "vars", "register_buffer"})
 
 
 def of_a_library(module: str) -> bool:

@@ -20,7 +20,14 @@ from liger_fx.tracing.outside import Key
 from liger_fx.tracing.readiness import refuse_unready
 from liger_fx.tracing.state import Place
 from liger_fx.tracing.trace import Source, Trace
-from liger_fx.tracing.tracer import AsksAttributes, HFTracer, Plans, Untraceable, Watch
+from liger_fx.tracing.tracer import (
+    AsksAttributes,
+    ChangesOutside,
+    HFTracer,
+    Plans,
+    Untraceable,
+    Watch,
+)
 
 _MAX_OPAQUE_CLASSES = 24
 
@@ -53,6 +60,8 @@ def trace_block(
                 return _traced(tracer, block, call, forward, examples)
             except Watch:
                 watching = True
+            except ChangesOutside as changes:
+                outside |= changes.places
             except NeedsInside:
                 plans = replace(plans, inside=True)
             except AsksAttributes as asks:

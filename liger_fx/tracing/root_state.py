@@ -81,6 +81,7 @@ class Snapshot:
                     self.take(value)
         self._were_empty = set(map(id, self._empty))
         self.changed: set[int] = set()
+        self.looked_at: set[int] = set()  # what is being compared at the moment
 
     def take(self, value: Any) -> None:
         """Note what the value holds, and what that holds."""

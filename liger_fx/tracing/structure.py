@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.fakes import FakeWorld, Question
 
+_FAR = (1 << 8, 1 << 16)
+
 
 def follows_sizes(
     world: FakeWorld,
@@ -34,7 +36,9 @@ def follows_sizes(
     """Whether ``run(*args, **kwargs)`` gives something else than as many tensors of as many
     dimensions as ``result`` where the sizes in the questions are others."""
     asked = itertools.chain(*(question.expr.free_symbols for question in questions))
-    for sizes in other_sizes(world, asked):
+    # How many parts there are may change far above the example: split(512) of 3 rows is one.
+    far = _FAR if isinstance(result, (tuple, list)) else ()
+    for sizes in other_sizes(world, asked, far):
         try:
             with unset_fake_temporarily(), torch.no_grad():
                 given, named = pytree.tree_map(_at(sizes), (args, kwargs))
@@ -62,12 +66,14 @@ def gives_argument_back(
     return any(isinstance(leaf, torch.Tensor) and id(leaf) in before for leaf in found)
 
 
-def other_sizes(world: FakeWorld, asked: Iterable[Any]) -> Iterator[dict[sympy.Symbol, int]]:
+def other_sizes(
+    world: FakeWorld, asked: Iterable[Any], far: tuple[int, ...] = ()
+) -> Iterator[dict[sympy.Symbol, int]]:
     """The trace's examples with one of these sizes changed: to one, which is broadcast and dropped,
-    and to more than there were."""
+    to more than there were, and to that plus each of ``far``."""
     examples = world.examples
     for symbol in sorted(examples.keys() & set(asked), key=str):
-        for other in (1, examples[symbol] + 1):
+        for other in (1, *(examples[symbol] + more for more in (1, *far))):
             yield {**examples, symbol: other}
 
 

@@ -90,16 +90,21 @@ class ResultSize:
 class Result:
     """What a block returns: a tree of tuples, lists and mappings of tensors, plain values, sizes
     and opaque objects; ``names`` are those of the sizes in it, as the call has them. ``assumes``
-    are the facts about sizes that decide what it is made of."""
+    are the facts about sizes that decide what it is made of. ``changes`` are places outside the
+    modules that its code changes."""
 
     tree: Any
     names: dict[sympy.Symbol, str]
     assumes: tuple[sympy.Basic, ...] = ()
+    changes: frozenset[tuple[int, str]] = frozenset()
 
 
 @dataclass
 class Trace:
-    """The graph of one block for one kind of call; the graph's targets are paths below ``root``."""
+    """The graph of one block for one kind of call; the graph's targets are paths below ``root``.
+
+    read: the attributes that the code read, by the path of the module.
+    """
 
     graph: fx.Graph
     root: torch.nn.Module
@@ -107,3 +112,4 @@ class Trace:
     guards: Guards
     opaque: list[OpaqueLeaf]
     result: Result
+    read: dict[str, tuple[str, ...]]

@@ -19,7 +19,7 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -78,6 +78,7 @@ from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.outside import Key, Outside, caches_bypassed
 from liger_fx.tracing.patches import patched, put_aside
 from liger_fx.tracing.reach import Reach, reach_of
+from liger_fx.tracing.reads import attribute, names_read
 from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
 from liger_fx.tracing.size_guards import check_known, size_guards
@@ -85,6 +86,7 @@ from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
 from liger_fx.tracing.state import HiddenState, Place, written
 from liger_fx.tracing.streams import Streams
 from liger_fx.tracing.torch_calls import is_model_code, source_line
+from liger_fx.tracing.touched import Touched
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 from liger_fx.tracing.tree_state import asks_mode, hooks_of, is_capturing
@@ -96,6 +98,14 @@ class AsksAttributes(BaseException):
     def __init__(self, paths: list[str]) -> None:
         super().__init__(", ".join(paths))
         self.paths = paths
+
+
+class ChangesOutside(BaseException):
+    """What is called changes these places outside the model: trace again and see who reads them."""
+
+    def __init__(self, places: frozenset[Key]) -> None:
+        super().__init__("what lies outside the model")
+        self.places = places
 
 
 class Watch(BaseException):
@@ -197,6 +207,9 @@ class HFTracer(fx.Tracer, Recording):
         self.leaves = TransformersLeaves(self.recorder, self.members, self)
         self.reads: list[Read] = []
         self.numbers: dict[str, Read] = {}
+        self._read: dict[str, set[str]] = {}
+        self._touched = Touched()
+        self._made: dict[int, nn.Module] = {}
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
         self._autocast_nodes: dict[int, fx.Node] = {}
@@ -228,7 +241,8 @@ class HFTracer(fx.Tracer, Recording):
             root.register_buffer(path, tensor, persistent=False)
         self._finish(output)
         opaque = list(self.opaque_leaves.values())
-        return Trace(self.graph, root, self.calls, self._guards(call), opaque, result)
+        read = {path: tuple(sorted(names)) for path, names in sorted(self._read.items())}
+        return Trace(self.graph, root, self.calls, self._guards(call), opaque, result, read)
 
     def let_go(self) -> None:
         """Hold nothing more after the trace: the tracer's parts hold each other, and the caller's
@@ -239,6 +253,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _guards(self, call: CallSpec) -> Guards:
         """The assumptions of the trace that just finished in this thread's modes."""
+        self.recorder.facts.note_used(self._used_tensors())
         asked = self.recorder.facts.grad_mode_asked or not torch.is_grad_enabled()
         sizes = self.size_guards
         if values := self._asked_attributes(sizes):
@@ -269,6 +284,15 @@ class HFTracer(fx.Tracer, Recording):
         named = inspect.signature(_forward_of(self.root)).parameters
         gathered = tuple(name for name in call.arguments if name not in named)
         return gathered if len(gathered) > 1 else ()
+
+    def _used_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the model that the graph reads by itself, by path."""
+        found = {p: operator.attrgetter(p)(self.root) for p in self._get_attr_nodes}
+        return {
+            path: value
+            for path, value in found.items()
+            if isinstance(value, torch.Tensor) and path not in self._constants
+        }
 
     def _device_types(self, call: CallSpec) -> tuple[str, ...]:
         """The devices of the inputs and parameters. (Blocks inside look at theirs themselves.)"""
@@ -385,6 +409,7 @@ class HFTracer(fx.Tracer, Recording):
                 recorder.recording = False
                 self.size_guards = size_guards(self.world, recorder.questions)
                 described = describe_result(result, self.world, recorder.decisive)
+                described = replace(described, changes=self._written_outside)
                 return described, ContainerWriter(recorder, given.ids).write(result)
             except _WHOLE:
                 raise
@@ -469,6 +494,7 @@ class HFTracer(fx.Tracer, Recording):
             if known is None:
                 raise NeedsPlan(block, call, examples)
             number, result = known
+            self._note_changes_outside(result.changes)
             node = recorder.create_node(
                 "call_module", path, *ContainerWriter(recorder).write((tuple(args), kwargs))
             )
@@ -481,6 +507,7 @@ class HFTracer(fx.Tracer, Recording):
                 kept += recorder.questions[before:]
                 recorder.decisive += kept
             changed_by_call(values)
+            self._touched.add(block)
             made = self._with_objects(recorder.bind(made, node), node)
         _let_collect(block, args, made)
         return made
@@ -504,6 +531,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _call_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         recorder, keys = self.recorder, collected()
+        self._touched.add(module)
         if keys and collects_inside(module, keys):
             text = f"{', '.join(keys)} of modules inside it are collected"
             raise Untraceable([*self._stack(), (path, module)], None, text)
@@ -522,10 +550,14 @@ class HFTracer(fx.Tracer, Recording):
                     if reason is not None:
                         kept.enter_context(self.streams.kept())
                         kept.enter_context(self.outside.kept(module))
+                    before_it = self.outside.changed(self.world)
                     with tensors_replaced(module, real_copy if concrete else self._own_copy):
                         result = infer_leaf(recorder, module, args, kwargs, concrete=concrete)
                     below = {m: f"{path}.{p}".rstrip(".") for p, m in module.named_modules()}
                     wrote = written(before, below, self.world) if reason is not None else []
+                    changed = self.outside.changed(self.world) if before_it is None else None
+                if changed is not None:
+                    self._note_changes_outside(frozenset((changed.key,)))
                 self.hidden.add(self.root, wrote)
             except Exception as error:
                 self.stack.append((ModuleCall(-1, path, type(module), None), module))
@@ -623,6 +655,11 @@ class HFTracer(fx.Tracer, Recording):
         cause = f"its code changes {changed.name}, which is outside the model"
         raise Untraceable(self._stack(), None, cause, outside=changed.key)
 
+    def _note_changes_outside(self, places: frozenset[Key]) -> None:
+        """What is called changes these places at each call: who reads them is called as well."""
+        if not places <= self._written_outside:
+            raise ChangesOutside(places)
+
     def _look_at(self, module: nn.Module) -> None:
         """Before the code of a module runs: a graph would hold what it reads outside that day."""
         if reason := self.outside.reason_to_call(module):
@@ -642,6 +679,25 @@ class HFTracer(fx.Tracer, Recording):
     def is_hidden(self, module: nn.Module, name: str) -> bool:
         """Whether the code that reads this attribute must not see it."""
         return (module, name) in self.hidden.places
+
+    def note_made(self, module: nn.Module) -> None:
+        """The model's code makes a module, whose attributes are its own business."""
+        self._made[id(module)] = module
+
+    def note_read(self, module: nn.Module, name: str) -> None:
+        """The model's code reads this attribute."""
+        for one in names_read(module, name):
+            if self._touched.may_have_changed(module, one, attribute(module, one)):
+                owner = type(module).__name__
+                raise CannotRecord(f"{one} of a {owner}, which what was called may change, is read")
+        path = self.members.path_of(module)
+        if path is None and id(module) not in self._made and [*names_read(module, name)]:
+            owner = type(module).__name__
+            raise CannotRecord(f"{name} of a {owner}, which is none of its own modules, is read")
+        if path is not None:
+            own = {*self.plans.attributes, *self.plans.fixed_attributes}
+            names = (n for n in names_read(module, name) if f"{path}.{n}".lstrip(".") not in own)
+            self._read.setdefault(path, set()).update(names)
 
     def _refuse_fixed_sizes(self) -> None:
         """A batch size or length that a module forces to one number makes the graph useless: find

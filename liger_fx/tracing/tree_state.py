@@ -23,7 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.tracing.check import Check
-from liger_fx.tracing.guards import Guards, TensorFacts, strides_of
+from liger_fx.tracing.guards import Guards, TensorFacts, layout_of
 from liger_fx.tracing.walk import module_at, modules_by_path
 
 # Looked up when the graph runs, so it may change.
@@ -50,16 +50,18 @@ class TreeFacts:
     configs: the values of each config. A config in another has a place of its own.
     checkpointed: whether gradient checkpointing is on, which the code of a model asks. (A layer
     that is checkpointed is called as it is.)
-    classes: those of the modules whose code the graph replaces.
+    classes: those of the modules whose code the graph replaces. called: those of the modules that
+    it calls as they are.
     """
 
     kinds: dict[str, Kind]
     configs: dict[Place, dict[str, Any]]
     checkpointed: dict[str, bool] = field(default_factory=dict)
     classes: dict[str, type] = field(default_factory=dict)
+    called: dict[str, type] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, root: nn.Module, modules: Modules) -> TreeFacts:
+    def of(cls, root: nn.Module, modules: Modules, called: Modules) -> TreeFacts:
         """The facts of ``root`` now; ``modules`` are those whose code the graph replaces."""
         kinds = {path: (t.dtype, t.device) for path, t in telling_parameters(root).items()}
         configs = {
@@ -73,7 +75,8 @@ class TreeFacts:
             and not isinstance(module, GradientCheckpointingLayer)
         }
         classes = {path: class_of(module) for path, module in modules.items()}
-        return cls(kinds, configs, checkpointed, classes)
+        called_ones = {path: class_of(module) for path, module in called.items()}
+        return cls(kinds, configs, checkpointed, classes, called_ones)
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -129,13 +132,14 @@ def _groups_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._modules, module._parameters, module._buffers
 
 
-def _is_named(held: Any) -> bool:
+def is_named(held: Any) -> bool:
+    """Whether it is a named module, which stands for another and answers for it."""
     return any(c.__module__.startswith("liger_fx.modules") for c in type(held).__mro__)
 
 
 def _names_on(module: nn.Module) -> tuple[dict[str, bool], ...]:
     return tuple(
-        {name: held is None for name, held in group.items() if not _is_named(held)}
+        {name: held is None for name, held in group.items() if not is_named(held)}
         for group in _groups_of(module)
     )
 
@@ -182,6 +186,7 @@ def add_facts(check: Check, tree: Tree) -> None:
     gone = any(group.get(name) is None for group, name in places)
     if gone or classes != facts.classes or not now.keys() >= facts.configs.keys():
         check.add("False")
+    _add_called(check, root, facts.called)
     # Looked up by name at each check: a parameter may be replaced.
     for path, (dtype, device) in facts.kinds.items():
         group, name = _group_of(root, path)
@@ -195,14 +200,27 @@ def add_facts(check: Check, tree: Tree) -> None:
             check.add("{} == {} or {}()", config.now, config.then, config.holds)
 
 
+def _add_called(check: Check, root: nn.Module, classes: Mapping[str, type]) -> None:
+    """Add that what the graph calls is what it was, or one of the same class in its place. (What is
+    gone the graph names itself, as it runs.)"""
+    for path, then in classes.items():
+        if (module := module_at(root, path)) is None:
+            continue
+        now = class_of(module)
+        if not (issubclass(now, then) if is_named(module) else now is then):
+            check.add("False")
+        check.add("{}[{}] is {}", *_group_of(root, path, "_modules"), module)
+        if is_named(module):  # which may become again what it replaced
+            check.add("{}.__class__ is {}", module, type(module))
+
+
 def _add_tensors(check: Check, root: nn.Module, asked: TensorFacts) -> None:
     for found, attribute in ((asked.shapes, "shape"), (asked.dtypes, "dtype")):
         for path, value in found.items():
             condition = f"getattr({{}}.get({{}}), '{attribute}', None) == {{}}"
             check.add(condition, *_group_of_tensor(root, path), value)
-    for path, strides in asked.strides.items():
-        place = _group_of_tensor(root, path)
-        check.add("{}({}.get({})) == {}", strides_of, *place, strides)
+    for path, layout in asked.layouts.items():
+        check.add("{}({}.get({})) == {}", layout_of, *_group_of_tensor(root, path), layout)
     for path, cls in asked.classes.items():
         check.add("type({}.get({})) is {}", *_group_of_tensor(root, path), cls)
     for path, on in asked.trained.items():
@@ -236,7 +254,7 @@ def add_state(check: Check, tree: Tree) -> None:
             members.add_to(check, module)
     # A module that is exchanged for another has code that was not traced.
     for group, name in places:
-        check.add("{}.get({}) is {}", group, name, group.get(name))
+        check.add("{}[{}] is {}", group, name, group.get(name))
 
 
 def add_no_hooks(check: Check, modules: list[nn.Module]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from liger_fx.kernels import gated_linear as module
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
 from liger_fx.kernels.gated_linear import gated_linear
 from liger_fx.kernels.launch import INTERPRETED
@@ -88,3 +92,24 @@ def test_the_product_is_not_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         gated_linear(gate, up, weight, None, "silu")
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (gate, up, weight)}
+
+
+def test_a_checkpoint_does_not_multiply_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = drawing(torch.float32)
+    leaves = [draw(9, 64), draw(9, 64), draw(8, 64)]
+    dy = draw(9, 8)
+    multiply, count = module.linear_into, 0
+
+    def counted(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        multiply(*args)
+
+    def layer(gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return gated_linear(gate.sin(), up.sin(), weight, None, "silu")
+
+    expected = with_gradients(layer, leaves, dy)
+    monkeypatch.setattr(module, "linear_into", counted)
+    found = with_gradients(lambda *args: checkpoint(layer, *args, use_reentrant=False), leaves, dy)
+    assert count == 1
+    assert all(map(torch.equal, found, expected))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from liger_fx.kernels import lora_linear as module
 from liger_fx.kernels.lora_linear import lora_linear
 from tests.kernels.accuracy import DEVICE, DTYPES, doubled, drawing, relative_error, with_gradients
 
@@ -88,3 +92,41 @@ def test_a_layer_that_is_trained_is_refused() -> None:
         lora_linear(x, None, weight, bias, a, b.t(), SCALING)
     with pytest.raises(ValueError, match="the weight"):
         lora_linear(x.double(), None, weight, bias, a, b, SCALING)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_checkpoint_does_not_multiply_again(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the backward keeps is saved before the layer's own product, as F.linear saves it."""
+    x, _, weight, bias, a, b = drawn(dtype, (6, 24), 4, 8)
+    dy = drawing(dtype)(6, 8)
+    multiply, count = module.linear_into, 0
+
+    def counted(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        multiply(*args)
+
+    def layer(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return lora_linear(x.sin(), None, weight, bias, a, b, SCALING)
+
+    expected = with_gradients(layer, [x, a, b], dy)
+    monkeypatch.setattr(module, "linear_into", counted)
+    found = with_gradients(
+        lambda *args: checkpoint(layer, *args, use_reentrant=False), [x, a, b], dy
+    )
+    assert count == 1
+    assert all(map(torch.equal, found, expected))
+
+
+def test_nothing_that_is_kept_is_written_into() -> None:
+    """The result is computed after its node is made, which may be used again."""
+    x, _, weight, bias, a, b = drawn(torch.float32, (6, 24), 4, 8)
+    a.requires_grad_()
+    y = lora_linear(x, None, weight, bias, a, b, SCALING)
+    grads = [torch.autograd.grad(y.square().sum(), a, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+    y.mul_(2)  # as any result may be
+    (da,) = torch.autograd.grad(y.square().sum(), a)
+    torch.testing.assert_close(da, 4 * grads[0])

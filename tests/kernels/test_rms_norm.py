@@ -178,3 +178,24 @@ def test_rows_beyond_32_bits(tmp_path: Path) -> None:
     ours = with_gradients(lambda x, w: rms_norm(x, w, EPS), (x, weight), grad)
     exact = with_gradients(textbook, doubled((x, weight)), grad)
     assert_as_accurate(ours, exact, exact)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter adds and rounds in ways of its own")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, 70], ids=["few numbers", "many numbers"])
+def test_errors_over_many_draws(rows: int, dtype: torch.dtype, device: str) -> None:
+    """On average as close as the spelling of transformers' Llama, not only in one lucky draw."""
+
+    def llama(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+    ours, eager = [0.0] * 3, [0.0] * 3
+    for _ in range(40):
+        x, grad = torch.randn(2, rows, 512, device=device).to(dtype)
+        weight = torch.randn(512, device=device).to(dtype)
+        exact = with_gradients(llama, doubled((x, weight)), grad)
+        for sums, function in ((ours, lambda x, w: rms_norm(x, w, EPS)), (eager, llama)):
+            for i, value in enumerate(with_gradients(function, (x, weight), grad)):
+                sums[i] += relative_error(value, exact[i])
+    assert all(a <= 1.02 * b for a, b in zip(ours, eager, strict=True)), (ours, eager)

@@ -233,19 +233,20 @@ def test_copies_record_for_themselves(tapes: list[Tape]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("more", [0, 2], ids=["as seen", "too long"])
-def test_the_mask_is_that_of_transformers(name: str, more: int) -> None:
-    """As numbers to add; of a mask that says more than was seen, too."""
+@pytest.mark.parametrize("more", [0, 2, None], ids=["as seen", "too long", "none"])
+def test_the_mask_is_that_of_transformers(name: str, more: int | None) -> None:
+    """As numbers to add; of a mask that says more than was seen, too, and of none."""
     model = tiny(name)
     opt = liger_fx.optimize(model)
     cache = StaticCache(config=model.config, max_cache_len=20)
     given = left_padded(model)
     opt(**given, past_key_values=cache)
-    ones = torch.ones(2, 1 + more, dtype=torch.long)
+    ones = torch.ones(2, 1 + (more or 0), dtype=torch.long)
+    mask = None if more is None else torch.cat([given["attention_mask"], ones], dim=1)
     call = {
         "config": model.config,
         "inputs_embeds": torch.empty(2, 1, 0),
-        "attention_mask": torch.cat([given["attention_mask"], ones], dim=1),
+        "attention_mask": mask,
         "past_key_values": cache,
     }
     theirs: Any = masking_utils.create_masks_for_generate(**call)

@@ -1,0 +1,177 @@
+"""What the code of a trace read of the world in Python: attributes of modules, and names outside
+them.
+
+self.scaling, getattr(self, "gate", None)     noted as they are read, by the module's path
+TABLE["a"], rotate_half, Attention.chunk      found in the compiled code (reach.py)
+
+A graph holds what was found there, so a call looks whether it is there still.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from liger_fx.tracing.call import PLAIN, TENSORS
+from liger_fx.tracing.check import Check
+from liger_fx.tracing.held import Held
+from liger_fx.tracing.reach import NOTHING, Place, reach_of
+from liger_fx.tracing.tree_state import is_named
+from liger_fx.tracing.walk import module_at
+
+Names = Mapping[str, Iterable[str]]  # of attributes that were read, by the path of the module
+# Modes are guarded for themselves; what transformers notes as it installs its own hooks.
+_APART = frozenset(nn.Module().__dict__) | {"_output_capturing_hooks_installed"}
+_IN_GROUPS = ("_parameters", "_buffers", "_modules")
+
+
+class Attributes:
+    """Attributes of the modules below a root, as they are now; ``held`` has None for one that is
+    not there.
+
+    Modules are none of them: a graph calls these as it runs. Nor are configs, whose values are
+    guarded for themselves. Of tensors, which it reads as it runs, the class stays, and which of
+    them are one.
+    """
+
+    def __init__(self, root: nn.Module, names: Names) -> None:
+        self.held: dict[tuple[str, str], Held | None] = {}
+        self.tensors: dict[tuple[str, str], type | None] = {}
+        for path, own in names.items():
+            module = module_at(root, path)
+            if module is None or is_named(module):
+                continue
+            for name in own:
+                value = attribute(module, name)
+                if isinstance(value, torch.Tensor):
+                    self.tensors[path, name] = _kind(value)
+                elif not isinstance(value, (nn.Module, PreTrainedConfig)):
+                    self.held[path, name] = None if value is NOTHING else Held(value)
+        self._tied = _pattern(*(attribute(module_at(root, p), n) for p, n in self.tensors))
+
+    def hold(self, root: nn.Module) -> bool:
+        """Whether they are the same below this root."""
+        check = Check()
+        self.add_to(check, root)
+        return check.compiled()()
+
+    def add_to(self, check: Check, root: nn.Module) -> None:
+        """Add that they are the same below this root."""
+        self._add_tensors(check, root)
+        for (path, name), held in self.held.items():
+            module = module_at(root, path)
+            if module is None or is_named(module):  # gone: told elsewhere
+                continue
+            attributes = module.__dict__
+            if held is None:
+                check.add("{} not in {}", name, attributes)
+            else:
+                now = attributes.get(name, NOTHING)
+                held.add_to(check, now, "{}[{}]", attributes, name)
+
+    def plain(self, root: nn.Module) -> Iterator[tuple[str, str, Any]]:
+        """Those that are numbers, flags and texts: the module's path, the name and the value."""
+        for path, name in self.held:
+            module = module_at(root, path)
+            value = NOTHING if module is None else module.__dict__.get(name, NOTHING)
+            if name.isidentifier() and isinstance(value, PLAIN):
+                yield path, name, value
+
+    def _add_tensors(self, check: Check, root: nn.Module) -> None:
+        places: list[Any] = []
+        for (path, name), kind in self.tensors.items():
+            module = module_at(root, path)
+            if module is None or is_named(module):
+                return
+            groups = (module.__dict__, module._parameters, module._buffers)
+            group: dict[str, Any] = next((group for group in groups if name in group), {})
+            check.add("{}({}[{}]) is {}", _kind, group, name, kind)
+            places += [group, name]
+        if len(self.tensors) > 1:
+            values = ", ".join(["{}[{}]"] * len(self.tensors))
+            check.add(f"{{}}({values}) == {{}}", _pattern, *places, self._tied)
+
+
+def _kind(tensor: Any) -> Any:
+    """The class of a tensor; None for any that is handled as PyTorch's own is."""
+    return None if type(tensor) in TENSORS else type(tensor)
+
+
+def _pattern(*values: Any) -> tuple[int, ...]:
+    """Which of these values are one."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(value), i) for i, value in enumerate(values))
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """What is there under that name: of the module itself, no matter what its class has."""
+    groups = (module.__dict__, *(module.__dict__[group] for group in _IN_GROUPS))
+    return next((group[name] for group in groups if name in group), NOTHING)
+
+
+def names_read(module: nn.Module, name: str) -> Iterable[str]:
+    """The attributes that code reads where it asks for this one."""
+    if name == "__dict__":
+        return module.__dict__.keys() - _APART
+    return () if name in _APART or name.startswith("__") else (name,)
+
+
+class Surroundings:
+    """What the code of some modules finds outside them, as it is now.
+
+    They belong to this process. Pickled they are None: what is there where that is read; but where
+    they did not stand they never will.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        reaches = dict.fromkeys(reach for module in modules for reach in reach_of(module))
+        places = {place.key: place for reach in reaches for place in reach.places}
+        self._held: list[tuple[Place, Held]] = []
+        self._is_of_the_past = False
+        for place in places.values():
+            if not isinstance(value := place.value(), types.ModuleType):
+                self._held.append((place, Held(value)))
+
+    def stand(self) -> bool:
+        """Whether all of it is as it was."""
+        check = Check()
+        self.add_to(check)
+        return check.compiled()()
+
+    def add_to(self, check: Check) -> None:
+        """Add that all of it is as it was."""
+        if self._is_of_the_past:
+            check.add("False")
+        for place, held in self._held:
+            held.add_to(check, place.value(), *_reading(place))
+
+    def __deepcopy__(self, memo: Any) -> Surroundings:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _pickled, (self.stand(),)
+
+
+def _pickled(stood: bool) -> Surroundings | None:
+    if stood:
+        return None
+    past = Surroundings(())
+    past._is_of_the_past = True
+    return past
+
+
+def _reading(place: Place) -> tuple[Any, ...]:
+    """The expression that reads a place in the fewest steps, and its values."""
+    owner, name = place
+    if isinstance(owner, dict):
+        return "{}[{}]", owner, name
+    if isinstance(owner, types.FunctionType):
+        return f"{{}}.{name}", owner
+    if isinstance(owner, type):
+        return "{}.get({}, {})", vars(owner), name, NOTHING
+    return "{}()", place.value
