@@ -29,8 +29,7 @@ class LigerRMSNorm(NamedModule):
     weight: the original parameter of shape (width,), registered under `weight_name`, never a copy;
         None where there is none or it comes with the call.
     offset: 1.0 where the model multiplies by 1 + weight.
-    cast: "input" where the result has the input's dtype; "promote" where it has that of input times
-        weight. It is rounded to that dtype once.
+    cast: the result's dtype, as `result_dtype` has it. It is rounded to that dtype once.
     """
 
     def __init__(
@@ -76,6 +75,6 @@ class LigerRMSNorm(NamedModule):
         parts = [f"({self.width},)", f"eps={self.eps}"]
         if self.offset:
             parts.append(f"scale={self.offset:g} + weight")
-        if self.cast == "promote":
-            parts.append("cast=promote")
+        if self.cast != "input":
+            parts.append(f"cast={self.cast}")
         return ", ".join(parts)
