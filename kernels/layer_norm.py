@@ -92,9 +92,11 @@ def layer_norm_backward_reference(
     weight: torch.Tensor | None,
     eps: float,
     offset: float,
+    weight_grad: bool,
     more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of x and weight by the formulas of norm.py, in PyTorch's own operations.
+    """The gradients of x and, if wanted, weight by the formulas of norm.py, in PyTorch's own
+    operations.
 
     more: a gradient that x has from elsewhere, to which this one is added.
     """
@@ -109,7 +111,7 @@ def layer_norm_backward_reference(
         [True, False, False],
     )  # fmt: skip
     dx = as_wide(dx if more is None else dx.add_(more), x.dtype)
-    if weight is None:
+    if weight is None or not weight_grad:
         return dx, None
     dw = (grad * centered).mul_(r).sum_to_size(weight.shape)
     return dx, as_wide(dw, weight.dtype)
@@ -148,10 +150,10 @@ def norm_backward(
         asked = dw if weight_grad else None, dbias if bias_grad else None
         norm.backward(dy, x, weight, eps, offset, True, dx, *asked, more)
         return dx, dw, dbias
-    plain = layer_norm_backward_reference(dy, x, weight, eps, offset, more)
+    plain, plain_dw = layer_norm_backward_reference(dy, x, weight, eps, offset, weight_grad, more)
     if bias is not None and bias_grad:
-        dbias = dy.to(compute_dtype(dy)).sum_to_size(bias.shape).to(bias.dtype)
-    return laid_out(plain[0], x), plain[1] if plain[1] is not None and weight_grad else dw, dbias
+        dbias = as_wide(as_wide(dy, compute_dtype(dy)).sum_to_size(bias.shape), bias.dtype)
+    return laid_out(plain, x), dw if plain_dw is None else plain_dw, dbias
 
 
 def norm_backward_fake(
