@@ -29,6 +29,11 @@ class TraceError(LigerFxError):
         return type(self), (self.module, self.source, self.cause, self.way_out)
 
 
+class ResultError(LigerFxError):
+    """A module that a graph calls as it is returned a tensor of another dtype, or of another size
+    where it always had one, than when the model was traced."""
+
+
 class MissedSiteError(LigerFxError):
     """strict=True, and a site that looked like one was not rewritten, or none was found at all."""
 

@@ -53,7 +53,7 @@ def _check_readers_behind(node: fx.Node, match: Match, inside: set[fx.Node], fac
 
 
 def _is_output(node: fx.Node) -> bool:
-    return node.op == "output" or node.target is leaves.model_output
+    return node.op == "output" or node.target in (leaves.model_output, leaves.container)
 
 
 def check_hooks(match: Match, facts: Facts) -> None:

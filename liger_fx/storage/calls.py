@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import cache_utils
 
 from liger_fx.codec import decode, encode, expect, inside, shown
@@ -29,6 +31,7 @@ from liger_fx.tracing.guards import MODES, Attribute, Guards, Read, TensorFacts
 
 _MAX_DEPTH, _MAX_ITEMS, _MAX_SPECS = 8, 512, 4096
 _CONTAINERS = {kind.__name__: kind for kind in (tuple, list, dict)}
+_TENSORS = {kind.__name__: kind for kind in (torch.Tensor, nn.Parameter, nn.Buffer)}
 _NUMBERS = {kind.__name__: kind for kind in (int, float)}
 # What a check may ask of a cache.
 _ATTRIBUTES = {
@@ -59,14 +62,26 @@ def guards_record(guards: Guards) -> GuardsRecord:
         numbers={name: _read_record(read) for name, read in guards.numbers.items()},
         other_mode=list(guards.other_mode),
         contiguous=guards.contiguous,
+        plain=guards.plain,
+        order=list(guards.order),
         distinct=guards.distinct,
         default_dtype=guards.modes.get(_DEFAULT_DTYPE),
         modes={name: value for name, value in guards.modes.items() if name != _DEFAULT_DTYPE},
         shapes={path: list(shape) for path, shape in guards.tensors.shapes.items()},
         dtypes=guards.tensors.dtypes,
         trained=guards.tensors.trained,
-        layouts={p: (list(s), offset) for p, (s, offset) in guards.tensors.layouts.items()},
+        layouts={
+            path: None if at is None else (list(at[0]), at[1])
+            for path, at in guards.tensors.layouts.items()
+        },
+        classes={path: _class_name(path, cls) for path, cls in guards.tensors.classes.items()},
     )
+
+
+def _class_name(path: str, cls: type) -> Any:
+    if _TENSORS.get(cls.__name__) is not cls:
+        raise SaveError(f"A saved graph cannot ask whether {path} is a {cls.__name__}.")
+    return cls.__name__
 
 
 def _write_spec(spec: Spec) -> Any:
@@ -145,13 +160,19 @@ def read_guards(record: GuardsRecord, devices: Devices) -> Guards:
         numbers=numbers,
         other_mode=tuple(record.other_mode),
         contiguous=record.contiguous,
+        plain=record.plain,
+        order=tuple(record.order),
         distinct=record.distinct,
         modes=_read_modes(record),
         tensors=TensorFacts(
             {path: tuple(shape) for path, shape in record.shapes.items()},
             dict(record.dtypes),
             dict(record.trained),
-            {path: (tuple(strides), n) for path, (strides, n) in record.layouts.items()},
+            {
+                path: None if at is None else (tuple(at[0]), at[1])
+                for path, at in record.layouts.items()
+            },
+            {path: _TENSORS[name] for path, name in record.classes.items()},
         ),
     )
 

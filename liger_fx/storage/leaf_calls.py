@@ -133,6 +133,7 @@ _ARGUMENTS: dict[Any, tuple[Any, bool, bool]] = {
     ),
     leaves.model_output: (tuple[_ReferenceText], True, False),
     leaves.check: (tuple[fx.Node, Annotated[str, _exception], str | None], False, False),
+    leaves.check_result: (tuple[fx.Node, str, torch.dtype, list[Any]], False, False),
     SET_GRAD_ENABLED: (tuple[bool], False, False),
     ENTER_AUTOCAST: (
         tuple[Annotated[str, matching("[a-z]{1,10}", "device")], torch.dtype | None, bool, bool],

@@ -175,13 +175,16 @@ class GuardsRecord:
     numbers: dict[Name, ReadRecord] = absent({})
     other_mode: list[Path] = absent([])
     contiguous: bool = absent(False)
+    plain: bool = absent(False)
+    order: list[Name] = absent([])
     distinct: bool = absent(False)
     default_dtype: torch.dtype | None = absent(None)
     modes: dict[str, bool | int | str] = absent({})
     shapes: dict[Path, list[int]] = absent({})
     dtypes: dict[Path, torch.dtype] = absent({})
     trained: dict[Path, bool] = absent({})
-    layouts: dict[Path, tuple[list[int], int]] = absent({})
+    layouts: dict[Path, tuple[list[int], int] | None] = absent({})
+    classes: dict[Path, Literal["Tensor", "Parameter", "Buffer"]] = absent({})
 
 
 @dataclass(frozen=True)

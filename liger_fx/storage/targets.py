@@ -89,6 +89,7 @@ or_ pos pow rshift setitem sub truediv truth xor
 _LEAVES = (
     leaves.attention, leaves.build_mask, leaves.new_cache, leaves.encoder_decoder_cache,
     leaves.cache_call, leaves.model_output, leaves.check,
+    leaves.check_result,
 )  # fmt: skip
 
 # Methods besides those that are functions too.

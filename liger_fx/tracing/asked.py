@@ -1,6 +1,8 @@
 """What a model's code asks of tensors and of the process besides sizes, to be guarded.
 
 x.stride(0), h.is_contiguous()      every tensor input must be contiguous, as in the trace
+type(x), isinstance(x, Parameter)   every tensor input must be a plain tensor
+x is y                              no tensor may be given twice
 self.weight.requires_grad           it must be trained, or frozen, as it was
 hidden.requires_grad                refused where gradients are recorded: the trace records none
 torch.get_default_dtype()           must be what it was
@@ -16,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_fx.tracing.fakes import node_of
-from liger_fx.tracing.guards import MODES, TensorFacts
+from liger_fx.tracing.guards import MODES, TensorFacts, layout_of
 
 # ``recorder`` is what records the calls of this thread, if anything does.
 of_thread = threading.local()
@@ -49,11 +51,16 @@ class Asking(Protocol):
 class AskedFacts:
     """The questions of one trace. ``grad_mode_asked``: whether the code asked for the grad mode, or
     changes it; ``layout_asked``: whether it asked how a tensor lies in memory;
-    ``fixed_shape_asked``: or for the shape of one in which no size of the call is."""
+    ``fixed_shape_asked``: or for the shape of one in which no size of the call is; ``class_asked``:
+    of which class one is. ``compares``: whether code that may be followed compares objects;
+    ``twins``: what may have given one object in two places then, for which the trace has two."""
 
     def __init__(self, owner: Asking) -> None:
         self.owner = owner
-        self.grad_mode_asked = self.layout_asked = self.fixed_shape_asked = False
+        self.grad_mode_asked = self.layout_asked = False
+        self.fixed_shape_asked = self.class_asked = False
+        self.compares = False
+        self.twins: str | None = None
         self.modes: dict[str, Any] = {}
         self.tensors = TensorFacts()
 
@@ -62,6 +69,10 @@ class AskedFacts:
         self.grad_mode_asked = True
         self.owner.note_question("whether gradients are recorded")
 
+    def note_twins(self, what: str) -> None:
+        """This may give back the very object that it was given."""
+        self.twins = self.twins or what
+
     def ask_mode(self, name: str) -> Any:
         """What a function of MODES answers."""
         return self.modes.setdefault(name, MODES[name]())
@@ -69,10 +80,14 @@ class AskedFacts:
     def note(self, tensor: torch.Tensor, asked: str, kind: str | None, answer: Any) -> None:
         """A question of that kind about a tensor, and the trace's answer. CannotRecord for one that
         a trace cannot answer."""
+        if kind == "version":
+            raise CannotRecord("how often a tensor was written to is asked")
         if kind in ("shape", "rank") and all(type(size) is int for size in tensor.shape):
             self.fixed_shape_asked = True
         if not isinstance(tensor, FakeTensor):
             self._note_of_real(tensor, asked, kind)
+        elif kind == "class":
+            self.class_asked = True
         elif kind == "layout":
             self.layout_asked = True
         elif kind == "rank":
@@ -87,7 +102,7 @@ class AskedFacts:
     def note_layout(self, path: str, tensor: torch.Tensor) -> None:
         """It is asked how this tensor of the model lies in memory."""
         self.tensors.shapes[path] = tuple(tensor.shape)
-        self.tensors.layouts[path] = tensor.stride(), int(tensor.storage_offset())
+        self.tensors.layouts[path] = layout_of(tensor)
 
     def note_used(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """What was asked of results may come from any of these tensors of the model, by path."""
@@ -107,6 +122,8 @@ class AskedFacts:
             self.note_layout(path, tensor)
         elif kind in ("shape", "rank"):
             self.tensors.shapes[path] = tuple(tensor.shape)
+        elif kind == "class":
+            self.tensors.classes[path] = type(tensor)
         elif kind == "dtype":
             self.tensors.dtypes[path] = tensor.dtype
         elif kind == "gradients":

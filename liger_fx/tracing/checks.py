@@ -16,6 +16,7 @@ import torch
 from liger_fx.tracing import leaves
 from liger_fx.tracing.functions import importable
 from liger_fx.tracing.recorder import Recorder
+from liger_fx.tracing.size_methods import message_of
 
 # In a message a number that only the data tell.
 _FAKE = re.compile(r"FakeTensor\(.*?dtype=[\w.]+\)")
@@ -25,12 +26,13 @@ def record_check(recorder: Recorder, error: Any, condition: Any, message: Any) -
     """A node that raises ``error`` where the condition does not hold; where only sizes are asked,
     the question itself, now."""
     if isinstance(condition, torch.SymBool) and not _is_of_data(condition):
+        said = None if message is None else message_of(recorder, message)
         if not condition:
-            raise error(None if message is None else message())
+            raise error(said)
         return
     try:
+        text = None if message is None else _FAKE.sub("?", message_of(recorder, message))
         with recorder.paused():
-            text = None if message is None else _FAKE.sub("?", str(message()))
             node = recorder.argument(condition)
             recorder.create_node("call_function", leaves.check, (node, importable(error), text))
     except BaseException as failure:

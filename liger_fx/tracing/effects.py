@@ -26,6 +26,7 @@ _EFFECTFUL_FUNCTIONS = {
     leaves.encoder_decoder_cache,
     leaves.cache_call,
     leaves.check,
+    leaves.check_result,
     builtins.setattr,
 }
 

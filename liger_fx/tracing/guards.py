@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_fx.tracing.call import (
     CallSpec,
@@ -80,16 +81,20 @@ class TensorFacts:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     trained: dict[str, bool] = field(default_factory=dict)
-    layouts: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+    layouts: dict[str, tuple[tuple[int, ...], int] | None] = field(default_factory=dict)
+    classes: dict[str, type] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """Each as a line of text."""
         lines = [f"{path} is of shape {shape}" for path, shape in self.shapes.items()]
         lines += [f"{path} is {dtype}" for path, dtype in self.dtypes.items()]
         lines += [
-            f"{path} has strides {strides}, and starts at {offset}"
-            for path, (strides, offset) in self.layouts.items()
+            f"{path} is sparse"
+            if layout is None
+            else f"{path} has strides {layout[0]}, and starts at {layout[1]}"
+            for path, layout in self.layouts.items()
         ]
+        lines += [f"{path} is a {cls.__name__}" for path, cls in self.classes.items()]
         return lines + [
             f"{path} is {'trained' if on else 'frozen'}" for path, on in self.trained.items()
         ]
@@ -105,8 +110,9 @@ class Guards:
     was off. ``reads`` are what the code asked of opaque arguments; ``numbers`` what it compared,
     by the names that ``sizes`` have for it. ``other_mode`` are modules in the other mode than
     ``training`` says, by path. ``contiguous``: every tensor input must be, because the code asked
-    for strides. ``distinct``: no tensor may be given twice. ``modes`` are answers of functions in
-    MODES.
+    for strides. ``plain``: every one must be a torch.Tensor and no subclass of it, because the code
+    asked for its class. ``order``: that of the arguments which ``**kwargs`` gathers. ``distinct``:
+    no tensor may be given twice. ``modes`` are answers of functions in MODES.
     """
 
     call: CallSpec
@@ -120,6 +126,8 @@ class Guards:
     numbers: dict[str, Read] = field(default_factory=dict)
     other_mode: tuple[str, ...] = ()
     contiguous: bool = False
+    plain: bool = False
+    order: tuple[str, ...] = ()
     distinct: bool = False
     modes: dict[str, Any] = field(default_factory=dict)
     tensors: TensorFacts = field(default_factory=TensorFacts)
@@ -135,6 +143,9 @@ class Guards:
         asked = [f"torch.{name}() is {value}" for name, value in self.modes.items()]
         asked += self.tensors.describe()
         asked += ["all tensors are contiguous"] * self.contiguous
+        asked += ["all tensors are plain ones, no parameters"] * self.plain
+        if self.order:
+            lines.append(f"{', '.join(self.order)} are given in this order")
         lines += [f"{line}, asked by the model's code" for line in asked]
         lines += ["no tensor is given twice"] * self.distinct
         lines.append(f"the model is in {'train' if self.training else 'eval'} mode")
@@ -219,6 +230,15 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+_PLAIN_TENSORS = (torch.Tensor, FakeTensor)  # a compiler calls with fakes
+
+
+def layout_of(tensor: Any) -> tuple[tuple[int, ...], int] | None:
+    """The strides and the offset of a tensor that lies in memory so; None for anything else."""
+    is_strided = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    return (tuple(tensor.stride()), int(tensor.storage_offset())) if is_strided else None
+
+
 def compile_take(guards: Guards) -> Take:
     """A Python function that compares a call's arguments and hands out the graph's inputs;
     generated, because a loop would cost three times."""
@@ -253,6 +273,10 @@ class _TakeWriter:
             self.bound[name] = f"({names[read.argument]}{_steps_text(read.steps)})"
         self.conditions += [f"({_with_places(guard, self.bound)})" for guard in guards.sizes]
         self.conditions += [self._read(read, names) for read in guards.reads]
+        if guards.order:
+            gathered, order = self._constant(frozenset(guards.order)), self._constant(guards.order)
+            given = f"tuple(filter({gathered}.__contains__, arguments))"
+            self.conditions.append(f"{given} == {order}")
         if guards.distinct:
             tensors = [names[name] for name in guards.call.tensors]
             pairs = itertools.combinations(tensors, 2)
@@ -328,8 +352,14 @@ class _TakeWriter:
                 # answers without a guard.
                 self.conditions.append(f"s{v}[{dim}] > 0")
             self._size(size, f"s{v}[{dim}]")
+        if self.guards.plain:
+            self.conditions.append(f"type({v}) in {self._constant(_PLAIN_TENSORS)}")
         if self.guards.contiguous:
-            self.conditions += [f"{v}.is_contiguous()", f"{v}.storage_offset() == 0"]
+            self.conditions += [
+                f"{v}.layout is {self._constant(torch.strided)}",
+                f"{v}.is_contiguous()",
+                f"{v}.storage_offset() == 0",
+            ]
 
     def _size(self, size: int | str, place: str) -> None:
         if isinstance(size, str) and size not in self.bound:

@@ -2,37 +2,47 @@
 
 if key is query: ...      ->  the graph is not for a call that gives one tensor twice
 
-No trace can tell which objects a comparison sees: it is looked for in the compiled code.
+No trace can tell which objects a comparison sees: it is looked for in the compiled code. What looks
+a tensor up in a dictionary or set asks it for its hash, and is refused.
 """
 
 from __future__ import annotations
 
 import dis
-import inspect
-import weakref
+import functools
+from collections.abc import Iterable
 from types import CodeType
 
-_LOCAL = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")
-_COMPARES: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+from liger_fx.tracing.reach import Reach
+
+_BY_NAME = frozenset({"is_", "is_not"})  # of the module operator
+# A class, a dtype, None, a flag: no tensor that another call might give.
+_NO_TENSOR = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_CONST")
 
 
-def compares_identity(cls: type) -> bool:
-    """Whether the forward of a module's class asks if two of its local names are one object."""
-    found = _COMPARES.get(cls)
-    if found is None:
-        code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
-        found = _COMPARES[cls] = code is not None and _compares(code)
-    return found
+def compares_objects(reaches: Iterable[Reach]) -> bool:
+    """Whether code that is reached asks if two of its values are one object."""
+    return any(
+        not _BY_NAME.isdisjoint(reach.names)
+        or any(_compares(function.__code__) for function in reach.code)
+        for reach in reaches
+    )
 
 
+@functools.lru_cache(4096)
 def _compares(code: CodeType) -> bool:
     inside = (const for const in code.co_consts if isinstance(const, CodeType))
     if any(map(_compares, inside)):
         return True
-    names = [step.opname for step in dis.get_instructions(code) if step.opname != "CACHE"]
-    return any(
-        name == "IS_OP"
-        and names[i - 1].startswith(_LOCAL)
-        and ("_LOAD" in names[i - 1].removeprefix("LOAD_") or names[i - 2].startswith(_LOCAL))
-        for i, name in enumerate(names)
-    )
+    names: list[str] = []
+    for step in dis.get_instructions(code):
+        if step.opname == "IS_OP" and _origin(names) not in _NO_TENSOR:
+            return True
+        if step.opname != "CACHE":
+            names.append(step.opname)
+    return False
+
+
+def _origin(names: list[str]) -> str:
+    """How the value on the right got its name, whatever attributes were taken of it."""
+    return next((name for name in reversed(names) if name != "LOAD_ATTR"), "")

@@ -33,6 +33,7 @@ from liger_fx.tracing.call import (
     free_numbers,
     is_mask,
 )
+from liger_fx.tracing.containers import is_data_object
 from liger_fx.tracing.fakes import FakeWorld, Question, as_expr
 from liger_fx.tracing.numbers import TracedNumber, plain
 from liger_fx.tracing.sizes import SizeArithmetic
@@ -142,6 +143,14 @@ class ResultObject:
 
 
 @dataclass(frozen=True)
+class NoPart:
+    """An object of a dataclass, which is made when the graph runs: no trace of another block can
+    look into it."""
+
+    kind: type
+
+
+@dataclass(frozen=True)
 class ResultArgument:
     """An opaque argument that comes back."""
 
@@ -174,7 +183,7 @@ def _describe(value: Any, world: FakeWorld) -> Any:
         return Items(type(value), tuple(_describe(v, world) for v in value))
     origin = origin_of(value)
     if origin is None:
-        return Constant(value)
+        return NoPart(type(value)) if is_data_object(value) else Constant(value)
     if origin.argument is None:
         return ResultObject(origin.example)
     if origin.steps:
@@ -213,6 +222,8 @@ class Results:
             return spec.value
         if isinstance(spec, Items):
             return rebuilt(spec.kind, spec.keys, [self._make(item) for item in spec.items])
+        if isinstance(spec, NoPart):
+            raise CannotRecord(f"a block inside returns a {spec.kind.__name__}")
         return self.inputs[spec.name] if isinstance(spec, ResultArgument) else spec
 
     def _size(self, expr: Any) -> Any:
@@ -233,7 +244,7 @@ class Results:
 def rebuilt(kind: type, keys: tuple[Any, ...] | None, items: list[Any]) -> Any:
     """A container of that class with these items."""
     if keys is None:
-        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+        return kind._make(items) if hasattr(kind, "_make") else kind(items)
     fields = dict(zip(keys, items, strict=True))
     if kind is dict:
         return fields

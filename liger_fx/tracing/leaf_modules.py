@@ -7,6 +7,7 @@ opaque
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +22,15 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.asked import CannotRecord
+from liger_fx.tracing.containers import containers_kept
 from liger_fx.tracing.fakes import tensors_in
 from liger_fx.tracing.memo import Unknowable, run_without_grad
 from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import origin_of
-from liger_fx.tracing.structure import made_of, number_at, other_sizes
+from liger_fx.tracing.structure import number_at, other_sizes
 from liger_fx.tracing.tree_state import class_of
 
+T = torch.Tensor
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 
 
@@ -105,7 +108,8 @@ def infer_leaf(recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concr
     args, kwargs = pytree.tree_map(_simulated, (args, kwargs))
 
     def run() -> Any:
-        return run_on_fakes(module, args, kwargs)
+        with containers_kept(args, kwargs):
+            return run_on_fakes(module, args, kwargs)
 
     try:
         key = _module_key(module)
@@ -178,39 +182,86 @@ def _module_key(module: nn.Module) -> Hashable:
 
 
 def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -> Any:
-    """Run the module on random data. How large its results are is read from them when the graph
-    runs; of how many they are, and of how many dimensions, must hold at other sizes as well.
+    """Run the module on random data. Of how many tensors its result is, of which ranks and dtypes,
+    must be the same for other data and at other sizes. A size that is so too is a number, one that
+    always is that of an argument is this, and all others are read from the result when the graph
+    runs.
 
     CannotRecord for results that a graph cannot take.
     """
     world = recorder.world
+    ran_at: list[Mapping[sympy.Symbol, int]] = [world.examples] * len(_DRAWS)
+    results = [_run_at(world.examples, draw, module, args, kwargs) for draw in _DRAWS]
+    others = list(other_sizes(world, world.examples))
+    for sizes in others:
+        with contextlib.suppress(Exception):  # whatever its code says of such a call
+            results.append(_run_at(sizes, torch.randn, module, args, kwargs))
+            ran_at.append(sizes)
+    if any(_without_sizes(other) != _without_sizes(results[0]) for other in results):
+        raise CannotRecord("what it returns has other parts where its inputs are others")
+    given: list[Any] = [
+        t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)
+    ]
+    known = {s.node._expr: s for shape in given for s in shape if isinstance(s, torch.SymInt)}
 
-    def as_fake(value: Any) -> Any:
+    def size_of(found: tuple[int, ...]) -> Any:
+        ran_elsewhere = len(found) > len(_DRAWS) or not others
+        if ran_elsewhere and len({*found}) == 1:
+            return found[0]
+        for size in known.values() if len(found) > len(_DRAWS) else ():
+            if all(number_at(size, at) == n for at, n in zip(ran_at, found, strict=True)):
+                return size
+        return world.fresh_size(found[0], exact=True)
+
+    def as_fake(value: Any, *elsewhere: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            shape = [world.fresh_size(size, exact=True) for size in value.shape]
-            return torch.empty(shape, dtype=value.dtype, device=value.device)
+            found = zip(value.shape, *(other.shape for other in elsewhere), strict=True)
+            return torch.empty(
+                [size_of(sizes) for sizes in found], dtype=value.dtype, device=value.device
+            )
         if type(value) is int:
             return world.fresh_number(value)
         if isinstance(value, (bool, float, str)):
             raise CannotRecord(f"it returns {value!r}, which may be otherwise in another call")
-        return value
+        return None if value is None else Unseen()
 
-    result = _run_at(world.examples, module, args, kwargs)
-    for sizes in other_sizes(world, world.examples):
-        try:
-            other = _run_at(sizes, module, args, kwargs)
-        except Exception:  # whatever its code says of such a call
-            continue
-        if _without_ints(other) != _without_ints(result):
-            raise CannotRecord("what it returns has other parts where its inputs have other sizes")
-    return pytree.tree_map(as_fake, result)
+    return pytree.tree_map(as_fake, *results)
 
 
-def _without_ints(result: Any) -> Any:
-    return made_of(pytree.tree_map(lambda v: None if type(v) is int else v, result))
+# Much code of the kind asks whether something is positive.
+_DRAWS: tuple[Callable[..., T], ...] = (
+    torch.randn,
+    lambda *args, **kwargs: torch.randn(*args, **kwargs).abs(),
+    lambda *args, **kwargs: -torch.randn(*args, **kwargs).abs(),
+)
 
 
-def _run_at(sizes: Mapping[sympy.Symbol, int], module: Any, args: Any, kwargs: Any) -> Any:
+class Unseen:
+    """An object that a module returned which a trace does not follow: whatever is asked of it, or
+    done with it, is refused."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise CannotRecord(f"{name} of what a module returns that is called")
+
+    def __bool__(self) -> bool:
+        raise CannotRecord("whether what a module returns that is called is empty")
+
+
+def _without_sizes(result: Any) -> Any:
+    """What is in a result: ranks and dtypes of its tensors, other values but ints."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.ndim, value.dtype
+        return value if isinstance(value, (bool, float, str)) else type(value)
+
+    parts, structure = pytree.tree_flatten(result)
+    return list(map(kind, parts)), structure
+
+
+def _run_at(
+    sizes: Mapping[sympy.Symbol, int], draw: Callable[..., T], module: Any, args: Any, kwargs: Any
+) -> Any:
     """What the module makes of random data of these sizes."""
 
     def example(value: Any) -> Any:
@@ -226,13 +277,15 @@ def _run_at(sizes: Mapping[sympy.Symbol, int], module: Any, args: Any, kwargs: A
         if isinstance(value, FakeTensor):
             shape = [number_at(size, sizes) for size in value.shape]
             if value.dtype.is_floating_point:
-                return torch.randn(shape, device=value.device).to(value.dtype)
+                return draw(shape, device=value.device).to(value.dtype)
             return torch.ones(shape, dtype=value.dtype, device=value.device)
         return number_at(value, sizes)
 
     with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
         arguments, keywords = pytree.tree_map(example, (args, kwargs))
-        return _forward_of(module)(*arguments, **keywords)
+        with containers_kept(arguments, keywords):
+            return _forward_of(module)(*arguments, **keywords)
 
 
 def real_copy(tensor: torch.Tensor) -> torch.Tensor:

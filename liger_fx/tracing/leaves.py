@@ -7,8 +7,10 @@ what it needs (attention implementation, mask builder, output class) when it run
     create_causal_mask(self.config, ...)          ->  build_mask("create_causal_mask", model, ...)
     past_key_values.update(k, v, 3)               ->  cache_call(cache, "update", k, v, 3)
     CausalLMOutputWithPast(logits=logits)         ->  model_output("..:CausalLMOutputWithPast", ..)
+    Point(x, y), a named tuple or a dataclass     ->  container("..:Point", ..)
     Reverse.apply(x, 0.5)                         ->  apply_function("..:Reverse", x, 0.5)
     torch._check_tensor_all(x > 0)                ->  check(gt, "builtins:RuntimeError", None)
+    h = self.scan(x), which is not followed       ->  check_result(h, "scan", float32, [None, 64])
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from liger_fx.errors import ResultError
 from liger_fx.tracing.one_position import (
     append,
     attend_in_groups,
@@ -156,6 +160,18 @@ def model_output(cls: str, **fields: Any) -> Any:
     return resolve(cls)(**fields)
 
 
+def container(cls: str, items: Any) -> Any:
+    """A tuple, list or mapping of the class named by ``cls`` with these items, or an object of a
+    dataclass with these pairs of a field and its value."""
+    kind = resolve(cls)
+    if hasattr(kind, "__dataclass_fields__"):
+        made = object.__new__(kind)
+        for field, value in items:
+            object.__setattr__(made, field, value)
+        return made
+    return kind._make(items) if hasattr(kind, "_make") else kind(items)
+
+
 def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
     """What the torch.autograd.Function named by ``function`` (``module:qualified.name``) makes of
     these arguments, with the backward that its author wrote."""
@@ -173,6 +189,23 @@ def check(condition: Any, error: str, message: str | None) -> None:
         torch._check_tensor_all_with(resolve(error), condition, text)
     else:
         torch._check_with(resolve(error), condition, text)
+
+
+def check_result(
+    tensor: torch.Tensor, module: str, dtype: torch.dtype, sizes: Sequence[int | None]
+) -> None:
+    """ResultError unless the tensor, a result of the module at this path, is of that dtype and of
+    these sizes; None is any."""
+    same = tensor.dtype is dtype and len(tensor.shape) == len(sizes)
+    if not same or any(
+        size is not None and size != found for size, found in zip(sizes, tensor.shape, strict=True)
+    ):
+        raise ResultError(
+            f"{module} returned {tensor.dtype} of shape {tuple(tensor.shape)}, and "
+            f"{dtype} of shape {tuple('any' if s is None else s for s in sizes)} when the model "
+            f"was traced; the code around it was traced for that alone. Call the model that was "
+            f"given to liger_fx.optimize, or put this code into the module."
+        )
 
 
 def is_output_class(kind: Any) -> bool:

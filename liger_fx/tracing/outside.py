@@ -23,6 +23,7 @@ from torch import nn
 
 from liger_fx.tracing.fakes import FakeWorld
 from liger_fx.tracing.reach import Place, Reach, is_cached, reach_of
+from liger_fx.tracing.recorder import recorder_of_thread
 from liger_fx.tracing.root_state import Snapshot
 from liger_fx.tracing.state import same
 
@@ -128,8 +129,11 @@ def caches_bypassed(reaches: Iterable[Reach]) -> Iterator[None]:
     def bypassing(cached: Any) -> Any:
         @functools.wraps(cached)
         def call(*args: Any, **kwargs: Any) -> Any:
-            own = threading.get_ident() == thread
-            return (cached.__wrapped__ if own else cached)(*args, **kwargs)
+            if threading.get_ident() != thread:
+                return cached(*args, **kwargs)
+            if (recorder := recorder_of_thread()) is not None:
+                recorder.facts.note_twins(f"{cached.__name__} has a cache")
+            return cached.__wrapped__(*args, **kwargs)
 
         return call
 

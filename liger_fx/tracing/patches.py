@@ -7,6 +7,7 @@ computes as ever.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -29,9 +30,12 @@ from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.checks import record_check
 from liger_fx.tracing.functions import functions_seen
 from liger_fx.tracing.guards import MODES
+from liger_fx.tracing.kinds import kinds_asked
 from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.members import Members
+from liger_fx.tracing.reach import reach_of
 from liger_fx.tracing.recorder import Recorder, recorder_of_thread
+from liger_fx.tracing.size_methods import message_of, patch_sizes
 from liger_fx.tracing.torch_calls import is_model_code
 from liger_fx.tracing.transformers_leaves import TransformersLeaves
 
@@ -120,9 +124,11 @@ def patched(tracer: Tracing) -> Iterator[None]:
         try:
             _thread.tracer = tracer
             stack.enter_context(functions_seen())
+            reaches = [r for module in tracer.members.entered.values() for r in reach_of(module)]
+            stack.enter_context(kinds_asked(reaches))
             _patch_modules(replace)
             _patch_questions(replace)
-            _patch_sizes(replace)
+            patch_sizes(replace)
             _patch_attributes(replace)
             _patch_autocast(replace)
             _patch_attention(replace)
@@ -196,6 +202,14 @@ def _patch_questions(replace: Any) -> None:
     replace(torch, "is_grad_enabled", is_grad_enabled)
     for name in MODES:
         replace(torch, name, _asking(name))
+    hashed = torch.Tensor.__hash__
+
+    def hash_of(tensor: torch.Tensor) -> int:
+        if recording_tracer() is not None and is_model_code(sys._getframe(1).f_code):
+            raise CannotRecord("a tensor is looked up in a dictionary or set")
+        return hashed(tensor)
+
+    replace(torch.Tensor, "__hash__", hash_of)
 
 
 def _asking(name: str) -> Any:
@@ -207,12 +221,6 @@ def _asking(name: str) -> Any:
         return original() if tracer is None else tracer.recorder.facts.ask_mode(name)
 
     return ask
-
-
-def _patch_sizes(replace: Any) -> None:
-    """divmod, which PyTorch's symbolic sizes lack."""
-    replace(torch.SymInt, "__divmod__", lambda self, other: (self // other, self % other))
-    replace(torch.SymInt, "__rdivmod__", lambda self, other: (other // self, other % self))
 
 
 def _patch_attributes(replace: Any) -> None:
@@ -278,7 +286,11 @@ def _patch_checks(replace: Any) -> None:
         @functools.wraps(original)
         def check(error: Any, condition: Any, message: Any = None) -> None:
             recorder = recorder_of_thread()
-            if recorder is None or isinstance(condition, bool):
+            if recorder is None:
+                original(error, condition, message)
+            elif isinstance(condition, bool):
+                if message is not None:
+                    message_of(recorder, message)
                 original(error, condition, message)
             else:
                 record_check(recorder, error, condition, message)
@@ -311,6 +323,7 @@ _SEEDS = ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed", 
 _REFUSED: list[tuple[Any, str, str]] = [
     (torch.inference_mode, "__enter__", "a region of torch.inference_mode"),
     (saved_tensors_hooks, "__enter__", "a region of torch.autograd.graph.saved_tensors_hooks"),
+    (contextlib.suppress, "__enter__", "a region of contextlib.suppress"),
     (np.random, "default_rng", "numpy.random.default_rng, a generator of random numbers"),
     *(
         (owner, name, f"torch.{name}, which changes what random numbers are drawn")

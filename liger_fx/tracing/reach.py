@@ -75,13 +75,14 @@ class Place(NamedTuple):
 class Reach:
     """places: where code finds values. caches: of these, functions with a cache. names: all that
     the code names; stored: of these, the attributes that it may write. functions: the places of
-    what was walked through, and that."""
+    what was walked through, and that; code: the functions among it."""
 
     places: tuple[Place, ...]
     caches: tuple[Place, ...]
     names: frozenset[str]
     stored: frozenset[str]
     functions: tuple[tuple[Place, Any], ...]
+    code: tuple[types.FunctionType, ...]
 
     @property
     def stands(self) -> bool:
@@ -122,7 +123,12 @@ def _of_code(code: Any) -> Reach:
         caches = tuple(place for place in walk.places if is_cached(place.value()))
         functions = tuple((p, original(v)) for p in walk.places if _is_code(v := p.value()))
         found = Reach(
-            tuple(walk.places), caches, frozenset(walk.names), frozenset(walk.stored), functions
+            tuple(walk.places),
+            caches,
+            frozenset(walk.names),
+            frozenset(walk.stored),
+            functions,
+            tuple(walk.functions),
         )
         _REACH[code] = found
     return found
@@ -144,11 +150,12 @@ class _Walk:
         self.places: list[Place] = []
         self._by_id: set[tuple[int, str]] = set()
         self._seen: set[int] = set()
+        self.functions: list[types.FunctionType] = []
         self.names: set[str] = set()
         self.stored: set[str] = set()
         is_class = isinstance(code, type)
         classes = code.__mro__ if is_class else ()
-        self._bases = [base for base in classes if not _of_a_library(base.__module__)]
+        self._bases = [base for base in classes if not of_a_library(base.__module__)]
         # Of a block it is its own class whose attributes ``type(self)`` writes.
         self._class = code if is_class else None
         pending = [getattr(code, "block_class", code).forward if is_class else code]
@@ -168,9 +175,10 @@ class _Walk:
         if not isinstance(value, types.FunctionType) or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if _of_a_library(value.__globals__.get("__name__", "")):  # a decorator's, say
+        if of_a_library(value.__globals__.get("__name__", "")):  # a decorator's, say
             yield from map(_in_cell, value.__closure__ or ())
             return
+        self.functions.append(value)
         for name in _OF_A_FUNCTION:
             yield from self._note(value, name)
         code = value.__code__
@@ -190,7 +198,7 @@ class _Walk:
     def _found(self, owner: Any, name: str, names: frozenset[str]) -> Iterator[Any]:
         for value in self._note(owner, name):
             yield value
-            if isinstance(value, types.ModuleType) and not _of_a_library(value.__name__):
+            if isinstance(value, types.ModuleType) and not of_a_library(value.__name__):
                 for inner in names & vars(value).keys():
                     yield from self._note(vars(value), inner)
             elif _is_own_class(value):
@@ -206,7 +214,7 @@ class _Walk:
 
 
 def _is_own_class(value: Any) -> bool:
-    if not isinstance(value, type) or _of_a_library(value.__module__):
+    if not isinstance(value, type) or of_a_library(value.__module__):
         return False
     return not issubclass(value, nn.Module)
 
@@ -242,7 +250,7 @@ _STORES = ("STORE_ATTR", "DELETE_ATTR")
 _WRITERS = frozenset({"setattr", "delattr", "__setattr__", "__dict__", "vars", "register_buffer"})
 
 
-def _of_a_library(module: str) -> bool:
+def of_a_library(module: str) -> bool:
     """Whether nothing there is looked into: libraries, and transformers but for its models."""
     if module.startswith("transformers."):
         return not module.startswith(("transformers.models.", "transformers.integrations."))

@@ -15,6 +15,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,15 +30,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from liger_fx.tracing.asked import AskedFacts, CannotRecord, of_thread
+from liger_fx.tracing.catching import catches_errors
 from liger_fx.tracing.effects import is_effectful
 from liger_fx.tracing.fakes import FakeWorld, Question, node_of, set_node
 from liger_fx.tracing.memo import Memo, run_without_grad
 from liger_fx.tracing.numbers import TracedNumber
 from liger_fx.tracing.sizes import SizeNodes
-from liger_fx.tracing.structure import follows_sizes
+from liger_fx.tracing.structure import follows_sizes, gives_argument_back
 from liger_fx.tracing.torch_calls import (
     PLAIN_ANSWERS,
     as_node_target,
+    asker,
     asks_about_metadata,
     holds_values,
     is_in_place,
@@ -73,16 +76,20 @@ class Recorder(TorchFunctionMode):
         self.facts = AskedFacts(owner)
         # What was asked of sizes that decides what results are made of.
         self.decisive: list[Question] = []
+        # What the code made texts of (size_methods.py).
+        self.texts: list[Any] = []
         self._outer: Recorder | None = None
+        self._outermost: FrameType | None = None
         world.shape_env.unanswered = self._unanswered
 
     def __enter__(self) -> Recorder:
         self._outer, of_thread.recorder = getattr(of_thread, "recorder", None), self
+        self._outermost = sys._getframe(1)
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        of_thread.recorder = self._outer
+        of_thread.recorder, self._outermost = self._outer, None
         super().__exit__(*exception)
 
     def _unanswered(self, error: Exception) -> None:
@@ -104,7 +111,7 @@ class Recorder(TorchFunctionMode):
         if asks_about_metadata(func, name, args, kwargs):
             answer = func(*args, **kwargs)
             # PyTorch's own code asks as well: to print a tensor, say.
-            is_own = is_model_code(sys._getframe(1).f_code)
+            is_own = is_model_code(asker(sys._getframe(1)))
             if is_own and args and isinstance(args[0], torch.Tensor):
                 self.facts.note(args[0], *question_of(func, name), answer)
             return answer
@@ -134,6 +141,12 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             self.recording = was
+
+    def settle_texts(self) -> None:
+        """The texts of sizes that are no messages: what becomes of them holds for these sizes."""
+        texts, self.texts = self.texts, []
+        for text in texts:
+            text.settle()
 
     @property
     def questions(self) -> list[Question]:
@@ -189,6 +202,8 @@ class Recorder(TorchFunctionMode):
             self.decisive += asked
         if result is not None and not holds_values(result):
             return _answer(name, result)
+        if self.facts.compares and gives_argument_back(self.world, func, args, kwargs):
+            self.facts.note_twins(f"{name} gives its argument back")
         node = self._emit(func, name, args, kwargs)
         if result is None:
             if not is_effectful(node):
@@ -211,7 +226,11 @@ class Recorder(TorchFunctionMode):
     def create_node(
         self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
-        """A node that knows the module call and the line of the model that made it."""
+        """A node that knows the module call and the line of the model that made it. CannotRecord
+        where the model's code would go on after an error of what the node does."""
+        if op.startswith("call_") and catches_errors(sys._getframe(1), self._outermost):
+            name = getattr(target, "__name__", target)
+            raise CannotRecord(f"{name} may fail at another call, and its code catches errors")
         node = self.graph.create_node(op, target, args, kwargs or {})
         meta = node.meta
         meta["call"], meta["module"] = self.owner.current_call()
@@ -226,6 +245,7 @@ class Recorder(TorchFunctionMode):
                 id(fake) in argument_ids
             ):  # a no-op .to() gives its input back: two nodes, so two values
                 fake = self.world.new(self.world.metadata(fake))
+                self.facts.note_twins(f"{node.target} gives its argument back")
             set_node(fake, node)
             node.meta["spec"] = self.world.metadata(fake).spec
             self.sizes.define_by_shape(fake, node)
@@ -242,7 +262,8 @@ class Recorder(TorchFunctionMode):
             return result
         if isinstance(result, (tuple, list)):
             items = [self.bind_item(v, node, i, argument_ids) for i, v in enumerate(result)]
-            return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
+            make: Any = getattr(type(result), "_make", type(result))
+            return make(items)
         return result
 
     def bind_item(self, value: Any, node: fx.Node, key: Any, argument_ids: Any) -> Any:
@@ -266,8 +287,8 @@ class Recorder(TorchFunctionMode):
             return fake
         if kind in (tuple, list):
             return kind([self.with_fakes(item) for item in tree])
-        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-            return kind(*[self.with_fakes(item) for item in tree])
+        if isinstance(tree, tuple) and hasattr(kind, "_make"):
+            return kind._make([self.with_fakes(item) for item in tree])
         if kind is dict:
             return {key: self.with_fakes(value) for key, value in tree.items()}
         return tree

@@ -4,7 +4,8 @@ x.split(4) of 8 rows     two tensors; of 12 rows there are three          what w
 x.squeeze() of 8 x 3     two dimensions; of 1 x 3 it is one               the same
 x + y of 8 x 3           two dimensions, whichever of them are broadcast  forgotten
 
-Found by running the operator at other sizes on tensors without data.
+Found by running the operator at other sizes on tensors without data. In the same way it is found
+whether one gives its argument itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
@@ -48,6 +50,22 @@ def follows_sizes(
     return False
 
 
+def gives_argument_back(
+    world: FakeWorld, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether ``run(*args, **kwargs)`` gives one of its tensors itself (``x.float()`` of floats),
+    which an operator's fake kernel need not do."""
+    try:
+        with unset_fake_temporarily(), no_python_dispatcher(), torch.no_grad():
+            given, named = pytree.tree_map(_at(world.examples), (args, kwargs))
+            result = run(*given, **named)
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError):
+        return False  # what cannot run without data computes from it
+    before = {id(leaf) for leaf in pytree.tree_leaves((given, named))}
+    found = pytree.tree_leaves(result)
+    return any(isinstance(leaf, torch.Tensor) and id(leaf) in before for leaf in found)
+
+
 def other_sizes(
     world: FakeWorld, asked: Iterable[Any], far: tuple[int, ...] = ()
 ) -> Iterator[dict[sympy.Symbol, int]]:
@@ -60,8 +78,9 @@ def other_sizes(
 
 
 def number_at(size: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
-    """What a symbolic number is at these sizes; anything else as it is."""
-    return int(size.node.expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
+    """What a symbolic number is at these sizes, also if the code fixed it since; anything else as
+    it is."""
+    return int(size.node._expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
 
 
 def _at(sizes: Mapping[sympy.Symbol, int]) -> Callable[[Any], Any]:

@@ -54,17 +54,20 @@ def asks_about_metadata(func: Any, name: str, args: tuple[Any, ...], kwargs: Any
 
 _GRADIENTS = {"requires_grad", "grad_fn", "is_leaf", "grad", "is_inference"}
 _FACTS = {
-    **dict.fromkeys(("stride", "is_contiguous", "storage_offset"), "layout"),
+    **dict.fromkeys(
+        ("stride", "is_contiguous", "storage_offset", "layout", "is_sparse", "is_mkldnn"), "layout"
+    ),
     **dict.fromkeys(("dim", "ndimension", "ndim"), "rank"),
     **dict.fromkeys(_GRADIENTS, "gradients"),
     **dict.fromkeys(("shape", "size", "numel", "nelement", "__len__", "nbytes"), "shape"),
     **dict.fromkeys(("dtype", "is_floating_point", "is_complex", "itemsize"), "dtype"),
+    "_version": "version",
 }
 
 
 def question_of(func: Any, name: str) -> tuple[str, str | None]:
     """The name of what is asked of a tensor, and the kind of fact that the answer depends on:
-    "layout", "rank", "gradients", "shape", "dtype" or none of these."""
+    "layout", "rank", "gradients", "shape", "dtype", "version" or none of these."""
     asked = func.__self__.__name__ if name == "__get__" else name
     return asked, _FACTS.get(asked)
 
@@ -139,12 +142,22 @@ def source_line(frame: FrameType | None) -> Source | None:
     return None
 
 
+def asker(frame: FrameType) -> CodeType:
+    """The code that asked a tensor something, before methods of torch.Tensor that pass it on."""
+    while frame.f_code.co_filename.endswith(_TENSORS_OWN) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code
+
+
 @functools.lru_cache(maxsize=16384)
 def is_model_code(code: CodeType) -> bool:
     """Whether a frame of this code stands for a line of the model, not of what carries it out."""
     path = code.co_filename
-    return not (path.startswith(_MACHINERY) or path.endswith(_PLUMBING) or path.startswith("<"))
+    return not (path.startswith(_MACHINERY) or path.endswith(_PLUMBING))
 
 
-_MACHINERY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+# Of what has no file, a model may be typed in; graphs and their guards are not.
+_MACHINERY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep,
+              "<eval_with_key>", "<graph ", "<guards>", "<frozen ")  # fmt: skip
 _PLUMBING = ("contextlib.py", "functools.py")
+_TENSORS_OWN = (os.path.join("torch", "_tensor.py"), os.path.join("torch", "overrides.py"))

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -42,9 +44,10 @@ from liger_fx.tracing.call import (
     flat_inputs,
 )
 from liger_fx.tracing.cleanup import erase_unread_nodes
+from liger_fx.tracing.containers import ContainerWriter, GivenContainers
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.guards import Guards, Read, autocast_state
-from liger_fx.tracing.identity import compares_identity
+from liger_fx.tracing.identity import compares_objects
 from liger_fx.tracing.inner_blocks import (
     InnerNames,
     NeedsInside,
@@ -60,6 +63,7 @@ from liger_fx.tracing.inner_blocks import (
     is_block,
     rebuilt,
 )
+from liger_fx.tracing.kinds import reads_class
 from liger_fx.tracing.leaf_modules import (
     infer_leaf,
     is_experts,
@@ -73,7 +77,7 @@ from liger_fx.tracing.members import Members
 from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.outside import Key, Outside, caches_bypassed
 from liger_fx.tracing.patches import patched, put_aside
-from liger_fx.tracing.reach import reach_of
+from liger_fx.tracing.reach import Reach, reach_of
 from liger_fx.tracing.reads import attribute, names_read
 from liger_fx.tracing.recorder import Recorder, Recording
 from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cache_off
@@ -214,6 +218,7 @@ class HFTracer(fx.Tracer, Recording):
         self.opaque_leaves: dict[str, OpaqueLeaf] = {}
         self._given_objects: set[str] = set()  # leaves that may change a cache
         self._failure: BaseException | None = None
+        self._comparing: list[tuple[str, nn.Module]] | None = None
         forward = forward or type(root).forward
         # No size is tied to another because a contiguous tensor of these sizes was asked for.
         with self.world.mode, self.world.shape_env.suppress_guards():
@@ -223,8 +228,10 @@ class HFTracer(fx.Tracer, Recording):
         entered = self.members.entered
         with attributes_kept(root, entered.values()) as before, patched(self):
             self.hidden = HiddenState(before, entered, self.writes)
-            with self._symbolic_attributes(), self._outside_kept(entered.values()):
-                self._refuse_reads_outside(root)
+            reaches = [reach for module in entered.values() for reach in reach_of(module)]
+            self.recorder.facts.compares = compares_objects(reaches)
+            with self._symbolic_attributes(), self._outside_kept(reaches):
+                self._look_at(root)
                 result, output = self._run(forward, arguments)
                 self._refuse_outside_changes()
             self.hidden.show(root)
@@ -233,9 +240,9 @@ class HFTracer(fx.Tracer, Recording):
         for path, tensor in self._constants.items():
             root.register_buffer(path, tensor, persistent=False)
         self._finish(output)
-        leaves = list(self.opaque_leaves.values())
+        opaque = list(self.opaque_leaves.values())
         read = {path: tuple(sorted(names)) for path, names in sorted(self._read.items())}
-        return Trace(self.graph, root, self.calls, self._guards(call), leaves, result, read)
+        return Trace(self.graph, root, self.calls, self._guards(call), opaque, result, read)
 
     def let_go(self) -> None:
         """Hold nothing more after the trace: the tracer's parts hold each other, and the caller's
@@ -265,10 +272,18 @@ class HFTracer(fx.Tracer, Recording):
             numbers={n: r for n, r in self.numbers.items() if any(n in guard for guard in sizes)},
             other_mode=tuple(sorted(self._in_other_mode())),
             contiguous=self.recorder.facts.layout_asked,
-            distinct=self._compares_identity(),
+            plain=self.recorder.facts.class_asked,
+            order=self._gathered(call),
+            distinct=self._comparing is not None,
             modes=self.recorder.facts.modes,
             tensors=self.recorder.facts.tensors,
         )
+
+    def _gathered(self, call: CallSpec) -> tuple[str, ...]:
+        """The arguments that forward's ``**kwargs`` gathers, where they have an order."""
+        named = inspect.signature(_forward_of(self.root)).parameters
+        gathered = tuple(name for name in call.arguments if name not in named)
+        return gathered if len(gathered) > 1 else ()
 
     def _used_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the model that the graph reads by itself, by path."""
@@ -288,10 +303,6 @@ class HFTracer(fx.Tracer, Recording):
                 types |= {p.device.type for p in itertools.islice(module.parameters(), 1)}
         return tuple(sorted(types - {"meta"})) or ("cpu",)
 
-    def _compares_identity(self) -> bool:
-        followed = {getattr(call.cls, "block_class", call.cls) for call in self.calls}
-        return any(map(compares_identity, followed))
-
     def _in_other_mode(self) -> set[str]:
         """The modules that ask for their mode and are in another than the root, by path."""
         followed = {call.path: self.root.get_submodule(call.path) for call in self.calls}
@@ -299,10 +310,10 @@ class HFTracer(fx.Tracer, Recording):
         return {p for p, m in followed.items() if m.training is not mode and asks_mode(m)}
 
     def _placeholders(self, call: CallSpec, examples: Mapping[str, Any]) -> dict[str, Any]:
-        leaves, made = call.leaves(), list[tuple[Any, fx.Node]]()
+        inputs, made = call.leaves(), list[tuple[Any, fx.Node]]()
 
         def make(spec: Spec) -> Any:
-            name, _ = next(leaves)
+            name, _ = next(inputs)
             node = self.graph.placeholder(name)
             node.meta.update(call=0, module="", source=None)
             value = self._input(spec, name, node, call, examples)
@@ -388,37 +399,24 @@ class HFTracer(fx.Tracer, Recording):
         recorder = self.recorder
         with autocast_cache_off(), enable_python_dispatcher(), self.world.mode, recorder:
             recorder.recording = True
+            given = GivenContainers(arguments.items())
             try:
                 result = forward(self.root, **arguments)
+                recorder.settle_texts()
                 self._refuse_failure()
+                self._refuse_comparison()
+                given.refuse_changes()
                 recorder.recording = False
                 self.size_guards = size_guards(self.world, recorder.questions)
                 described = describe_result(result, self.world, recorder.decisive)
                 described = replace(described, changes=self._written_outside)
-                return described, self._tree_argument(result)
+                return described, ContainerWriter(recorder, given.ids).write(result)
             except _WHOLE:
                 raise
             except Exception as error:
                 raise self._untraceable(error) from error
             finally:
                 recorder.recording = False
-
-    def _tree_argument(self, result: Any) -> Any:
-        """A result, or an argument of a block, as a node takes it: torch.fx makes a plain dict of
-        a ModelOutput."""
-        if leaves.is_output_class(type(result)):
-            fields = {key: self._tree_argument(value) for key, value in result.items()}
-            reference = leaves.reference_to(type(result))
-            return self.recorder.create_node(
-                "call_function", leaves.model_output, (reference,), fields
-            )
-        if isinstance(result, (tuple, list)) and not hasattr(result, "_fields"):
-            return type(result)(map(self._tree_argument, result))
-        if type(result) is dict:
-            return {key: self._tree_argument(value) for key, value in result.items()}
-        if isinstance(result, (dict, tuple)):
-            raise CannotRecord(f"a {type(result).__name__} as result or argument of a block")
-        return self.recorder.argument(result)
 
     def _finish(self, output: Any) -> None:
         self.calls[0].output = output
@@ -454,11 +452,12 @@ class HFTracer(fx.Tracer, Recording):
         self.calls.append(call)
         call.args, call.kwargs = self._noted(args), self._noted(kwargs)
         self.stack.append((call, module))
-        asked_before = len(self.recorder.questions)
+        recorder, asked_before = self.recorder, len(self.recorder.questions)
         try:
-            self._refuse_reads_outside(module)
+            self._look_at(module)
             result = _forward_of(module)(module, *args, **kwargs)
-            if asked := self.recorder.questions[asked_before:]:
+            recorder.settle_texts()
+            if asked := recorder.questions[asked_before:]:
                 check_known(self.world, asked)
                 self.note_question("how large something is")
             self._refuse_fixed_sizes()
@@ -497,13 +496,13 @@ class HFTracer(fx.Tracer, Recording):
             number, result = known
             self._note_changes_outside(result.changes)
             node = recorder.create_node(
-                "call_module", path, tuple(map(self._tree_argument, args)),
-                {key: self._tree_argument(value) for key, value in kwargs.items()},
-            )  # fmt: skip
+                "call_module", path, *ContainerWriter(recorder).write((tuple(args), kwargs))
+            )
             node.meta["plan"] = number
             inputs = dict(zip((name for name, _ in call.leaves()), values, strict=True))
             before = len(recorder.questions)
             made = Results(self.world, result, names.symbols, inputs).make()
+            recorder.facts.note_twins(f"{path} may give its argument back")
             if result.assumes:
                 kept += recorder.questions[before:]
                 recorder.decisive += kept
@@ -538,6 +537,7 @@ class HFTracer(fx.Tracer, Recording):
             raise Untraceable([*self._stack(), (path, module)], None, text)
         with recorder.paused():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
+            known = self.world.examples.keys()
             reason = self._opaque_reason(module)
             concrete = type(module) in self.opaque_classes
             if reason is None and not is_leaf(module):
@@ -571,6 +571,8 @@ class HFTracer(fx.Tracer, Recording):
             )  # fmt: skip
             if any(origin_of(value) is not None for value in pytree.tree_leaves((args, kwargs))):
                 self._given_objects.add(path)
+            if reason is not None or not any(True for _ in module.parameters()):
+                recorder.facts.note_twins(f"{path} may give its argument back")
             if reason is not None:
                 self.opaque_leaves[path] = OpaqueLeaf(path, type(module).__name__, *reason)
             in_place = getattr(module, "inplace", False) is True
@@ -582,8 +584,23 @@ class HFTracer(fx.Tracer, Recording):
                 }
             )
             made = recorder.bind(result, node, ids)
+            if concrete:
+                self._check_results(made, path, known)
         _let_collect(module, args, made)
         return made
+
+    def _check_results(self, made: Any, path: str, known: Set[sympy.Symbol]) -> None:
+        """The code around a module that was run on random data may ask for the dtypes, ranks and
+        sizes of what it gave: they are checked where it gives it. ``known``: the sizes before."""
+
+        def checked(size: Any) -> Any:
+            is_known = isinstance(size, int) or size.node._expr.free_symbols <= known
+            return self.recorder.argument(size) if is_known else None
+
+        for value in pytree.tree_leaves(made):
+            if isinstance(value, FakeTensor):
+                arguments = node_of(value), path, value.dtype, list(map(checked, value.shape))
+                self.recorder.create_node("call_function", leaves.check_result, arguments)
 
     def _own_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a leaf may write into. A count (of a batch norm's batches) is data that its code
@@ -615,9 +632,9 @@ class HFTracer(fx.Tracer, Recording):
         raise Untraceable(stack, None, cause, tuple(places))
 
     @contextlib.contextmanager
-    def _outside_kept(self, followed: Iterable[nn.Module]) -> Iterator[None]:
-        """What the code of these modules does outside the model has not happened after it."""
-        reaches = dict.fromkeys(reach for module in followed for reach in reach_of(module))
+    def _outside_kept(self, found: Iterable[Reach]) -> Iterator[None]:
+        """What code that reaches this does outside the model has not happened after it."""
+        reaches = dict.fromkeys(found)
         with caches_bypassed(reaches):
             self.streams, self.outside = Streams(), Outside(reaches, self._written_outside)
             try:
@@ -643,10 +660,21 @@ class HFTracer(fx.Tracer, Recording):
         if not places <= self._written_outside:
             raise ChangesOutside(places)
 
-    def _refuse_reads_outside(self, module: nn.Module) -> None:
-        """A graph would hold what the code read there that day."""
+    def _look_at(self, module: nn.Module) -> None:
+        """Before the code of a module runs: a graph would hold what it reads outside that day."""
         if reason := self.outside.reason_to_call(module):
             raise Untraceable(self._stack(), None, reason)
+        if reads_class(reach_of(module)):
+            raise Untraceable(self._stack(), None, "its code reads __class__ of its values")
+        if self._comparing is None and compares_objects(reach_of(module)):
+            self._comparing = self._stack()
+
+    def _refuse_comparison(self) -> None:
+        """What gave its argument back gave one object, and the trace has two."""
+        twins = self.recorder.facts.twins
+        if self._comparing is not None and twins is not None:
+            cause = f"its code compares objects, and {twins}: no trace can tell which are one"
+            raise Untraceable(self._comparing, None, cause)
 
     def is_hidden(self, module: nn.Module, name: str) -> bool:
         """Whether the code that reads this attribute must not see it."""

@@ -23,7 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.tracing.check import Check
-from liger_fx.tracing.guards import Guards, TensorFacts
+from liger_fx.tracing.guards import Guards, TensorFacts, layout_of
 from liger_fx.tracing.walk import module_at, modules_by_path
 
 # Looked up when the graph runs, so it may change.
@@ -220,15 +220,12 @@ def _add_tensors(check: Check, root: nn.Module, asked: TensorFacts) -> None:
             condition = f"getattr({{}}.get({{}}), '{attribute}', None) == {{}}"
             check.add(condition, *_group_of_tensor(root, path), value)
     for path, layout in asked.layouts.items():
-        check.add("{}({}.get({})) == {}", _layout, *_group_of_tensor(root, path), layout)
+        check.add("{}({}.get({})) == {}", layout_of, *_group_of_tensor(root, path), layout)
+    for path, cls in asked.classes.items():
+        check.add("type({}.get({})) is {}", *_group_of_tensor(root, path), cls)
     for path, on in asked.trained.items():
         condition = f"getattr({{}}.get({{}}), 'requires_grad', None) is {on}"
         check.add(condition, *_group_of_tensor(root, path))
-
-
-def _layout(tensor: Any) -> Any:
-    is_plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    return (tensor.stride(), tensor.storage_offset()) if is_plain else None
 
 
 def _group_of_tensor(root: nn.Module, path: str) -> tuple[dict[str, Any], str]:
