@@ -12,10 +12,8 @@ operations one after the other. With ds and dy the gradients of the two, the sum
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
-from liger_fx.kernels.launch import ceil_div, launch, uses_triton
+from liger_fx.kernels import norm
 from liger_fx.kernels.layout import empty_rows_like
 from liger_fx.kernels.library import (
     Compute,
@@ -26,8 +24,6 @@ from liger_fx.kernels.library import (
 )
 from liger_fx.kernels.replay import Replayed
 from liger_fx.kernels.rms_norm import (
-    MAX_WIDTH,
-    forward_launch,
     norm_backward,
     norm_backward_fake,
     norm_forward,
@@ -77,29 +73,6 @@ def add_rms_norm_reference(
     return rms_norm_reference(s, weight, eps, offset, out_dtype), s
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(
-    a_ptr, b_ptr, w_ptr, y_ptr, s_ptr, rows, width, eps, offset,
-    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)
-    mask = (row < rows)[:, None] & (col < width)[None, :]
-    place = row[:, None] * width + col[None, :]
-    a = tl.load(a_ptr + place, mask, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + place, mask, other=0.0).to(tl.float32)
-    s = (a + b).to(s_ptr.dtype.element_ty)
-    tl.store(s_ptr + place, s, mask)
-    if HAS_WEIGHT:
-        w = tl.load(w_ptr + col, col < width, other=0.0).to(tl.float32) + offset
-    s = s.to(tl.float32)
-    r = tl.rsqrt(tl.sum(s * s, axis=1) / width + eps)
-    y = s * r[:, None]
-    if HAS_WEIGHT:
-        y = y * w[None, :]
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask)
-
-
 def _forward(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -108,20 +81,10 @@ def _forward(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> Two:
-    width, dense = a.shape[-1], a.is_contiguous() and b.is_contiguous() and a.numel() > 0
-    if not (dense and uses_triton(a, b, weight)) or width > MAX_WIDTH:
-        s = torch.add(a, b)
-        return norm_forward(s, weight, eps, offset, out_dtype), s
-    s = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    y = torch.empty(a.shape, dtype=out_dtype or a.dtype, device=a.device)
-    tile = forward_launch(width)
-    rows = a.numel() // width
-    launch(
-        _forward_kernel, ceil_div(rows, tile.rows), a.device,
-        a, b, None if weight is None else weight.contiguous(), y, s, rows, width, eps, offset,
-        HAS_WEIGHT=weight is not None, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
-    )  # fmt: skip
-    return y, s
+    if norm.fits(a, b, weight) and a.numel() and a.is_contiguous() and b.is_contiguous():
+        return norm.forward_of_sum(a, b, weight, None, eps, offset, out_dtype, centered=False)
+    s = torch.add(a, b)
+    return norm_forward(s, weight, eps, offset, out_dtype), s
 
 
 def _fake(
@@ -177,12 +140,12 @@ _add_rms_norm_backward = define_op(
 def _again(
     ctx: Any, dy: torch.Tensor | None, ds: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    def norm(s: torch.Tensor, weight: torch.Tensor | None) -> Two:
+    def plain(s: torch.Tensor, weight: torch.Tensor | None) -> Two:
         eps, offset = ctx.constants
         return rms_norm_reference(s, weight, eps, offset, None if dy is None else dy.dtype), s
 
     a, b, weight, *_ = ctx.needs_input_grad
-    dx, dw = gradients_of(norm, ctx.saved_tensors, (dy, ds), (a or b, weight))
+    dx, dw = gradients_of(plain, ctx.saved_tensors, (dy, ds), (a or b, weight))
     return dx if a else None, dx if b else None, dw, *(None,) * 4
 
 

@@ -35,15 +35,9 @@ from liger_fx.kernels.library import (
     differentiate,
     gradients_of,
 )
+from liger_fx.kernels.norm import backward_programs, partial_sums, sum_of_rows
 from liger_fx.kernels.replay import Replayed
-from liger_fx.kernels.rms_norm import (
-    backward_programs,
-    norm_backward,
-    norm_forward,
-    partial_sums,
-    rms_norm_reference,
-    sum_of_rows,
-)
+from liger_fx.kernels.rms_norm import norm_backward, norm_forward, rms_norm_reference
 from liger_fx.kernels.rope import (
     Form,
     check_tables,

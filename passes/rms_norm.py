@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from liger_fx.engine.dtypes import rounding
+from liger_fx.engine.dtypes import check_comes_back, rounding
 from liger_fx.engine.match import Match
 from liger_fx.engine.operators import mean, rsqrt, sqrt, square
+from liger_fx.engine.parameters import leaf_parameters, own_parameter
 from liger_fx.engine.pattern import Constant, Op, Pattern, Tensor, anything, either
 from liger_fx.engine.rule import Owner, Reject, Replacement, Rule
 from liger_fx.engine.term import Term
@@ -90,31 +91,9 @@ def options_of(match: Match, x: Term, owner: Owner | None) -> dict[str, Any]:
     options: dict[str, Any] = {"width": x.width, "eps": match.get("eps", 0.0)}
     options |= {"offset": float(match.get("offset", 0.0)), "cast": match.found}
     if owner is not None:
-        _check_comes_back(match, x)
-        options |= _own_weight(match, owner)
+        check_comes_back(match, x)
+        if match.get("leaf") is not None:
+            options |= leaf_parameters(match, owner, nn.RMSNorm, "weight")
+        else:
+            options |= own_parameter(match, owner, "weight")
     return options
-
-
-def _check_comes_back(match: Match, x: Term) -> None:
-    """Reject a norm that goes up to float32 and stays there: in float32, which shows no difference,
-    its module would look like one whose result has the dtype of what comes in."""
-    casts = [term for term in map(match.view, match.covered) if term.op == "cast"]
-    goes_up = any(match.view.same(cast.operands[0], x) for cast in casts)
-    comes_back = any(cast.operands[0].op in ("mul", "rsqrt") for cast in casts)
-    if goes_up and not comes_back:
-        raise Reject("its result stays in float32, whatever comes in", match.root)
-
-
-def _own_weight(match: Match, owner: Owner) -> dict[str, Any]:
-    """The owner's parameter and its name there."""
-    if isinstance(owner.module, nn.RMSNorm):
-        return {"weight": owner.module.weight}
-    if "weight" not in match:
-        return {}
-    term: Term = match["weight"]
-    if term.op != "get_attr":
-        raise Reject("the weight is computed, not a parameter", term.node)
-    name = owner.own_name(term.attributes["path"])
-    if name not in dict(owner.module.named_parameters(recurse=False)):
-        raise Reject("the weight is a buffer, not a parameter", term.node)
-    return {"weight": owner.module.get_parameter(name), "weight_name": name}

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import liger_fx
 from liger_fx.kernels import linear_cross_entropy as loss_kernel
 from liger_fx.kernels.linear_cross_entropy import Form, linear_cross_entropy
+from liger_fx.modules import LigerLayerNorm
 from liger_fx.tracing import leaves
 from tests.kernels.accuracy import FLOAT32_SLACK, drawing
 from tests.kernels.test_qk_norm_rope import assert_near
@@ -361,3 +362,16 @@ def test_weights_that_moved_are_recorded_anew() -> None:
     other = decoded(opt, past_key_values=cache)
     assert not torch.equal(other, first)
     assert torch.equal(decoded(opt, cache_implementation="static", disable_compile=True), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_layer_norm_under_autocast_has_the_dtype_of_pytorchs_own(
+    dtype: torch.dtype, affine: bool
+) -> None:
+    x = torch.randn(3, 16, dtype=dtype, device="cuda")
+    own = nn.LayerNorm(16, elementwise_affine=affine, dtype=dtype, device="cuda")
+    named = LigerLayerNorm(16, 1e-5, weight=own.weight, bias=own.bias, cast="autocast")
+    assert named(x).dtype == own(x).dtype
+    with torch.autocast("cuda", torch.bfloat16):
+        assert named(x).dtype == own(x).dtype

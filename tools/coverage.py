@@ -30,7 +30,8 @@ from liger_fx.inputs import example_inputs  # noqa: E402
 from liger_fx.tiny import tiny_model  # noqa: E402
 
 RULES = (
-    "rms_norm", "add_rms_norm", "rotary_embedding", "qk_norm_rotary", "gated_mlp", "plain_mlp"
+    "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rotary_embedding",
+    "qk_norm_rotary", "gated_mlp", "plain_mlp",
 )  # fmt: skip
 CLOSE = 1e-5
 

@@ -78,7 +78,7 @@ def _starts(rule: Rule, facts: Facts, view: Terms, path: str) -> list[fx.Node]:
 
 def _nodes(facts: Facts, path: str) -> list[fx.Node]:
     """The nodes made by the first call of a module, the last first, or that call as a leaf."""
-    leaves = facts.leaf_calls.get(path, [])
+    leaves = [node for node in facts.leaf_calls.get(path, ()) if node in facts.position]
     calls = facts.calls_of.get(path, [])
     nodes = leaves[:1] or [node for call in calls[:1] for node in facts.nodes_below(call)]
     return sorted(nodes, key=facts.position.__getitem__, reverse=True)

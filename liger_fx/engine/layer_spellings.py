@@ -4,6 +4,8 @@
     F.gelu(x, approximate="tanh")                ->  gelu_tanh(x)
     nn.Linear, quantised and LoRA linear layers  ->  linear(x, module="model.layers.0.mlp.up_proj")
     F.rms_norm(x, shape, w, eps), nn.RMSNorm     ->  rms_norm(x, w, eps=eps)
+    F.layer_norm(x, shape, w, None, eps)         ->  layer_norm(x, w, 0, eps=eps)
+    nn.LayerNorm                                 ->  layer_norm(x, module="model.norm", eps=eps)
     F.cross_entropy(logits, labels)              ->  cross_entropy(logits, labels, reduction="mean")
 
 What takes several operators to say (x * sigmoid(x), GELU's tanh form) is a pattern: activations.py.
@@ -20,7 +22,7 @@ from torch import fx, nn
 from liger_fx.engine.spellings import Lowering, argument
 from liger_fx.engine.term import Term
 from liger_fx.engine.view import View
-from liger_fx.modules import LigerAddRMSNorm
+from liger_fx.modules import LigerAddLayerNorm, LigerAddRMSNorm
 from liger_fx.tracing.leaf_modules import is_linear
 
 
@@ -59,6 +61,17 @@ def _rms_norm(view: View, node: fx.Node) -> Term | None:
     return view.make("rms_norm", operands, node, eps=argument(node, 3, "eps"), module=None)
 
 
+def _layer_norm(view: View, node: fx.Node) -> Term | None:
+    """A weight that is not there is 1, and a bias 0; ``rank``: over how many dimensions it is."""
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    factors = (1 if weight is None else weight, 0 if bias is None else bias)
+    return view.make(
+        "layer_norm", (argument(node, 0, "input"), *factors), node,
+        eps=argument(node, 4, "eps", default=1e-5), module=None,
+        rank=len(argument(node, 1, "normalized_shape")),
+    )  # fmt: skip
+
+
 def _cross_entropy(view: View, node: fx.Node) -> Term | None:
     """``weighted``: with weights of classes, or a reduction in the old spelling."""
     names = ("weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
@@ -81,13 +94,18 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_gelu, ("gelu", "gelu_tanh"), (F.gelu,)),
     (_linear, ("linear",), (F.linear,)),
     (_rms_norm, ("rms_norm",), (F.rms_norm, torch.rms_norm)),
+    (_layer_norm, ("layer_norm",), (F.layer_norm, torch.layer_norm)),
     (_cross_entropy, ("cross_entropy",), (F.cross_entropy,)),
 ]
 
 LAYERS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}
 MODULE_OPS = {
-    "linear", "rms_norm", "add_rms_norm", "alias", "dropout", "silu", "relu", "gelu", "gelu_tanh",
-    "cross_entropy",
+    "linear", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "alias", "dropout",
+    "silu", "relu", "gelu", "gelu_tanh", "cross_entropy",
+}  # fmt: skip
+# Named modules that were put there for another call, and are called with a sum again.
+_ADDING: dict[type[nn.Module], str] = {
+    LigerAddLayerNorm: "add_layer_norm", LigerAddRMSNorm: "add_rms_norm"
 }  # fmt: skip
 
 
@@ -107,13 +125,18 @@ def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
         if hasattr(module, "base_layer"):
             attributes["is_adapted"] = True
         return view.make("linear", (x,), node, **attributes)
-    if type(module) is LigerAddRMSNorm:  # put there for another call, and called with a sum again
-        return view.make("add_rms_norm", (x,), node, module=node.target)
+    if type(module) in _ADDING:
+        return view.make(_ADDING[type(module)], (x,), node, module=node.target)
     if not type(module).__module__.startswith("torch.nn"):
         return None
     match module:
         case nn.RMSNorm() if len(module.normalized_shape) == 1:
             return view.make("rms_norm", (x,), node, eps=module.eps, module=node.target)
+        case nn.LayerNorm():
+            rank = len(module.normalized_shape)
+            return view.make(
+                "layer_norm", (x,), node, eps=module.eps, module=node.target, rank=rank
+            )
         case nn.Dropout():
             return view.make("alias" if module.p == 0 else "dropout", (x,), node)
         case nn.Identity():

@@ -19,7 +19,8 @@ from liger_fx.tracing.tree_state import hooks_of, is_capturing
 # Canonical operators whose results are tensors of their own.
 _FRESH = {
     "linear", "silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "erf", "add", "sub", "mul",
-    "div", "neg", "square", "sqrt", "rsqrt", "reciprocal", "pow", "mean", "sum", "rms_norm",
+    "div", "neg", "square", "sqrt", "rsqrt", "reciprocal", "pow", "mean", "sum", "var", "rms_norm",
+    "layer_norm",
 }  # fmt: skip
 
 

@@ -221,7 +221,7 @@ class Attempt:
 
 def _fits(pattern: p.Tensor, value: Term) -> bool:
     """Whether it is a tensor of the kind that the pattern speaks of."""
-    if value.spec is None:
+    if value.spec is None or pattern.rank not in (None, len(value.spec.shape)):
         return False
     dtype = value.spec.dtype
     return dtype in FLOATS or (pattern.integers and not dtype.is_complex)
@@ -230,6 +230,8 @@ def _fits(pattern: p.Tensor, value: Term) -> bool:
 def _why_no_tensor(pattern: p.Tensor, term: Term) -> str | None:
     if term.spec is None:
         return None
+    if pattern.rank not in (None, len(term.spec.shape)):
+        return f"wanted {pattern}, found {term} of {term.spec}: not of {pattern.rank} dimensions"
     return f"wanted {pattern}, found {term} of {term.spec}: no tensor of floats"
 
 

@@ -25,6 +25,12 @@ def mean(x: Pattern) -> Pattern:
     return Op("mean", (x,), {"dims": (-1,), "keepdim": True})
 
 
+def variance(x: Pattern) -> Pattern:
+    """The mean square of what is left of the last dimension without its mean."""
+    own = Op("var", (x,), {"dims": (-1,), "keepdim": True, "correction": 0})
+    return either(mean(square(x - mean(x))), own)
+
+
 def linear(x: Pattern, module: Pattern | None = None) -> Pattern:
     """A linear layer; ``module`` captures the path of the leaf, None for F.linear on a weight."""
     return Op("linear", (x,), {} if module is None else {"module": module})

@@ -59,11 +59,13 @@ class Pattern:
 @dataclass(frozen=True, eq=False)
 class Tensor(Pattern):
     """A tensor of floats, under a name; casts that lose nothing are looked through where they can
-    be. integers: whether one of whole numbers (indices, a count) fits as well.
+    be. integers: whether one of whole numbers (indices, a count) fits as well. rank: how many
+    dimensions it has, where that tells it from other tensors.
     """
 
     name: str
     integers: bool = False
+    rank: int | None = None
     heads = None
     vagueness = 2
 

@@ -4,6 +4,7 @@ torch.square(x), x.pow(2), x * x                      ->  square(x)
 rsqrt(v), 1 / sqrt(v), sqrt(v).reciprocal(), v**-0.5  ->  rsqrt(v)
 x / sqrt(v)                                           ->  mul(x, rsqrt(v))
 x.sum(-1, keepdim=True) / width                       ->  mean(x, dims=(-1,), keepdim=True)
+x.var(-1, unbiased=False)                             ->  var(x, dims=(-1,), correction=0)
 x.to(dtype), x.float(), x.type_as(y)                  ->  cast(x)
 x.mul_(y), x *= y                                     ->  mul(x, y), see legality.py
 """
@@ -119,18 +120,32 @@ def _pow(view: View, node: fx.Node) -> Term | None:
 
 def _reduction(op: str) -> Lowering:
     def lower(view: View, node: fx.Node) -> Term | None:
-        x, dims = argument(node, 0, "input"), argument(node, 1, "dim")
-        if argument(node, 3, "dtype") is not None or not isinstance(x, fx.Node) or dims is None:
+        if argument(node, 3, "dtype") is not None:
             return None
-        keepdim = bool(argument(node, 2, "keepdim", default=False))
-        rank = view.rank(x)
-        dims = tuple(dims) if isinstance(dims, list | tuple) else (dims,)
-        if rank is None or not all(isinstance(d, int) for d in dims):
-            return None
-        from_end = tuple(sorted(d - rank if d >= 0 else d for d in dims))
-        return view.make(op, (x,), node, dims=from_end, keepdim=keepdim)
+        return _reduced(view, node, op, argument(node, 2, "keepdim", default=False))
 
     return lower
+
+
+def _var(view: View, node: fx.Node) -> Term | None:
+    """``unbiased`` is the older word for a correction of 1."""
+    correction, unbiased = node.kwargs.get("correction", 1), argument(node, 2, "unbiased")
+    if unbiased is not None:
+        correction = int(unbiased)
+    keepdim = argument(node, 3, "keepdim", default=False)
+    return _reduced(view, node, "var", keepdim, correction=correction)
+
+
+def _reduced(view: View, node: fx.Node, op: str, keepdim: Any, **attributes: Any) -> Term | None:
+    x, dims = argument(node, 0, "input", "self"), argument(node, 1, "dim")
+    if not isinstance(x, fx.Node) or dims is None:
+        return None
+    rank = view.rank(x)
+    dims = tuple(dims) if isinstance(dims, list | tuple) else (dims,)
+    if rank is None or not all(type(d) is int for d in dims):
+        return None
+    from_end = tuple(sorted(d - rank if d >= 0 else d for d in dims))
+    return view.make(op, (x,), node, dims=from_end, keepdim=bool(keepdim), **attributes)
 
 
 def _cast(view: View, node: fx.Node) -> Term | None:
@@ -185,6 +200,7 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (plain("view_as_real"), ("view_as_real",), (torch.view_as_real,)),
     (_reduction("mean"), ("mean",), (torch.mean, "mean")),
     (_reduction("sum"), ("sum",), (torch.sum, "sum")),
+    (_var, ("var",), (torch.var, "var")),
     (_cast, ("cast", "convert"), ("to", "float", "half", "bfloat16", "double", "type", "type_as")),
     (_alias, ("alias",), ("contiguous", "clone", torch.clone, "expand")),
 ]

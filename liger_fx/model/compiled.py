@@ -8,8 +8,7 @@
 Dynamo guards what the checks and the function read, and that the block still is like those that
 share the plan. The other plans it does not see: a new one compiles nothing again.
 
-(Alike layers are not marked as regions to be compiled once, torch.compiler.nested_compile_region:
-PyTorch 2.13 computes wrong gradients there, at least where the weights of one region are frozen.)
+Alike layers become regions that are compiled once, where they can (``regions.py``).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch._dynamo.comptime import comptime
 
 from liger_fx.model.dynamo import value_of
 from liger_fx.model.plan import Plan
+from liger_fx.model.regions import can_be_region, hand_nothing_on
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.guards import attribute_text
 from liger_fx.tracing.inner_blocks import collected_in_compile, collects_inside, rebuilt
@@ -31,9 +31,11 @@ from liger_fx.tracing.tree_state import asked_modes, plain_configs
 
 
 class _Found(threading.local):
-    """The name under which the plan found last is kept, on its way into what is compiled."""
+    """What was found last, on its way into what is compiled: the name under which the plan is kept,
+    and whether it becomes a region."""
 
     name: str | None = None
+    is_region: bool = False
 
 
 _found = _Found()
@@ -44,6 +46,8 @@ class _Kept:
 
     def __init__(self, plan: Plan, block: nn.Module) -> None:
         self.plan, self.holds, self.function = plan, _check(plan, block), plan.function
+        self.can_be_region = can_be_region(plan, block)
+        self.region = torch.compiler.nested_compile_region(plan.function)
 
 
 def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -54,19 +58,19 @@ def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     outline = _outline(arguments, leaves, objects)  # noqa: F841  (_find_plan reads it)
     keys = collected_in_compile()  # noqa: F841
     comptime(_find_plan)
-    name = _name_of_found(id(block._block.alike))  # the id is guarded
+    name, is_region = _what_was_found(id(block._block.alike))  # the id is guarded
     if name is not None:
         kept = getattr(block._block.alike.compiled, name)
         if kept.holds(block):
             inputs = kept.plan.take(block, arguments)
             if inputs is not None:
-                return kept.function(block, *inputs)
+                return (kept.region if is_region else kept.function)(block, *inputs)
     return block.block_class.forward(block, *args, **kwargs)
 
 
 @torch.compiler.assume_constant_result
-def _name_of_found(alike: int) -> str | None:
-    return _found.name
+def _what_was_found(alike: int) -> tuple[str | None, bool]:
+    return _found.name, _found.is_region
 
 
 def _outline(value: Any, leaves: list[Any], objects: list[Any]) -> Any:
@@ -105,7 +109,11 @@ def _find_plan(context: Any) -> None:
     if not (keys and collects_inside(block, keys)):
         arguments = _filled(outline, iter(leaves), iter(objects))
         plan = block.plan_for_compiler(arguments)
-    _found.name = None if plan is None else _keep(plan, block)
+    _found.name, _found.is_region = None, False
+    if plan is not None:
+        _found.name = _keep(plan, block)
+        kept = getattr(block._block.alike.compiled, _found.name)
+        _found.is_region = not objects and kept.can_be_region and hand_nothing_on(context)
 
 
 def _keep(plan: Plan, block: Any) -> str:

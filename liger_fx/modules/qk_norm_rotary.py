@@ -19,6 +19,7 @@ import torch
 from liger_fx.kernels.launch import compute_dtype
 from liger_fx.kernels.qk_norm_rope import qk_norm_rope
 from liger_fx.modules.casting import Cast, check_cast, result_dtype
+from liger_fx.modules.constant import constant
 from liger_fx.modules.rotary import Rotary
 
 
@@ -31,6 +32,9 @@ class _NormRotary(Rotary):
         out, for which `heads_dim` says where the heads are.
     The rest is as `Rotary` has it.
     """
+
+    eps = constant("_eps")
+    offset = constant("_offset")
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from torch import nn
 from liger_fx.kernels.launch import compute_dtype
 from liger_fx.kernels.rms_norm import rms_norm
 from liger_fx.modules.casting import Cast, check_cast, result_dtype
+from liger_fx.modules.constant import constant
 from liger_fx.modules.origin import NamedModule
 
 Given = tuple[torch.Tensor | None, float, float, torch.dtype]
@@ -29,9 +30,11 @@ class LigerRMSNorm(NamedModule):
     weight: the original parameter of shape (width,), registered under `weight_name`, never a copy;
         None where there is none or it comes with the call.
     offset: 1.0 where the model multiplies by 1 + weight.
-    cast: "input" where the result has the input's dtype; "promote" where it has that of input times
-        weight. It is rounded to that dtype once.
+    cast: the result's dtype, as `result_dtype` has it. It is rounded to that dtype once.
     """
+
+    eps = constant("_eps")
+    offset = constant("_offset")
 
     def __init__(
         self,
@@ -76,6 +79,6 @@ class LigerRMSNorm(NamedModule):
         parts = [f"({self.width},)", f"eps={self.eps}"]
         if self.offset:
             parts.append(f"scale={self.offset:g} + weight")
-        if self.cast == "promote":
-            parts.append("cast=promote")
+        if self.cast != "input":
+            parts.append(f"cast={self.cast}")
         return ", ".join(parts)

@@ -203,8 +203,8 @@ def _module_lines(opt: nn.Module) -> Iterator[str]:
         children = [f"{name!r}: {path_text(name, here)}" for name in record.children]
         given = [f"{{{', '.join(children)}}}"] if children else []
         given += [f"{name_text(name)}={value_text(value)}" for name, value in options.items()]
-        if record.parameters and not children:
-            given.append(f"weight={path_text(record.parameters[0], here)}")
+        roles = {} if children else named_modules.roles(record)
+        given += [f"{role}={path_text(name, here)}" for role, name in roles.items()]
         yield from folded(f"{_mount(record.path)}{record.class_}(", given, "))")
         yield from (f"{_mount(path)}{here})" for path in record.also)
 

@@ -71,8 +71,8 @@ def guards_record(guards: Guards) -> GuardsRecord:
         dtypes=guards.tensors.dtypes,
         trained=guards.tensors.trained,
         layouts={
-            path: None if layout is None else (list(layout[0]), layout[1])
-            for path, layout in guards.tensors.layouts.items()
+            path: None if at is None else (list(at[0]), at[1])
+            for path, at in guards.tensors.layouts.items()
         },
         classes={path: _class_name(path, cls) for path, cls in guards.tensors.classes.items()},
     )
@@ -169,8 +169,8 @@ def read_guards(record: GuardsRecord, devices: Devices) -> Guards:
             dict(record.dtypes),
             dict(record.trained),
             {
-                path: None if layout is None else (tuple(layout[0]), layout[1])
-                for path, layout in record.layouts.items()
+                path: None if at is None else (tuple(at[0]), at[1])
+                for path, at in record.layouts.items()
             },
             {path: _TENSORS[name] for path, name in record.classes.items()},
         ),

@@ -75,7 +75,9 @@ def check(record: NamedModule) -> None:
 @functools.cache
 def _option_types(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls.__init__)
-    return {k: hint for k, hint in hints.items() if k not in ("return", "weight", "children")}
+    return {
+        k: hint for k, hint in hints.items() if k not in ("return", "weight", "bias", "children")
+    }
 
 
 def install(root: nn.Module, record: NamedModule) -> None:
@@ -96,6 +98,12 @@ def install(root: nn.Module, record: NamedModule) -> None:
         if original is not None and _at(root, other)._modules.get(name) is not original:
             raise LoadError(f"{path} is not the same module as {record.path}", "also")
         _at(root, other).add_module(name, module)
+
+
+def roles(record: NamedModule) -> dict[str, str]:
+    """The parameters that such a module is made with: the argument, and the name in the model."""
+    given = {role: record.options.get(f"{role}_name") for role in ("weight", "bias")}
+    return {role: name for role, name in given.items() if name in record.parameters}
 
 
 def _is_alike(record: NamedModule, named: Any) -> bool:
@@ -121,8 +129,8 @@ def _make(record: NamedModule, original: nn.Module | None) -> nn.Module:
             raise LoadError(f"{record.path} has no {missing[0]}", "path")
         if record.children:
             taken = {"children": {name: held[name] for name in names}}
-        elif names:
-            taken = {"weight": held[names[0]]}
+        else:
+            taken = {role: held[name] for role, name in roles(record).items()}
     try:
         made: nn.Module = CLASSES[record.class_](**taken, **record.options)
     except Exception as error:  # options of the right types may still make no sense together

@@ -50,15 +50,15 @@ class Asking(Protocol):
 
 class AskedFacts:
     """The questions of one trace. ``grad_mode_asked``: whether the code asked for the grad mode, or
-    changes it; ``layout_asked``: whether it asked how a tensor lies in memory; ``class_asked``: of
-    which class one is; ``fixed_shape_asked``: for the shape of one in which no size of the call is.
-    ``compares``: whether code that may be followed compares objects; ``twins``: what may have given
-    one object in two places then, for which the trace has two."""
+    changes it; ``layout_asked``: whether it asked how a tensor lies in memory;
+    ``fixed_shape_asked``: or for the shape of one in which no size of the call is; ``class_asked``:
+    of which class one is. ``compares``: whether code that may be followed compares objects;
+    ``twins``: what may have given one object in two places then, for which the trace has two."""
 
     def __init__(self, owner: Asking) -> None:
         self.owner = owner
         self.grad_mode_asked = self.layout_asked = False
-        self.class_asked = self.fixed_shape_asked = False
+        self.fixed_shape_asked = self.class_asked = False
         self.compares = False
         self.twins: str | None = None
         self.modes: dict[str, Any] = {}
@@ -109,7 +109,7 @@ class AskedFacts:
         for path, tensor in tensors.items():
             if self.fixed_shape_asked:
                 self.tensors.shapes[path] = tuple(tensor.shape)
-            if self.layout_asked:
+            if self.layout_asked and tensor.layout is torch.strided:
                 self.note_layout(path, tensor)
 
     def _note_of_real(self, tensor: torch.Tensor, asked: str, kind: str | None) -> None:

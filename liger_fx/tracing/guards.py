@@ -35,8 +35,6 @@ from liger_fx.tracing.check import Check
 
 # The graph's inputs for a call of a block with these named arguments; None if it is not for them.
 Take = Callable[[nn.Module, Mapping[str, Any]], tuple[Any, ...] | None]
-# The strides and the offset of a tensor; None for one that has no strides.
-Layout = tuple[tuple[int, ...], int] | None
 
 
 @dataclass(frozen=True)
@@ -77,19 +75,25 @@ MODES: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What the code asked of parameters and buffers, and found, by path."""
+    """What the code asked of parameters and buffers, and found, by path; ``layouts`` are strides
+    and the offset."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     trained: dict[str, bool] = field(default_factory=dict)
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    layouts: dict[str, tuple[tuple[int, ...], int] | None] = field(default_factory=dict)
     classes: dict[str, type] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """Each as a line of text."""
         lines = [f"{path} is of shape {shape}" for path, shape in self.shapes.items()]
         lines += [f"{path} is {dtype}" for path, dtype in self.dtypes.items()]
-        lines += [f"{path} {_layout_text(layout)}" for path, layout in self.layouts.items()]
+        lines += [
+            f"{path} is sparse"
+            if layout is None
+            else f"{path} has strides {layout[0]}, and starts at {layout[1]}"
+            for path, layout in self.layouts.items()
+        ]
         lines += [f"{path} is a {cls.__name__}" for path, cls in self.classes.items()]
         return lines + [
             f"{path} is {'trained' if on else 'frozen'}" for path, on in self.trained.items()
@@ -229,17 +233,10 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 _PLAIN_TENSORS = (torch.Tensor, FakeTensor)  # a compiler calls with fakes
 
 
-def layout_of(tensor: Any) -> Layout:
-    """How a tensor lies in memory."""
+def layout_of(tensor: Any) -> tuple[tuple[int, ...], int] | None:
+    """The strides and the offset of a tensor that lies in memory so; None for anything else."""
     is_strided = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    return (tensor.stride(), int(tensor.storage_offset())) if is_strided else None
-
-
-def _layout_text(layout: Layout) -> str:
-    if layout is None:
-        return "does not lie in memory in strides"
-    strides, offset = layout
-    return f"has strides {strides}, and starts at {offset}"
+    return (tuple(tensor.stride()), int(tensor.storage_offset())) if is_strided else None
 
 
 def compile_take(guards: Guards) -> Take:

@@ -24,7 +24,7 @@ def compares_objects(reaches: Iterable[Reach]) -> bool:
     """Whether code that is reached asks if two of its values are one object."""
     return any(
         not _BY_NAME.isdisjoint(reach.names)
-        or any(_compares(function.__code__) for function in reach.functions)
+        or any(_compares(function.__code__) for function in reach.code)
         for reach in reaches
     )
 

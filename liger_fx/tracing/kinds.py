@@ -126,7 +126,7 @@ _shadows: dict[str, Callable[..., Any]] = {
 @contextmanager
 def kinds_asked(reaches: Iterable[Reach]) -> Iterator[None]:
     """Within, what this code asks of its values' classes is answered by what they stand for."""
-    functions = {function for reach in reaches for function in reach.functions}
+    functions = {function for reach in reaches for function in reach.code}
     placed: list[tuple[dict[str, Any], str]] = []
     try:
         for function in functions:
@@ -152,7 +152,7 @@ def _asked_by(code: CodeType) -> frozenset[str]:
 def reads_class(reaches: Iterable[Reach]) -> bool:
     """Whether code that is reached reads ``__class__`` of anything but what hangs on its first
     argument (self), or has a ``case`` of a class, which reads it."""
-    return any(_reads_class(function.__code__) for reach in reaches for function in reach.functions)
+    return any(_reads_class(function.__code__) for reach in reaches for function in reach.code)
 
 
 @functools.lru_cache(4096)

@@ -74,20 +74,20 @@ class Place(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Reach:
     """places: where code finds values. caches: of these, functions with a cache. names: all that
-    the code names; stored: of these, the attributes that it may write. functions: what it consists
-    of. code: the places of what was walked through, and that."""
+    the code names; stored: of these, the attributes that it may write. functions: the places of
+    what was walked through, and that; code: the functions among it."""
 
     places: tuple[Place, ...]
     caches: tuple[Place, ...]
     names: frozenset[str]
     stored: frozenset[str]
-    functions: tuple[types.FunctionType, ...]
-    code: tuple[tuple[Place, Any], ...]
+    functions: tuple[tuple[Place, Any], ...]
+    code: tuple[types.FunctionType, ...]
 
     @property
     def stands(self) -> bool:
         """Whether the code is that still."""
-        return all(original(place.value()) is then for place, then in self.code)
+        return all(original(place.value()) is then for place, then in self.functions)
 
 
 def is_cached(value: Any) -> bool:
@@ -121,9 +121,15 @@ def _of_code(code: Any) -> Reach:
     if found is None or not found.stands:
         walk = _Walk(code)
         caches = tuple(place for place in walk.places if is_cached(place.value()))
-        names, stored = frozenset(walk.names), frozenset(walk.stored)
-        code_now = tuple((p, original(v)) for p in walk.places if _is_code(v := p.value()))
-        found = Reach(tuple(walk.places), caches, names, stored, tuple(walk.functions), code_now)
+        functions = tuple((p, original(v)) for p in walk.places if _is_code(v := p.value()))
+        found = Reach(
+            tuple(walk.places),
+            caches,
+            frozenset(walk.names),
+            frozenset(walk.stored),
+            functions,
+            tuple(walk.functions),
+        )
         _REACH[code] = found
     return found
 

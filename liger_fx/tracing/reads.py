@@ -90,10 +90,19 @@ class Attributes:
                 return
             groups = (module.__dict__, module._parameters, module._buffers)
             group: dict[str, Any] = next((group for group in groups if name in group), {})
-            check.add("{}({}[{}]) is {}", _kind, group, name, kind)
+            if kind is None:
+                check.add("type({}[{}]) in {}", group, name, TENSORS)
+            else:
+                check.add("type({}[{}]) is {}", group, name, kind)
             places += [group, name]
-        if len(self.tensors) > 1:
-            values = ", ".join(["{}[{}]"] * len(self.tensors))
+        count = len(self.tensors)
+        if count < 2:
+            return
+        if self._tied == tuple(range(count)):  # no two are one: told without a call for each
+            ids = ", ".join(["id({}[{}])"] * count)
+            check.add(f"len({{{{{ids}}}}}) == {count}", *places)
+        else:
+            values = ", ".join(["{}[{}]"] * count)
             check.add(f"{{}}({values}) == {{}}", _pattern, *places, self._tied)
 
 

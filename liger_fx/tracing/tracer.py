@@ -279,6 +279,12 @@ class HFTracer(fx.Tracer, Recording):
             tensors=self.recorder.facts.tensors,
         )
 
+    def _gathered(self, call: CallSpec) -> tuple[str, ...]:
+        """The arguments that forward's ``**kwargs`` gathers, where they have an order."""
+        named = inspect.signature(_forward_of(self.root)).parameters
+        gathered = tuple(name for name in call.arguments if name not in named)
+        return gathered if len(gathered) > 1 else ()
+
     def _used_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the model that the graph reads by itself, by path."""
         found = {p: operator.attrgetter(p)(self.root) for p in self._get_attr_nodes}
@@ -287,12 +293,6 @@ class HFTracer(fx.Tracer, Recording):
             for path, value in found.items()
             if isinstance(value, torch.Tensor) and path not in self._constants
         }
-
-    def _gathered(self, call: CallSpec) -> tuple[str, ...]:
-        """The arguments that forward's ``**kwargs`` gathers, where they have an order."""
-        named = inspect.signature(_forward_of(self.root)).parameters
-        gathered = tuple(name for name in call.arguments if name not in named)
-        return gathered if len(gathered) > 1 else ()
 
     def _device_types(self, call: CallSpec) -> tuple[str, ...]:
         """The devices of the inputs and parameters. (Blocks inside look at theirs themselves.)"""

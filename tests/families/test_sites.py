@@ -19,7 +19,7 @@ from tests.support.pairs import pair
 
 # family: sites rewritten per rule, in the tiny models of tests/support/families.py
 RMS, ADD, ROTARY, MLP = "rms_norm", "add_rms_norm", "rotary_embedding", "gated_mlp"
-QK = "qk_norm_rotary"  # q_norm, k_norm and the turn of both
+LAYER, QK = "layer_norm", "qk_norm_rotary"  # q_norm, k_norm and the turn of both
 SITES: dict[str, dict[str, int]] = {
     "llama": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
     "mistral": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
@@ -31,7 +31,7 @@ SITES: dict[str, dict[str, int]] = {
     "phi3": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
     "glm4": {RMS: 7, ADD: 2, ROTARY: 2, MLP: 2},  # + a norm after each block
     "olmo2": {RMS: 9, ROTARY: 2, MLP: 2},  # only after each block; q_norm, k_norm
-    "cohere2": {ROTARY: 3, MLP: 4},  # LayerNorms; the layer of full attention is NoPE
+    "cohere2": {LAYER: 5, ROTARY: 3, MLP: 4},  # the layer of full attention is NoPE
     "granite": {RMS: 3, ADD: 2, ROTARY: 2, MLP: 2},
     "smollm3": {RMS: 5, ADD: 4, ROTARY: 3, MLP: 4},  # the fourth layer is NoPE
     "deepseek_v3": {RMS: 7, ADD: 2, ROTARY: 2, MLP: 2},  # + q_a, kv_a; one MLP is the shared expert
@@ -40,7 +40,6 @@ SITES: dict[str, dict[str, int]] = {
 
 # family: sites refused, by rule, with words of the reason; in every other family there is none
 REFUSED: dict[str, tuple[str, int, str]] = {
-    "cohere2": (RMS, 5, "subtracts the mean"),
     "deepseek_v3": (MLP, 1, "loop over experts"),
     "mixtral": (MLP, 2, "loop over experts"),
 }
@@ -94,11 +93,11 @@ def test_the_tree_tells_the_truth(name: str) -> None:
     for path in of_heads(name, norms):
         assert tree[path] == type(model.get_submodule(path)).__name__, "only its weight is used"
         norms.remove(path)
-    if name != "cohere2":
-        norm_classes = Counter(tree[path] for path in norms)
-        added = SITES[name].get(ADD, 0)
-        assert norm_classes.pop("LigerAddRMSNorm", 0) == added
-        assert norm_classes == {"LigerRMSNorm": len(norms) - added}
+    norm_classes = Counter(tree[path] for path in norms)
+    added = SITES[name].get(ADD, 0)
+    assert norm_classes.pop("LigerAddRMSNorm", 0) == added
+    alone = "LigerLayerNorm" if LAYER in SITES[name] else "LigerRMSNorm"
+    assert norm_classes == {alone: len(norms) - added}
     assert {tree[path] for path in mlps} <= {mlp_class}
     for path, module in model.named_modules():
         if path.count(".") == 2 and path.startswith("model.layers."):

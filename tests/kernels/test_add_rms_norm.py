@@ -9,7 +9,8 @@ import torch
 
 from liger_fx.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from liger_fx.kernels.launch import INTERPRETED
-from liger_fx.kernels.rms_norm import MAX_WIDTH, rms_norm
+from liger_fx.kernels.norm import MAX_WIDTH
+from liger_fx.kernels.rms_norm import rms_norm
 from tests.kernels.accuracy import (
     DTYPES,
     Draw,

@@ -17,6 +17,7 @@ from liger_fx.kernels.gated_activation import (
     packed_gated_activation,
     packed_gated_activation_reference,
 )
+from liger_fx.kernels.layer_norm import layer_norm, layer_norm_reference
 from liger_fx.kernels.rms_norm import rms_norm, rms_norm_reference
 from liger_fx.kernels.rope import Form, rope, rope_reference
 from tests.kernels.accuracy import DEVICE, with_gradients
@@ -69,6 +70,19 @@ def test_rms_norm(x: torch.Tensor, scaled: bool, data: st.DataObject) -> None:
     agree(
         with_gradients(lambda x, w=None: rms_norm(x, w, 0.1, 1.0), inputs, grad),
         with_gradients(lambda x, w=None: rms_norm_reference(x, w, 0.1, 1.0), inputs, grad),
+    )
+
+
+@few
+@given(views(), st.booleans(), st.data())
+def test_layer_norm(x: torch.Tensor, scaled: bool, data: st.DataObject) -> None:
+    grad = like(x, data.draw(st.permutations(range(x.dim()))))
+    inputs = (x, *torch.randn(2, x.shape[-1], device=DEVICE)) if scaled else (x,)
+    agree(
+        with_gradients(lambda x, w=None, b=None: layer_norm(x, w, b, 0.1, 1.0), inputs, grad),
+        with_gradients(
+            lambda x, w=None, b=None: layer_norm_reference(x, w, b, 0.1, 1.0), inputs, grad
+        ),
     )
 
 

@@ -8,9 +8,11 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from liger_fx.kernels.activation import activation
+from liger_fx.kernels.add_layer_norm import add_layer_norm
 from liger_fx.kernels.add_rms_norm import add_rms_norm
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
 from liger_fx.kernels.launch import INTERPRETED
+from liger_fx.kernels.layer_norm import layer_norm
 from liger_fx.kernels.linear_cross_entropy import Form
 from liger_fx.kernels.qk_norm_rope import qk_norm_rope
 from liger_fx.kernels.rms_norm import rms_norm
@@ -64,6 +66,41 @@ DIRECT: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "add_rms_norm backward": lambda: (
         OPS.add_rms_norm_backward,
         (heads(5, 3, 8), torch.randn(2, 3, 5, 8), heads(5, 3, 8), torch.randn(8), 1e-5, 1.0, True),
+    ),
+    "layer_norm": lambda: (
+        OPS.layer_norm,
+        (leaf(torch.randn(3, 5, 8)), leaf(torch.randn(8)), leaf(torch.randn(8)), 1e-5, 1.0, None),
+    ),
+    "layer_norm of heads": lambda: (
+        OPS.layer_norm, (leaf(heads(5, 3, 8)), None, None, 1e-5, 0.0, BF16)
+    ),
+    "layer_norm strided": lambda: (
+        OPS.layer_norm,
+        (torch.randn(4, 6, 8, 12)[::2, ::2, ::2, :7], torch.randn(7), None, 1e-5, 0.0, None),
+    ),
+    "layer_norm backward": lambda: (
+        OPS.layer_norm_backward,
+        (torch.randn(2, 3, 5, 8), heads(5, 3, 8), torch.randn(8), torch.randn(8), 1e-5, 1.0, True,
+         True),
+    ),
+    "layer_norm backward, the weight frozen": lambda: (
+        OPS.layer_norm_backward,
+        (torch.randn(4, 8), torch.randn(4, 8), torch.randn(8), torch.randn(8), 1e-5, 1.0, False,
+         True),
+    ),
+    "add_layer_norm": lambda: (
+        OPS.add_layer_norm,
+        (leaf(torch.randn(3, 5, 8)), leaf(torch.randn(3, 5, 8)), leaf(torch.randn(8)),
+         leaf(torch.randn(8)), 1e-5, 1.0, None),
+    ),
+    "add_layer_norm, other strides": lambda: (
+        OPS.add_layer_norm,
+        (heads(5, 3, 8), leaf(torch.randn(2, 3, 5, 8)), None, None, 1e-5, 0.0, BF16),
+    ),
+    "add_layer_norm backward": lambda: (
+        OPS.add_layer_norm_backward,
+        (heads(5, 3, 8), torch.randn(2, 3, 5, 8), heads(5, 3, 8), torch.randn(8), torch.randn(8),
+         1e-5, 1.0, True, True),
     ),
     "qk_norm_rope": lambda: (
         OPS.qk_norm_rope,
@@ -155,6 +192,8 @@ def every_op(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor) -> torch.
     """x: (batch, heads, tokens, 8). Each operator once."""
     x, s = add_rms_norm(rms_norm(x, weight, 1e-5, 1.0), x, weight, 1e-5)
     x = x + s
+    x, s = add_layer_norm(layer_norm(x, weight, weight, 1e-5), s, weight, None, 1e-5)
+    x = x + s
     q, k = rope_pair(x, x, cos, cos, interleaved_in=True)
     q, k = qk_norm_rope(q, k, weight, weight, cos, cos, 1e-5)
     q = gated_activation(q, rope(k, cos, cos), "silu") + activation(k, "relu")
@@ -162,8 +201,8 @@ def every_op(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor) -> torch.
 
 
 NAMES = [
-    "rms_norm", "add_rms_norm", "rope_pair", "qk_norm_rope", "rope", "gated_activation",
-    "activation", "packed_gated_activation",
+    "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope_pair", "qk_norm_rope", "rope",
+    "gated_activation", "activation", "packed_gated_activation",
 ]  # fmt: skip
 
 

@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from liger_fx.kernels import (
     activation,
+    add_layer_norm,
     add_rms_norm,
     gated_activation,
+    layer_norm,
     qk_norm_rope,
     replay,
     rms_norm,
@@ -28,7 +30,10 @@ pytestmark = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="about Triton's kernels"
 )
 
-MODULES = (activation, add_rms_norm, gated_activation, qk_norm_rope, rms_norm, rope)
+MODULES = (
+    activation, add_layer_norm, add_rms_norm, gated_activation, layer_norm, qk_norm_rope, rms_norm,
+    rope,
+)  # fmt: skip
 OPERATORS = {
     op.overload: op.run
     for module in MODULES
@@ -40,6 +45,10 @@ COPYING = {
     "add_rms_norm, other strides",
     "add_rms_norm backward",
     "add_rms_norm of heads",
+    "add_layer_norm, other strides",
+    "add_layer_norm backward",
+    "layer_norm strided",
+    "layer_norm backward",
     "gated",
     "gated backward",
     "activation backward",
@@ -92,7 +101,7 @@ def test_other_tensors_of_a_kind(name: str) -> None:
 
 def test_every_operator_of_kernels_alone_is_here() -> None:
     assert {DIRECT[name]()[0].default for name in CASES} == set(OPERATORS)
-    assert len(OPERATORS) == 14
+    assert len(OPERATORS) == 18
 
 
 def test_what_was_one_tensor_may_be_two() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from liger_fx.kernels.launch import INTERPRETED
-from liger_fx.kernels.rms_norm import MAX_WIDTH, rms_norm, rms_norm_reference
+from liger_fx.kernels.norm import MAX_WIDTH
+from liger_fx.kernels.rms_norm import rms_norm, rms_norm_reference
 from tests.kernels.accuracy import (
     DTYPES,
     Draw,

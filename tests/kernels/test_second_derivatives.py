@@ -13,6 +13,7 @@ import torch
 
 import liger_fx.kernels
 from liger_fx.kernels.activation import ACTIVATIONS, activation, activation_reference
+from liger_fx.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from liger_fx.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from liger_fx.kernels.gated_activation import (
     gated_activation,
@@ -21,6 +22,7 @@ from liger_fx.kernels.gated_activation import (
     packed_gated_activation_reference,
 )
 from liger_fx.kernels.gated_linear import gated_linear, gated_linear_reference
+from liger_fx.kernels.layer_norm import layer_norm, layer_norm_reference
 from liger_fx.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_fx.kernels.lora_linear import lora_linear, lora_linear_reference
 from liger_fx.kernels.qk_norm_rope import qk_norm_rope
@@ -71,6 +73,26 @@ CASES: dict[str, tuple[str, tuple[tuple[int, ...], ...], Function, Function]] = 
         "_AddRMSNorm", (SHAPE, SHAPE),
         lambda a, b: add_rms_norm(a, b, None, 1e-5)[0],
         lambda a, b: add_rms_norm_reference(a, b, None, 1e-5)[0],
+    ),
+    "layer_norm": (
+        "_LayerNorm", (SHAPE, (8,), (8,)),
+        lambda x, w, b: layer_norm(x, w, b, 1e-2, 1.0),
+        lambda x, w, b: layer_norm_reference(x, w, b, 1e-2, 1.0),
+    ),
+    "layer_norm without weight and bias": (
+        "_LayerNorm", (SHAPE,),
+        lambda x: layer_norm(x, None, None, 1e-2),
+        lambda x: layer_norm_reference(x, None, None, 1e-2),
+    ),
+    "add_layer_norm": (
+        "_AddLayerNorm", (SHAPE, SHAPE, (8,), (8,)),
+        lambda a, b, w, c: add_layer_norm(a, b, w, c, 1e-2),
+        lambda a, b, w, c: add_layer_norm_reference(a, b, w, c, 1e-2),
+    ),
+    "add_layer_norm, the norm alone": (
+        "_AddLayerNorm", (SHAPE, SHAPE),
+        lambda a, b: add_layer_norm(a, b, None, None, 1e-2)[0],
+        lambda a, b: add_layer_norm_reference(a, b, None, None, 1e-2)[0],
     ),
     **{
         f"activation {name}": (

@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from liger_fx.kernels.activation import activation, activation_reference
+from liger_fx.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from liger_fx.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from liger_fx.kernels.gated_activation import (
     gated_activation,
@@ -15,6 +16,7 @@ from liger_fx.kernels.gated_activation import (
     packed_gated_activation,
     packed_gated_activation_reference,
 )
+from liger_fx.kernels.layer_norm import layer_norm, layer_norm_reference
 from liger_fx.kernels.linear_cross_entropy import (
     Form,
     linear_cross_entropy,
@@ -51,6 +53,16 @@ CASES: dict[str, tuple[int, Function, Function]] = {
         2,
         lambda x, y: torch.stack(add_rms_norm(x, y, y[0, 0, 0], 1e-5, 1.0)),
         lambda x, y: torch.stack(add_rms_norm_reference(x, y, y[0, 0, 0], 1e-5, 1.0)),
+    ),
+    "layer_norm": (
+        2,
+        lambda x, y: layer_norm(x, y[0, 0, 0], y[1, 1, 1], 1e-5, 1.0),
+        lambda x, y: layer_norm_reference(x, y[0, 0, 0], y[1, 1, 1], 1e-5, 1.0),
+    ),
+    "add_layer_norm": (
+        2,
+        lambda x, y: torch.stack(add_layer_norm(x, y, None, y[0, 0, 0], 1e-5)),
+        lambda x, y: torch.stack(add_layer_norm_reference(x, y, None, y[0, 0, 0], 1e-5)),
     ),
     "rope": (
         1,

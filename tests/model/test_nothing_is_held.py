@@ -68,7 +68,7 @@ def alive(kind: type) -> int:
 
 
 def test_nothing_of_a_trace_stays() -> None:
-    """A tensor holds its sizes out of the collector's sight, and these lead to the rest."""
+    """A tensor holds its sizes where the collector cannot see it, and these lead to the rest."""
     before = [alive(kind) for kind in (Sizes, FakeTensor, HFTracer)]
     opt = liger_fx.optimize(tiny("llama"))
     opt(torch.arange(8)[None], labels=torch.arange(8)[None])

@@ -92,5 +92,7 @@ def test_repr() -> None:
 
 
 def test_unknown_cast_is_refused() -> None:
-    with pytest.raises(ValueError, match="cast must be one of input, promote, not 'float'"):
+    with pytest.raises(
+        ValueError, match="cast must be one of input, promote, autocast, not 'float'"
+    ):
         LigerRMSNorm(16, 1e-5, cast="float")  # type: ignore[arg-type]

@@ -91,6 +91,11 @@ def inline(m: Any, x: T) -> T:
     return s + s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + EPS) * m.scale
 
 
+def inline_root(m: Any, x: T) -> T:
+    s = x + m.attn(x)
+    return s + s / torch.sqrt(s.pow(2).mean(-1, keepdim=True) + EPS) * m.scale
+
+
 FOUND: dict[str, tuple[Callable[[Any, T], Any], nn.Module | None, str]] = {
     "read by nothing else": (lambda m, x: m.mlp(m.norm(x + m.attn(x))), None, "norm"),
     "handed out": (lambda m, x: (m.norm(s := x + m.attn(x)), s), None, "norm"),
@@ -101,6 +106,7 @@ FOUND: dict[str, tuple[Callable[[Any, T], Any], nn.Module | None, str]] = {
     "one without a weight": (residual, nn.RMSNorm(WIDTH, elementwise_affine=False), "norm"),
     "made in place": (in_place, None, "norm"),
     "spelled out": (inline, None, "add_rms_norm"),
+    "spelled out with a square root": (inline_root, None, "add_rms_norm"),
     "one tensor twice": (lambda m, x: (s := x.sin() + x.sin()) * m.norm(s), None, "norm"),
     "two in a row": (
         lambda m, x: (t := (s := x + m.attn(x)) + m.mlp(m.norm(s))) * m.norm(t), None, "norm"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from liger_fx.modules import LigerRMSNorm
 from liger_fx.passes.rms_norm import RMSNorm
@@ -356,6 +357,17 @@ def test_a_row_of_a_width_that_varies() -> None:
 
 def test_a_layer_norm_of_torch_is_no_candidate() -> None:
     assert norm(nn.Sequential(nn.LayerNorm(WIDTH))).sites == []
+
+
+def test_a_norm_of_torch_whose_weight_is_computed_stays() -> None:
+    class Twice(nn.Module):
+        def forward(self, weight: T) -> T:
+            return 2 * weight
+
+    module = nn.Sequential(nn.RMSNorm(WIDTH))
+    parametrize.register_parametrization(module[0], "weight", Twice())
+    (reason,) = norm(module).reasons
+    assert reason.startswith("it is a ParametrizedRMSNorm, not a plain RMSNorm")
 
 
 def test_a_class_of_that_name_that_computes_something_else() -> None:

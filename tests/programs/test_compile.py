@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import fx
 from torch._dynamo.backends import registry
+from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -334,6 +335,24 @@ def test_inductor(dynamic: bool | None) -> None:
     with Operators() as seen:  # what it compiled was the graph
         forward(torch.compile(opt, backend=seen, fullgraph=True), opt)
     seen.judge(opt)
+
+
+@pytest.mark.slow
+def test_alike_layers_are_compiled_once() -> None:
+    """Also where one between them is frozen, at which PyTorch's regions alone go wrong."""
+    model, twin_of = build("llama", num_hidden_layers=5), build("llama", num_hidden_layers=5)
+    for m in (model, twin_of):
+        m.model.layers[2].requires_grad_(False)
+    theirs = step(twin_of, twin_of)
+    opt = optimize(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(opt, fullgraph=True)
+    ours, code = run_and_get_code(lambda: step(compiled, opt))
+    same(ours, theirs)
+    if CHECK == "graphs":
+        text = "".join(code)
+        made, called = (text.count(f"{w} partitioned_fw_subgraph") for w in ("def", "="))
+        assert made == 1 and called >= 4, "one function for the four layers that learn"
 
 
 class Logits(torch.nn.Module):

@@ -75,6 +75,8 @@ def test_a_dtype_that_safetensors_lacks(tmp_path: Path) -> None:
 
 
 MADE: dict[str, dict[str, Any]] = {
+    "LigerAddLayerNorm": {"width": 8, "eps": 1e-5, "offset": 1.0, "cast": "autocast"},
+    "LigerLayerNorm": {"width": 8, "eps": 1e-5, "weight_name": "weight", "bias_name": "bias"},
     "LigerAddRMSNorm": {"width": 8, "eps": None, "weight_name": "weight"},
     "LigerFusedLinearCrossEntropy": {"reduction": "sum", "softcap": 30.0, "biased": True},
     "LigerRMSNorm": {"width": 8, "eps": 1e-5, "offset": 1.0, "cast": "promote"},
@@ -100,14 +102,15 @@ def test_every_named_module_is_made_again_from_its_options(name: str) -> None:
     original = nn.Module()
     for child in ("g", "u", "d"):
         original.add_module(child, nn.Linear(8, 8))
-    original.weight = nn.Parameter(torch.ones(8))
+    original.weight, original.bias = (nn.Parameter(torch.ones(8)) for _ in range(2))
     if "children" in parameters:
         used = [
             given[role] for role in ("gate", "up", "gate_up", "fc1", "down", "fc2") if role in given
         ]
         given["children"] = {child: original.get_submodule(child) for child in used}
-    if "weight" in parameters:
-        given["weight"] = original.weight
+    for role in ("weight", "bias"):
+        if role in parameters:
+            given[role] = getattr(original, role)
     root = nn.Module()
     root.add_module("place", cls(**given))
     (written,) = json.loads(json.dumps(encode(named_modules.describe(root))))

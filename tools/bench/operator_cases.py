@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 EPS = 1e-5
-VARIANTS = ("ours", "liger-kernel", "torch.compile", "eager", "F.rms_norm")
+VARIANTS = ("ours", "liger-kernel", "torch.compile", "eager", "F.rms_norm", "F.layer_norm")
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -58,6 +58,13 @@ def eager_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
     return weight * wide.to(x.dtype)
+
+
+def eager_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (weight * wide + bias).to(x.dtype)
 
 
 def eager_rope(
@@ -104,6 +111,55 @@ def _rms_norm_case(rows: int, width: int) -> Case:
         lambda: ((_random(rows, width), ones()), ()),
         functions,
         kept=2,
+    )
+
+
+def _layer_norm_case(rows: int, width: int) -> Case:
+    from liger_fx.kernels.layer_norm import layer_norm
+
+    functions: dict[str, Callable[..., Any]] = {
+        "ours": lambda x, w, b: layer_norm(x, w, b, EPS),
+        "eager": eager_layer_norm,
+        "F.layer_norm": lambda x, w, b: F.layer_norm(x, (width,), w, b, EPS),
+        "liger-kernel": lambda x, w, b: _liger("liger_layer_norm")(x, w, b, EPS),
+    }
+    return Case(
+        "LayerNorm",
+        f"{rows}x{width}",
+        width,
+        lambda: ((_random(rows, width), _random(width), _random(width)), ()),
+        functions,
+        kept=2,
+    )
+
+
+def _add_layer_norm_case(rows: int, width: int) -> Case:
+    """The bytes are those of a, b, the norm and the sum forward; of the sum and its gradients
+    backward."""
+    from liger_fx.kernels.add_layer_norm import add_layer_norm
+
+    def both(norm: Callable[..., Any]) -> Callable[..., Any]:
+        def call(a: torch.Tensor, b: torch.Tensor, *factors: torch.Tensor) -> Tensors:
+            total = a + b
+            return norm(total, *factors), total
+
+        return call
+
+    functions: dict[str, Callable[..., Any]] = {
+        "ours": lambda a, b, w, c: add_layer_norm(a, b, w, c, EPS),
+        "eager": both(eager_layer_norm),
+        "F.layer_norm": both(lambda x, w, c: F.layer_norm(x, (width,), w, c, EPS)),
+    }
+    return Case(
+        "residual add + LayerNorm",
+        f"{rows}x{width}",
+        width,
+        lambda: (
+            (_random(rows, width), _random(rows, width), _random(width), _random(width)),
+            (),
+        ),
+        functions,
+        kept=1,
     )
 
 
@@ -194,6 +250,12 @@ def cases() -> list[Case]:
         _rms_norm_case(16384, 2048),
         _rms_norm_case(4096, 8192),
         _rms_norm_case(8192 * 16, 128),
+        _layer_norm_case(8192, 4096),
+        _layer_norm_case(16384, 1024),
+        _layer_norm_case(16384, 768),
+        _layer_norm_case(8192 * 32, 64),
+        _add_layer_norm_case(8192, 4096),
+        _add_layer_norm_case(16384, 768),
         _gated_case("SwiGLU", "silu", 8192, 14336),
         _gated_case("GEGLU", "gelu_tanh", 8192, 14336),
         _packed_case(8192, 14336),

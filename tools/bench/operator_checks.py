@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from liger_fx.kernels.activation import activation
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
+from liger_fx.kernels.layer_norm import layer_norm
 from liger_fx.kernels.rms_norm import rms_norm
 from liger_fx.kernels.rope import rope_pair
 from tests.kernels.accuracy import error_over_limit, with_gradients
@@ -37,6 +38,10 @@ def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
 
 
+def plain_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+
+
 def gated(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return getattr(F, name)(gate) * up
 
@@ -52,6 +57,8 @@ def _checks(dtype: torch.dtype) -> Iterator[Check]:
     gelu_tanh = partial(F.gelu, approximate="tanh")
     for rows, width in product(ROWS, WIDTHS):
         yield "rms_norm", norm, plain_rms_norm, [_draw(dtype, rows, width), _draw(dtype, width)]
+        x, *factors = _draw(dtype, rows, width), _draw(dtype, width), _draw(dtype, width)
+        yield "layer_norm", partial(layer_norm, eps=EPS), plain_layer_norm, [x + 3, *factors]
     for rows, width in product((0, 3), (7, 100, 4095, 65536)):
         x, packed = _draw(dtype, rows, width), _draw(dtype, rows, 2 * width)
         yield "activation gelu_tanh", partial(activation, name="gelu_tanh"), gelu_tanh, [x]

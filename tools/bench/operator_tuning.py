@@ -40,7 +40,7 @@ class Kernel:
 
 
 def _tiles(width: int) -> Iterator[tuple[int, int]]:
-    """(rows, cols) of the RMSNorm kernels: a row whole, up to 8192 elements at once."""
+    """(rows, cols) of the kernels of norms: a row whole, up to 8192 elements at once."""
     cols = power_of_two(width)
     for elements in (1024, 2048, 4096, 8192):
         if elements >= cols:
@@ -74,10 +74,11 @@ def _rope(width: int) -> list[Launch]:
     return [Launch(rows, 64, warps) for rows, warps in product((4, 8, 16, 32), (1, 2, 4, 8))]
 
 
+NORMS = ("RMSNorm", "LayerNorm")
 GATED = ("SwiGLU", "GEGLU")
 KERNELS = (
-    Kernel("rms_norm", "forward_launch", ("RMSNorm",), False, _norm_forward),
-    Kernel("rms_norm", "backward_launch", ("RMSNorm",), True, _norm_backward),
+    Kernel("norm", "forward_launch", NORMS, False, _norm_forward),
+    Kernel("norm", "backward_launch", NORMS, True, _norm_backward),
     Kernel("gated_activation", "gated_launch", GATED, False, _gated),
     Kernel("gated_activation", "gated_launch", GATED, True, _gated),
     Kernel("rope", "rope_launch", ("RoPE",), False, _rope),
@@ -106,6 +107,8 @@ def calls(case: Case, backward: bool, sets: int) -> list[Callable[[], Any]]:
     def call(dy: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> Any:
         if case.operator == "RMSNorm":
             return ops.rms_norm_backward(dy, *leaves, EPS, 0.0, True)
+        if case.operator == "LayerNorm":
+            return ops.layer_norm_backward(dy, *leaves, EPS, 0.0, True, True)
         return ops.gated_activation_backward(dy, *leaves, activation)
 
     return [partial(call, torch.randn_like(leaves[0]), leaves) for leaves, _ in drawn]

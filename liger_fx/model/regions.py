@@ -1,0 +1,96 @@
+"""Alike layers inside torch.compile: one region, compiled once and called for each of them.
+
+    layers.0, layers.1, ..., layers.15  ->  one compiled function, called sixteen times
+
+A region is torch.compiler.nested_compile_region's. Up to PyTorch 2.13 Inductor hands on the memory
+of what a region was given, though the region kept it for its backward, and lets a backward
+overwrite what belongs to its caller (pytorch/pytorch#193960): gradients are wrong without a word.
+So what has regions is compiled with no memory handed on; its allocator alone uses memory again.
+
+What draws random numbers is no region, nor are layers with caches, and nothing is one with
+dynamic=True: Dynamo then takes an eps for a number that may change, which no region can be given.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from liger_fx.engine.memory import Memory
+from liger_fx.model.plan import Plan
+from liger_fx.tracing.effects import draws_random_numbers, is_effectful
+
+_NOTHING_HANDED_ON = {"allow_buffer_reuse": False, "inplace_buffers": False}
+
+
+def can_be_region(plan: Plan, block: Any) -> bool:
+    """Whether a call of the plan is one of several alike, and computes new tensors and does nothing
+    else, so that it can be compiled as a region."""
+    alone = len(block._block.alike.members) == 1
+    if alone or plan.has_regions or plan.inner:
+        return False
+    nodes = list(plan.graph.nodes)
+    memory = Memory(block)
+    if any(is_effectful(node, block) or _draws(node, memory) for node in nodes):
+        return False
+    results = [memory.storage(node) for node in nodes[-1].all_input_nodes]
+    return len(set(results)) == len(results) and all(_is_new(node, memory) for node in results)
+
+
+def _draws(node: fx.Node, memory: Memory) -> bool:
+    if node.op == "call_module":
+        return any(isinstance(m, _DropoutNd) and m.training for m in memory.module(node).modules())
+    return draws_random_numbers(node) or bool(node.kwargs.get("dropout_p"))
+
+
+def _is_new(node: fx.Node, memory: Memory) -> bool:
+    """Whether the node's value lies in memory of its own, for certain."""
+    if node.op == "call_module":
+        return _is_known(type(memory.module(node)))
+    return node.op in ("call_function", "call_method")
+
+
+def _is_known(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith(("torch.nn.", "liger_fx."))
+
+
+def hand_nothing_on(context: Any) -> bool:
+    """Have Inductor compile what Dynamo records here so that regions are right in it; False where
+    another compiler will, or one that cannot call regions."""
+    output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+    inductor = _innermost(output.compiler_fn)
+    if not isinstance(inductor, torch._TorchCompileInductorWrapper) or output.export:
+        return False
+    if not torch._dynamo.config.assume_static_by_default:
+        return False
+    if inductor.config.get("cpp_wrapper", torch._inductor.config.cpp_wrapper):
+        return False
+    if not isinstance(output.compiler_fn, _HandingNothingOn):
+        output.compiler_fn = _HandingNothingOn(output.compiler_fn, inductor)
+    return True
+
+
+class _HandingNothingOn:
+    """A compiler of Dynamo's whose Inductor is told, for this one graph, to hand no memory on."""
+
+    def __init__(self, compiler: Any, inductor: Any) -> None:
+        functools.update_wrapper(self, compiler)
+        self._torchdynamo_orig_backend, self.inductor = compiler, inductor
+
+    def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
+        config = self.inductor.config
+        self.inductor.config = config | _NOTHING_HANDED_ON
+        try:
+            return self._torchdynamo_orig_backend(graph, inputs)
+        finally:
+            self.inductor.config = config
+
+
+def _innermost(compiler: Any) -> Any:
+    while hasattr(compiler, "_torchdynamo_orig_backend"):
+        compiler = compiler._torchdynamo_orig_backend
+    return compiler
