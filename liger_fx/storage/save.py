@@ -76,8 +76,9 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
     groups = usable_groups(opt)
     if not any(group.plans for group in groups):
         raise SaveError(
-            f"The dtype, device or config of this {type(opt).__name__} is not what its graph was "
-            "traced for: call it once, so that it is traced anew."
+            f"The dtype, device or config of this {type(opt).__name__}, or an attribute that its "
+            "code reads, is not what its graph was traced for: call it once, so that it is traced "
+            "anew."
         )
     tensors = describe(opt, wanted_tensors(groups))
     document = _document(opt, groups, tensors, weights)

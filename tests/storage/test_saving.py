@@ -225,6 +225,9 @@ def test_what_has_no_form_in_a_file(tmp_path: Path) -> None:
 def test_a_changed_config_or_module_is_refused_or_kept(tmp_path: Path) -> None:
     opt = liger_fx.optimize(build("llama"))
     opt.model.layers[0].self_attn.scaling = 0.5
+    with pytest.raises(SaveError, match="call it once"):
+        liger_fx.save(opt, tmp_path / "a")
+    opt(input_ids=torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(SaveError, match=r"layers\.0\.self_attn"):
         liger_fx.save(opt, tmp_path / "a")
     opt = liger_fx.optimize(build("llama"))
