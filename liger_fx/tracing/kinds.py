@@ -105,10 +105,13 @@ def _identity(value: Any) -> int:
     return _id(value)
 
 
+_OF_ANY_CALLABLE = ("__module__", "__name__", "__qualname__", "__doc__")  # a class has more
+
+
 def _in_a_trace(asked: Any, traced: Callable[..., Any], arguments: int) -> Callable[..., Any]:
     """``traced`` for the code that a trace runs, in calls with so many arguments."""
 
-    @functools.wraps(asked, updated=())
+    @functools.wraps(asked, _OF_ANY_CALLABLE, updated=())
     def ask(*args: Any, **kwargs: Any) -> Any:
         is_question = len(args) == arguments and not kwargs and recorder_of_thread() is not None
         return (traced if is_question else asked)(*args, **kwargs)
