@@ -67,12 +67,11 @@ class Attributes:
             module = module_at(root, path)
             if module is None or is_named(module):  # gone: told elsewhere
                 continue
-            attributes = module.__dict__
+            group = _holder(module, name)
             if held is None:
-                check.add("{} not in {}", name, attributes)
+                check.add("{} not in {}", name, group)
             else:
-                now = attributes.get(name, NOTHING)
-                held.add_to(check, now, "{}[{}]", attributes, name)
+                held.add_to(check, group.get(name, NOTHING), "{}[{}]", group, name)
 
     def plain(self, root: nn.Module) -> Iterator[tuple[str, str, Any]]:
         """Those that are numbers, flags and texts: the module's path, the name and the value."""
@@ -88,8 +87,7 @@ class Attributes:
             module = module_at(root, path)
             if module is None or is_named(module):
                 return
-            groups = (module.__dict__, module._parameters, module._buffers)
-            group: dict[str, Any] = next((group for group in groups if name in group), {})
+            group = _holder(module, name)
             if kind is None:
                 check.add("type({}[{}]) in {}", group, name, TENSORS)
             else:
@@ -119,8 +117,14 @@ def _pattern(*values: Any) -> tuple[int, ...]:
 
 def attribute(module: nn.Module, name: str) -> Any:
     """What is there under that name: of the module itself, no matter what its class has."""
+    return _holder(module, name).get(name, NOTHING)
+
+
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    """The dictionary of the module that holds the attribute; where none does, that of plain ones.
+    (A parameter, buffer or child that is None is in one of PyTorch's.)"""
     groups = (module.__dict__, *(module.__dict__[group] for group in _IN_GROUPS))
-    return next((group[name] for group in groups if name in group), NOTHING)
+    return next((group for group in groups if name in group), module.__dict__)
 
 
 def names_read(module: nn.Module, name: str) -> Iterable[str]:

@@ -114,6 +114,40 @@ def test_an_attribute_that_is_set_back_costs_no_trace() -> None:
     assert max(plans) == 2
 
 
+class AsksForAbsentOnes(nn.Module):
+    """Asks for a parameter, a buffer and a child that are None, and for an attribute that is not
+    there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.n = nn.Linear(8, 8, bias=False), nn.RMSNorm(8)
+        self.register_buffer("mask", None)
+        self.register_module("gate", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.linear(self.n(x), self.lin.weight, self.lin.bias)
+        h = h if self.mask is None else h * self.mask
+        h = h if self.gate is None else self.gate(h)
+        late = getattr(self, "late", None)
+        return h if late is None else h + late
+
+
+@pytest.mark.parametrize("place", ["lin.bias", "mask", "gate", "late"])
+def test_what_was_absent_is_set_later(place: str) -> None:
+    model = AsksForAbsentOnes()
+    opt = liger_fx.optimize(model, (X,))
+    torch.testing.assert_close(opt(X), model(X))
+    assert len(opt.plans) == 1
+    owner, _, name = place.rpartition(".")
+    value = nn.Tanh() if name == "gate" else torch.full((8,), 2.0)
+    for tree in (opt, model):
+        new = value if name in ("gate", "mask") else nn.Parameter(value.clone())
+        setattr(tree.get_submodule(owner), name, new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        torch.testing.assert_close(opt(X), model(X))
+
+
 def test_a_plan_of_another_day_is_not_saved_and_not_copied(tmp_path: Any) -> None:
     model = tiny_model("llama", layers=1)
     opt = liger_fx.optimize(model)
