@@ -38,12 +38,11 @@ def fingerprint(model: ModelCode, graphs: Iterable[fx.Graph]) -> Fingerprint:
 
 def require(record: Fingerprint) -> Fingerprint:
     """The fingerprint; SaveError where code has no file, so that no change could be noticed."""
-    for name, digest in record.code.items():
-        if not digest:
-            raise SaveError(
-                f"The code of {name} is in no file, so that a later change of it could not be "
-                "noticed: put it into a module."
-            )
+    if nowhere := [name for name, digest in record.code.items() if not digest]:
+        raise SaveError(
+            f"The code of {_few(nowhere)} is in no file, so that a later change of it could not be "
+            "noticed: put it into a module."
+        )
     return record
 
 
