@@ -9,8 +9,9 @@ A graph holds what was found there, so a call looks whether it is there still.
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -150,18 +151,19 @@ class Surroundings:
             if not isinstance(value := place.value(), types.ModuleType):
                 self._held.append((place, Held(value)))
 
-    def stand(self) -> bool:
-        """Whether all of it is as it was."""
+    @functools.cached_property
+    def stand(self) -> Callable[[], bool]:
+        """Tells whether all of it is as it was; one function for all blocks that ask."""
         check = Check()
-        self.add_to(check)
-        return check.compiled()()
-
-    def add_to(self, check: Check) -> None:
-        """Add that all of it is as it was."""
         if self._is_of_the_past:
             check.add("False")
         for place, held in self._held:
             held.add_to(check, place.value(), *_reading(place))
+        return check.compiled()
+
+    def add_to(self, check: Check) -> None:
+        """Add that all of it is as it was."""
+        check.add("{}()", self.stand)
 
     def __deepcopy__(self, memo: Any) -> Surroundings:
         return self

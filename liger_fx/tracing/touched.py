@@ -32,6 +32,7 @@ class Touched:
         self._written: dict[str, set[int]] = {}
         self._objects: dict[int, Any] = {}
         self._seen: set[int] = set()
+        self._found: dict[Reach, list[Any]] = {}  # outside of modules, but for what has no state
 
     def add(self, called: nn.Module) -> None:
         """It was called: what its code, and that of what is inside, may change."""
@@ -45,8 +46,12 @@ class Touched:
 
     def _add_code(self, given: list[Any], reaches: Iterable[Reach]) -> None:
         for reach in reaches:
-            values = [*given, *(place.value() for place in reach.places)]
-            modules, objects = _reached(values, reach.names)
+            found = self._found.get(reach)
+            if found is None:
+                values = (place.value() for place in reach.places)
+                found = [value for value in values if not isinstance(value, _NO_STATE)]
+                self._found[reach] = found
+            modules, objects = _reached([*given, *found], reach.names)
             self._objects.update(objects)
             for name in reach.stored:
                 self._written.setdefault(name, set()).update(map(id, modules))
