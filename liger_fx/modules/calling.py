@@ -7,15 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 _MODULE_CALL, _LINEAR_FORWARD = nn.Module.__call__, nn.Linear.forward
 
 
 def only_runs_forward(module: Any) -> bool:
-    """Whether a call of the module is its class's forward and no more: no hook stands on it.
-
-    (Hooks on all modules are looked for once a call of a graph.)
-    """
+    """Whether a call of the module is its class's forward and no more: no hook stands on it, or on
+    all modules."""
     held = module.__dict__
     return not (
         held["_forward_hooks"]
@@ -25,6 +24,7 @@ def only_runs_forward(module: Any) -> bool:
         or "forward" in held
         or held.get("_compiled_call_impl") is not None
         or type(module).__call__ is not _MODULE_CALL
+        or _has_any_global_hook()
     )
 
 
