@@ -8,7 +8,8 @@ overwrite what belongs to its caller (pytorch/pytorch#193960): gradients are wro
 So what has regions is compiled with no memory handed on; its allocator alone uses memory again.
 
 What draws random numbers is no region, nor are layers with caches, and nothing is one with
-dynamic=True: Dynamo then takes an eps for a number that may change, which no region can be given.
+dynamic=True: Dynamo then takes floats of modules (an adapter's scaling) for numbers that may
+change, which no region can be given.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def can_be_region(plan: Plan, block: Any) -> bool:
 
 
 def _draws(node: fx.Node, memory: Memory) -> bool:
+    """In any mode: one plan may serve both."""
     if node.op == "call_module":
-        return any(isinstance(m, _DropoutNd) and m.training for m in memory.module(node).modules())
-    return draws_random_numbers(node) or bool(node.kwargs.get("dropout_p"))
+        return any(isinstance(m, _DropoutNd) and m.p for m in memory.module(node).modules())
+    return draws_random_numbers(node)
 
 
 def _is_new(node: fx.Node, memory: Memory) -> bool:

@@ -78,11 +78,16 @@ def returns_nothing(name: str) -> bool:
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
-    """Whether dropping the node would shift the random numbers of those after it."""
+    """Whether dropping the node would shift the random numbers of those after it. Of modules that
+    are called it tells nothing."""
+    if any(node.kwargs.get(name) for name in _RATES):
+        return True
     name: Any = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return isinstance(name, str) and name in _RANDOM
 
 
+# What attention drops of its weights, as PyTorch and as transformers call it.
+_RATES = ("dropout_p", "dropout")
 _RANDOM = {
     "dropout", "alpha_dropout", "feature_dropout", "rand", "rand_like", "randn", "randn_like",
     "randint", "randint_like", "randperm", "bernoulli", "multinomial", "normal",

@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from liger_fx.model.regions import can_be_region
 from tests.programs.models import tiny, tiny_inputs
 from tests.programs.support import (
     CHECK,
@@ -353,6 +354,23 @@ def test_alike_layers_are_compiled_once() -> None:
         text = "".join(code)
         made, called = (text.count(f"{w} partitioned_fw_subgraph") for w in ("def", "="))
         assert made == 1 and called >= 4, "one function for the four layers that learn"
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["drops nothing", "drops"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_draws_random_numbers_is_no_region(name: str, drops: bool) -> None:
+    """Neither where attention drops weights nor with dropout modules, whose mode may change."""
+    model = tiny(name)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1 * drops
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1 * drops
+    opt = optimize(model.train())
+    opt(**tiny_inputs(model), use_cache=False)
+    layer = (opt.model.layers if name == "llama" else opt.transformer.h)[0]
+    plan = layer._block.last[-1]
+    assert can_be_region(plan, layer) is not drops
 
 
 class Logits(torch.nn.Module):
