@@ -21,7 +21,6 @@ from liger_fx.kernels.layer_norm import (
     norm_backward_fake,
     norm_forward,
 )
-from liger_fx.kernels.layout import empty_rows_like
 from liger_fx.kernels.library import (
     Compute,
     define_op,
@@ -81,58 +80,25 @@ def _forward(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> Two:
-    if norm.fits(a, b, weight, bias) and a.numel() and a.is_contiguous() and b.is_contiguous():
+    if norm.fits_sum(a, b, weight, bias):
         return norm.forward_of_sum(a, b, weight, bias, eps, offset, out_dtype, centered=True)
     s = torch.add(a, b)
     return norm_forward(s, weight, bias, eps, offset, out_dtype), s
 
 
-def _fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    out_dtype: torch.dtype | None,
-) -> Two:
-    s = torch.add(a, b)
-    return empty_rows_like(s, out_dtype), s
+def _backward(ds: torch.Tensor, *given: Any) -> Three:
+    return norm_backward(*given, more=ds)
 
 
-def _backward(
-    ds: torch.Tensor,
-    dy: torch.Tensor,
-    s: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> Three:
-    return norm_backward(dy, s, weight, bias, eps, offset, weight_grad, bias_grad, ds)
-
-
-def _backward_fake(
-    ds: torch.Tensor,
-    dy: torch.Tensor,
-    s: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> Three:
-    return norm_backward_fake(dy, s, weight, bias, eps, offset, weight_grad, bias_grad)
+def _backward_fake(ds: torch.Tensor, *given: Any) -> Three:
+    return norm_backward_fake(*given)
 
 
 _add_layer_norm = define_op(
     "add_layer_norm(Tensor a, Tensor b, Tensor? weight, Tensor? bias, float eps, float offset,"
     " ScalarType? out_dtype) -> (Tensor, Tensor)",
     Replayed(_forward),
-    _fake,
+    norm.fake_of_sum,
 )
 _add_layer_norm_backward = define_op(
     "add_layer_norm_backward(Tensor ds, Tensor dy, Tensor s, Tensor? weight, Tensor? bias,"

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from liger_fx.kernels import norm
-from liger_fx.kernels.layout import empty_rows_like
 from liger_fx.kernels.library import (
     Compute,
     define_op,
@@ -81,53 +80,25 @@ def _forward(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> Two:
-    if norm.fits(a, b, weight) and a.numel() and a.is_contiguous() and b.is_contiguous():
+    if norm.fits_sum(a, b, weight):
         return norm.forward_of_sum(a, b, weight, None, eps, offset, out_dtype, centered=False)
     s = torch.add(a, b)
     return norm_forward(s, weight, eps, offset, out_dtype), s
 
 
-def _fake(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    out_dtype: torch.dtype | None,
-) -> Two:
-    s = torch.add(a, b)
-    return empty_rows_like(s, out_dtype), s
+def _backward(ds: torch.Tensor, *given: Any) -> Two:
+    return norm_backward(*given, more=ds)
 
 
-def _backward(
-    ds: torch.Tensor,
-    dy: torch.Tensor,
-    s: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    weight_grad: bool,
-) -> Two:
-    return norm_backward(dy, s, weight, eps, offset, weight_grad, ds)
-
-
-def _backward_fake(
-    ds: torch.Tensor,
-    dy: torch.Tensor,
-    s: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    weight_grad: bool,
-) -> Two:
-    return norm_backward_fake(dy, s, weight, eps, offset, weight_grad)
+def _backward_fake(ds: torch.Tensor, *given: Any) -> Two:
+    return norm_backward_fake(*given)
 
 
 _add_rms_norm = define_op(
     "add_rms_norm(Tensor a, Tensor b, Tensor? weight, float eps, float offset,"
     " ScalarType? out_dtype) -> (Tensor, Tensor)",
     Replayed(_forward),
-    _fake,
+    norm.fake_of_sum,
 )
 _add_rms_norm_backward = define_op(
     "add_rms_norm_backward(Tensor ds, Tensor dy, Tensor s, Tensor? weight, float eps,"

@@ -44,7 +44,8 @@ _found = _Found()
 class _Kept:
     """A plan that is compiled, and the check of what Dynamo does not guard by itself."""
 
-    def __init__(self, plan: Plan, block: nn.Module) -> None:
+    def __init__(self, name: str, plan: Plan, block: nn.Module) -> None:
+        self.name = name
         self.plan, self.holds, self.function = plan, _check(plan, block), plan.function
         self.can_be_region = can_be_region(plan, block)
         self.region = torch.compiler.nested_compile_region(plan.function)
@@ -111,21 +112,21 @@ def _find_plan(context: Any) -> None:
         plan = block.plan_for_compiler(arguments)
     _found.name, _found.is_region = None, False
     if plan is not None:
-        _found.name = _keep(plan, block)
-        kept = getattr(block._block.alike.compiled, _found.name)
+        kept = _keep(plan, block)
+        _found.name = kept.name
         _found.is_region = not objects and kept.can_be_region and hand_nothing_on(context)
 
 
-def _keep(plan: Plan, block: Any) -> str:
-    """The name of an attribute of ``alike.compiled`` that holds the plan: Dynamo looks an attribute
-    up when it is asked for; a list it would read, and guard, as a whole."""
-    known = vars(block._block.alike.compiled)
-    for name, kept in known.items():
+def _keep(plan: Plan, block: Any) -> _Kept:
+    """The plan as an attribute of ``alike.compiled``: Dynamo looks an attribute up when it is asked
+    for; a list it would read, and guard, as a whole."""
+    known: dict[str, _Kept] = vars(block._block.alike.compiled)
+    for kept in known.values():
         if kept.plan is plan:
-            return name
+            return kept
     name = f"plan_{len(known)}"
-    known[name] = _Kept(plan, block)
-    return name
+    kept = known[name] = _Kept(name, plan, block)
+    return kept
 
 
 def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:

@@ -378,7 +378,8 @@ def _trace(*args: Any, **kwargs: Any) -> Trace | NeedsPlan:
     try:
         return trace_block(*args, **kwargs)
     except NeedsPlan as needed:
-        return needed.with_traceback(None)  # whose frames hold it, and the caller's cache
+        forget_frames(needed)
+        return needed
 
 
 def _serves(

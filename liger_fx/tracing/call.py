@@ -264,7 +264,6 @@ def _leaves_of(spec: Spec, value: Any) -> Iterator[Any]:
 
 def refuse_tensor_subclasses(arguments: Mapping[str, Any]) -> None:
     """UnsupportedCall for a tensor with a class of its own, such as a DTensor."""
-
     for name, value in arguments.items():
         _refuse_subclass(name, value)
 

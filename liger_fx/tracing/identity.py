@@ -13,7 +13,7 @@ import functools
 from collections.abc import Iterable
 from types import CodeType
 
-from liger_fx.tracing.reach import Reach
+from liger_fx.tracing.reach import Reach, made_by
 
 _BY_NAME = frozenset({"is_", "is_not"})  # of the module operator
 # A class, a dtype, None, a flag: no tensor that another call might give.
@@ -31,8 +31,7 @@ def compares_objects(reaches: Iterable[Reach]) -> bool:
 
 @functools.lru_cache(4096)
 def _compares(code: CodeType) -> bool:
-    inside = (const for const in code.co_consts if isinstance(const, CodeType))
-    if any(map(_compares, inside)):
+    if any(map(_compares, made_by(code))):
         return True
     names: list[str] = []
     for step in dis.get_instructions(code):

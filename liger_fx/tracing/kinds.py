@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.inner_blocks import is_block
 from liger_fx.tracing.numbers import TracedFloat, TracedInt
-from liger_fx.tracing.reach import Reach
+from liger_fx.tracing.reach import Reach, made_by
 from liger_fx.tracing.recorder import recorder_of_thread
 from liger_fx.tracing.stand_ins import origin_of
 
@@ -145,8 +145,7 @@ def kinds_asked(reaches: Iterable[Reach]) -> Iterator[None]:
 
 @functools.lru_cache(4096)
 def _asked_by(code: CodeType) -> frozenset[str]:
-    inner = (const for const in code.co_consts if _isinstance(const, CodeType))
-    return (frozenset(code.co_names) & _shadows.keys()).union(*map(_asked_by, inner))
+    return (frozenset(code.co_names) & _shadows.keys()).union(*map(_asked_by, made_by(code)))
 
 
 # -- what no name can be given another meaning for -------------------------------------------------
@@ -160,8 +159,7 @@ def reads_class(reaches: Iterable[Reach]) -> bool:
 
 @functools.lru_cache(4096)
 def _reads_class(code: CodeType) -> bool:
-    inner = (const for const in code.co_consts if _isinstance(const, CodeType))
-    if any(map(_reads_class, inner)):
+    if any(map(_reads_class, made_by(code))):
         return True
     owner: Any = None
     for step in dis.get_instructions(code):

@@ -227,12 +227,16 @@ def _unbound(value: Any) -> Any:
     return value
 
 
+def made_by(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of the functions that this code makes."""
+    return (const for const in code.co_consts if isinstance(const, types.CodeType))
+
+
 @functools.lru_cache(4096)
 def _names(code: types.CodeType) -> frozenset[str]:
     """All names in the code and in the functions that it makes; strings are names to getattr."""
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
     texts = (const for const in code.co_consts if isinstance(const, str) and const.isidentifier())
-    return frozenset(code.co_names).union(texts, *map(_names, inner))
+    return frozenset(code.co_names).union(texts, *map(_names, made_by(code)))
 
 
 @functools.lru_cache(4096)
@@ -242,8 +246,7 @@ def _stored(code: types.CodeType) -> frozenset[str]:
     own = {str(i.argval) for i in dis.get_instructions(code) if i.opname in _STORES}
     if not _WRITERS.isdisjoint(code.co_names):
         own |= {const for const in code.co_consts if isinstance(const, str)}
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return frozenset(own).union(*map(_stored, inner))
+    return frozenset(own).union(*map(_stored, made_by(code)))
 
 
 _STORES = ("STORE_ATTR", "DELETE_ATTR")

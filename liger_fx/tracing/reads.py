@@ -22,13 +22,12 @@ from liger_fx.tracing.call import PLAIN, TENSORS
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.held import Held
 from liger_fx.tracing.reach import NOTHING, Place, reach_of
-from liger_fx.tracing.tree_state import is_named
+from liger_fx.tracing.tree_state import groups_of, is_named
 from liger_fx.tracing.walk import module_at
 
 Names = Mapping[str, Iterable[str]]  # of attributes that were read, by the path of the module
 # Modes are guarded for themselves; what transformers notes as it installs its own hooks.
 _APART = frozenset(nn.Module().__dict__) | {"_output_capturing_hooks_installed"}
-_IN_GROUPS = ("_parameters", "_buffers", "_modules")
 
 
 class Attributes:
@@ -124,7 +123,7 @@ def attribute(module: nn.Module, name: str) -> Any:
 def _holder(module: nn.Module, name: str) -> dict[str, Any]:
     """The dictionary of the module that holds the attribute; where none does, that of plain ones.
     (A parameter, buffer or child that is None is in one of PyTorch's.)"""
-    groups = (module.__dict__, *(module.__dict__[group] for group in _IN_GROUPS))
+    groups = (module.__dict__, *groups_of(module))
     return next((group for group in groups if name in group), module.__dict__)
 
 

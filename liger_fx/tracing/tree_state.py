@@ -108,10 +108,10 @@ class ModuleFacts(NamedTuple):
 
     def add_to(self, check: Check, module: nn.Module) -> None:
         """Add that it is so still."""
-        counts = [len(group) for group in _groups_of(module)]
+        counts = [len(group) for group in groups_of(module)]
         if self.forward is not None:
             check.add("{}.forward is {}", class_of(module), self.forward)
-        for group, count, names in zip(_groups_of(module), counts, self.names, strict=True):
+        for group, count, names in zip(groups_of(module), counts, self.names, strict=True):
             condition = "len({}) == {} or {}()"
             check.add(condition, group, count, functools.partial(self._holds, module))
             for name, is_none in names.items():
@@ -128,7 +128,8 @@ class ModuleFacts(NamedTuple):
         return all(a.items() <= then.items() for a, then in zip(now, self.names, strict=True))
 
 
-def _groups_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+def groups_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where PyTorch keeps the children, parameters and buffers of a module."""
     return module._modules, module._parameters, module._buffers
 
 
@@ -140,7 +141,7 @@ def is_named(held: Any) -> bool:
 def _names_on(module: nn.Module) -> tuple[dict[str, bool], ...]:
     return tuple(
         {name: held is None for name, held in group.items() if not is_named(held)}
-        for group in _groups_of(module)
+        for group in groups_of(module)
     )
 
 
