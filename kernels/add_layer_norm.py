@@ -7,6 +7,7 @@ As add_rms_norm.py does for an RMSNorm: the norm is that of the sum as it is rou
 and the gradient that the sum has from elsewhere is added in the norm's backward.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ def _forward(
 
 
 def _backward(ds: torch.Tensor, *given: Any) -> Three:
-    return norm_backward(*given, more=ds)
+    backward: Callable[..., Three] = norm_backward
+    return backward(*given, more=ds)
 
 
 def _backward_fake(ds: torch.Tensor, *given: Any) -> Three:

@@ -9,6 +9,7 @@ operations one after the other. With ds and dy the gradients of the two, the sum
     da = db = ds + rms_norm_backward(dy, s, weight)         added in float32, rounded once
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ def _forward(
 
 
 def _backward(ds: torch.Tensor, *given: Any) -> Two:
-    return norm_backward(*given, more=ds)
+    backward: Callable[..., Two] = norm_backward
+    return backward(*given, more=ds)
 
 
 def _backward_fake(ds: torch.Tensor, *given: Any) -> Two:
