@@ -26,6 +26,7 @@ from liger_fx.kernels.replay import Replayed
 from liger_fx.kernels.rms_norm import (
     norm_backward,
     norm_backward_fake,
+    norm_by_pytorch,
     norm_forward,
     rms_norm_backward,
     rms_norm_reference,
@@ -87,6 +88,11 @@ def _forward(
     return norm_forward(s, weight, eps, offset, out_dtype), s
 
 
+def _by_pytorch(a: torch.Tensor, b: torch.Tensor, *given: Any) -> Two:
+    s = torch.add(a, b)
+    return norm_by_pytorch(s, *given), s
+
+
 def _backward(ds: torch.Tensor, *given: Any) -> Two:
     backward: Callable[..., Two] = norm_backward
     return backward(*given, more=ds)
@@ -99,7 +105,7 @@ def _backward_fake(ds: torch.Tensor, *given: Any) -> Two:
 _add_rms_norm = define_op(
     "add_rms_norm(Tensor a, Tensor b, Tensor? weight, float eps, float offset,"
     " ScalarType? out_dtype) -> (Tensor, Tensor)",
-    Replayed(_forward),
+    Replayed(_forward, _by_pytorch),
     norm.fake_of_sum,
 )
 _add_rms_norm_backward = define_op(

@@ -76,6 +76,8 @@ def gated_activation_reference(
 ) -> torch.Tensor:
     """What `gated_activation` computes, in PyTorch's own operations."""
     dtype = compute_dtype(gate, up)
+    if gate.dtype is up.dtype is dtype:
+        return apply_activation(gate, activation) * up
     y = apply_activation(as_wide(gate, dtype), activation) * as_wide(up, dtype)
     return as_wide(y, gate.dtype if gate.dtype is up.dtype else torch.result_type(gate, up))
 
@@ -189,10 +191,14 @@ def gradients_and_product(
 def product_of(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up, without a derivative."""
     if not uses_triton(gate, up):
-        return laid_out(gated_activation_reference(gate, up, activation), gate)
+        return _by_pytorch(gate, up, activation)
     y = _fake(gate, up, activation)
     _launch(_forward_kernel, activation, (gate, up), (y,))
     return y
+
+
+def _by_pytorch(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    return laid_out(gated_activation_reference(gate, up, activation), gate)
 
 
 def _backward(
@@ -243,7 +249,7 @@ def _packed_fake(gate_up: torch.Tensor, activation: str, gate_first: bool) -> to
 
 _gated = define_op(
     "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor",
-    Replayed(product_of),
+    Replayed(product_of, _by_pytorch),
     _fake,
 )
 _gated_backward = define_op(

@@ -70,7 +70,8 @@ class Op:
         self.apply: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not at_once(args):
+        # (Exports and other compilers come with tensors of their own.)
+        if torch.compiler.is_dynamo_compiling() or not at_once(args):
             return self.overload(*args)
         if self.apply is not None and torch.is_grad_enabled() and _asks_gradient(args):
             results = self.apply(*args, self.begin)
@@ -117,7 +118,7 @@ def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
 
 def below_autograd(op: Op, *args: Any) -> Any:
     """Call `op` without recording it."""
-    if not torch.compiler.is_compiling() and at_once(args):
+    if not torch.compiler.is_dynamo_compiling() and at_once(args):
         return op.run(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op.overload(*args)

@@ -201,8 +201,8 @@ def fits(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 def fits_sum(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the kernel that adds a and b first serves these tensors."""
-    dense = a.is_contiguous() and b.is_contiguous()
-    return fits(a, b, *others) and a.numel() > 0 and dense
+    fit = fits(a, b, *others) and a.numel() > 0
+    return fit and a.is_contiguous() and b.is_contiguous()
 
 
 def fake_of_sum(a: torch.Tensor, b: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:

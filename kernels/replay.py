@@ -33,17 +33,22 @@ class Replayed:
     """`run`, of tensors that Triton serves by a replay where that is all it does.
 
     run: takes plain values and tensors, of which the first argument is one; gives one tensor or a
-    tuple of them, all its own.
+    tuple of them, all its own. plain: what gives the same of tensors that are not on a GPU, if
+    `run` would have to find out first that they are not.
     """
 
-    def __init__(self, run: Callable[..., Any]) -> None:
+    def __init__(self, run: Callable[..., Any], plain: Callable[..., Any] | None = None) -> None:
         self.run = run
+        self._plain = plain or run
         self._again: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        first = args[0]
-        if not (INTERPRETED or (first.is_cuda and first.get_device() == _current_device())):
-            return self.run(*args)
+        if not INTERPRETED:
+            first = args[0]
+            if not first.is_cuda:
+                return self._plain(*args)
+            if first.get_device() != _current_device():
+                return self.run(*args)
         kind = _kind(args)
         again = self._again.get(kind)
         if again is not None:

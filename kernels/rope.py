@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
-from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out, with_unit_stride
+from liger_fx.kernels.layout import empty_rows_like, laid_out, with_unit_stride
 from liger_fx.kernels.library import define_op, differentiate
 from liger_fx.kernels.replay import Replayed
 
@@ -261,14 +261,7 @@ def rope_forward(
 ) -> tuple[torch.Tensor, ...]:
     """One or two tensors turned, in x's order of dimensions in memory."""
     if not uses_triton(*tensors, cos, sin):
-        width = cos.shape[-1]
-        whole = tensors[0].shape[-1] == width == tensors[-1].shape[-1]
-        if whole and not any(form[:3]):
-            return _whole_heads_turned(tensors, cos, sin, form.transposed, dtypes)
-        return tuple(
-            laid_out(rope_reference(x, cos, sin, form, dtype), x)
-            for x, dtype in zip(tensors, dtypes, strict=True)
-        )
+        return _by_pytorch(tensors, cos, sin, form, dtypes)
     outs = tuple(_fake(x, cos, dtype) for x, dtype in zip(tensors, dtypes, strict=True))
     batch, _, tokens, _ = outs[0].shape
     if batch * tokens:
@@ -277,28 +270,44 @@ def rope_forward(
     return outs
 
 
-def _whole_heads_turned(
+def _by_pytorch(
     tensors: tuple[torch.Tensor, ...],
     cos: torch.Tensor,
     sin: torch.Tensor,
-    transposed: bool,
+    form: Form,
     dtypes: tuple[torch.dtype | None, ...],
 ) -> tuple[torch.Tensor, ...]:
-    """The common form in PyTorch's own operations: (a, b) * cos + (b, a) * (-sin_a, sin_b); the
-    turn back has (sin_b, -sin_a) there."""
-    dtype = compute_dtype(*tensors, cos, sin)
-    wide_cos = as_wide(cos, dtype).unsqueeze(1)
-    half = cos.shape[-1] // 2
-    sin = sin.roll(half, -1) if transposed else sin
-    signed = sin.to(dtype, copy=True).unsqueeze(1)
-    signed.narrow(-1, half if transposed else 0, half).neg_()
+    """The common form in fewer steps: (a, b) * cos + (b, a) * (-sin_a, sin_b); the turn back has
+    (sin_b, -sin_a) there."""
+    *others, transposed = form
+    width, cos_dtype = cos.shape[-1], cos.dtype
+    if any(others) or not tensors[0].shape[-1] == width == tensors[-1].shape[-1]:
+        return tuple(
+            laid_out(rope_reference(x, cos, sin, form, dtype), x)
+            for x, dtype in zip(tensors, dtypes, strict=True)
+        )
+    dtype, half = compute_dtype(*tensors, cos, sin), width // 2
+    cos, sin = (t if t.dtype is dtype else t.to(dtype) for t in (cos, sin))
+    signed = sin * _signs(half, dtype, sin.device)
+    if transposed:
+        signed = signed.roll(half, -1)
+    if cos.shape[0] > 1:  # else (1, tokens, R) is spread over heads and batch as it is
+        cos, signed = cos.unsqueeze(1), signed.unsqueeze(1)
     outs = []
     for x, out_dtype in zip(tensors, dtypes, strict=True):
-        wide = as_wide(x, dtype)
-        y = (wide * wide_cos).addcmul_(wide.roll(half, -1), signed)
-        y = as_wide(y, out_dtype or torch.promote_types(x.dtype, cos.dtype))
-        outs.append(laid_out(y, x))
+        wide = x if x.dtype is dtype else x.to(dtype)
+        y = (wide * cos).addcmul_(wide.roll(half, -1), signed)
+        out_dtype = out_dtype or torch.promote_types(x.dtype, cos_dtype)
+        outs.append(laid_out(y if dtype is out_dtype else y.to(out_dtype), x))
     return tuple(outs)
+
+
+@lru_cache
+def _signs(half: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """-1 for the first half of a head, 1 for the second. (A product with them is one operation;
+    to negate the first half of a copy takes three.)"""
+    with torch.inference_mode(False):
+        return torch.tensor([-1.0] * half + [1.0] * half, dtype=dtype, device=device)
 
 
 def _launch(
@@ -350,7 +359,8 @@ _rope_pair = define_op(
     f"rope_pair(Tensor q, Tensor k, Tensor cos, Tensor sin, {_FORM}, ScalarType? q_dtype,"
     " ScalarType? k_dtype) -> (Tensor, Tensor)",
     Replayed(
-        lambda q, k, cos, sin, *rest: rope_forward((q, k), cos, sin, Form._make(rest[:4]), rest[4:])
+        lambda q, k, cos, sin, *rest: rope_forward((q, k), cos, sin, Form(*rest[:4]), rest[4:]),
+        lambda q, k, cos, sin, *rest: _by_pytorch((q, k), cos, sin, Form(*rest[:4]), rest[4:]),
     ),
     lambda q, k, cos, sin, *rest: (_fake(q, cos, rest[4]), _fake(k, cos, rest[5])),
 )

@@ -10,6 +10,7 @@ Its class derives from GraphModule and from the module's own class, so ``isinsta
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 import weakref
@@ -39,18 +40,32 @@ from liger_fx.tracing.call import (
     refuse_tensor_subclasses,
 )
 from liger_fx.tracing.check import Check
-from liger_fx.tracing.guards import Take
 from liger_fx.tracing.inner_blocks import collected, collects_inside, examples_of
 from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.patches import is_tracing
 from liger_fx.tracing.tree_state import GLOBAL_HOOKS
 from liger_fx.tracing.walk import module_at
 
-Ready = tuple[Take, Callable[[], bool], Callable[..., Any], Plan]
-
 
 class _NoGraph(Exception):
     """No graph can serve a call; its text says why."""
+
+
+class _Ready:
+    """A plan with the check of one block: whether it, and this thread's modes, are as the plan
+    assumes."""
+
+    __slots__ = ("holds", "plan", "run", "take")
+    holds: Callable[[], bool]
+
+    def __init__(self, plan: Plan, block: nn.Module) -> None:
+        self.plan, self.take, self.run = plan, plan.take, plan.run
+        self.holds = functools.partial(self._first, weakref.ref(block))
+
+    def _first(self, block: weakref.ref[nn.Module]) -> bool:
+        """Checks take longer to make than to ask, and not all are asked."""
+        self.holds = _compiled_check(self.plan, block())
+        return self.holds()
 
 
 class BlockState:
@@ -66,41 +81,32 @@ class BlockState:
 
     def __init__(self, path: str, planner: Planner, alike: Alike) -> None:
         self.path, self.planner, self.alike = path, planner, alike
-        self.states: list[Ready] = []
-        self.last: Ready | None = None
+        self.states: list[_Ready] = []
+        self.last: _Ready | None = None
         self.failed: list[tuple[Any, Exception]] = []
         self.own_graph: tuple[Plan, fx.Graph] | None = None
         self.meta: dict[str, Any] = {}
         self.decoding: Decoding | None = None
 
-    def ready(self, block: Block) -> list[Ready]:
-        """Each plan as its check of arguments, its check of the block, and its function."""
+    def ready(self, block: Block) -> list[_Ready]:
+        """Each plan, with the block's own check."""
         for plan in self.alike.plans[len(self.states) :]:
-            self.states.append((plan.take, _check(plan, block), plan.run, plan))
+            self.states.append(_Ready(plan, block))
         return self.states
+
+    def start_anew(self) -> None:
+        """Forget the checks: the block changed, or whom it is like."""
+        self.states, self.last = [], None
 
     def holds(self, plan: Plan, block: Block) -> bool:
         """Whether the block and this thread's modes are as this plan of it assumes."""
-        return next(holds for _, holds, _, own in self.ready(block) if own is plan)()
+        return next(ready for ready in self.ready(block) if ready.plan is plan).holds()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "planner": self.planner, "alike": self.alike}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-
-def _check(plan: Plan, block: nn.Module) -> Callable[[], bool]:
-    owner = weakref.ref(block)
-    compiled: Callable[[], bool] | None = None
-
-    def holds() -> bool:
-        nonlocal compiled
-        if compiled is None:
-            compiled = _compiled_check(plan, owner())
-        return compiled()
-
-    return holds
 
 
 def _compiled_check(plan: Plan, block: Any) -> Callable[[], bool]:
@@ -219,22 +225,22 @@ class Block(fx.GraphModule):
         if keys and collects_inside(self, keys):
             reason = f"{', '.join(keys)} of modules inside it are collected"
             return self._run_original(reason, args, kwargs)
-        if self._is_recomputed() and collects_inside(self, None):
+        checkpointed = self.__dict__.get("gradient_checkpointing", False)
+        # A checkpoint runs it now, and again for its backward.
+        recomputed = checkpointed and self.training and torch.is_grad_enabled()
+        if recomputed and collects_inside(self, None):
             reason = "it is checkpointed, and what is collected in it is so in its first run alone"
             return self._run_original(reason, args, kwargs)
-        ready, last = state.ready(self), state.last
         # What served before most often serves again.
-        for entry in (last, *ready) if last in ready else ready:
-            take, holds, run, _ = entry
-            if (inputs := take(self, arguments)) is not None and holds():
-                state.last = entry
-                return run(self, inputs)
+        last = state.last if len(state.states) == len(state.alike.plans) else None
+        inputs = None if last is None else last.take(self, arguments)
+        if last is not None and inputs is not None and last.holds():
+            return last.run(self, inputs)
+        for ready in state.ready(self):
+            if (inputs := ready.take(self, arguments)) is not None and ready.holds():
+                state.last = ready
+                return ready.run(self, inputs)
         return self._first_call(arguments, args, kwargs)
-
-    def _is_recomputed(self) -> bool:
-        """Whether a checkpoint runs the block now, and again for its backward."""
-        checkpointed = self.__dict__.get("gradient_checkpointing", False)
-        return checkpointed and self.training and torch.is_grad_enabled()
 
     def plan_for_compiler(self, arguments: dict[str, Any]) -> Plan | None:
         """The plan that serves a call with fake tensors for its own; made if there is none, None if
@@ -271,7 +277,7 @@ class Block(fx.GraphModule):
             if known is not None:
                 raise _NoGraph(known)
             state.planner.regroup(self)
-            state.states.clear()
+            state.start_anew()
             plan = self.serving(arguments)
             if plan is not None:
                 return plan
@@ -288,9 +294,9 @@ class Block(fx.GraphModule):
     def serving(self, arguments: dict[str, Any]) -> Plan | None:
         """The plan that serves a call with these named arguments in this thread's modes, if one
         does."""
-        for take, holds, _, plan in self._block.ready(self):
-            if take(self, arguments) is not None and holds():
-                return plan
+        for ready in self._block.ready(self):
+            if ready.take(self, arguments) is not None and ready.holds():
+                return ready.plan
         return None
 
     def _run_original(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

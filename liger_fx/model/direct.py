@@ -3,6 +3,7 @@
     q = self.self_attn.q_proj(x)
  ->
     q = call(self._modules['self_attn']._modules['q_proj'], x)
+    index = self._modules['self_attn'].layer_idx
 
 ``self.mlp`` asks a Python function of PyTorch for each step of a path, and a call of a module goes
 through two more; a layer of twelve modules spends a tenth of a small step there.
@@ -23,9 +24,9 @@ from liger_fx.modules.calling import call
 
 def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a Python function of the block and the inputs in order; KeyError where a module
-    is gone. Tracebacks show its lines as long as it is there."""
+    is gone. Not under a profiler. Tracebacks show its lines as long as it is there."""
     code = graph.python_code(root_module="self")
-    calls: dict[str, tuple[str, str]] = {}
+    instead: dict[str, tuple[str, str]] = {}
     for node in graph.find_nodes(op="call_module"):
         path = str(node.target)
         shown = fx.graph._format_target("self", path)
@@ -33,10 +34,15 @@ def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
         # A block is a module for hooks, checkpointing, FSDP2: it is called as such.
         comma = ", " if node.args or node.kwargs else ""
         new = f"self{steps}(" if "plan" in node.meta else f"call(self{steps}{comma}"
-        calls[node.name] = f" = {shown}(", f" = {new}"
+        instead[node.name] = f" = {shown}(", f" = {new}"
+    for node in graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        steps = "".join(f"._modules[{step!r}]" for step in path.split(".") if step)
+        shown = fx.graph._format_target("self", str(node.target))
+        instead[node.name] = f" = {shown}", " = " + fx.graph._format_target(f"self{steps}", name)
     lines = code.src.splitlines(keepends=True)
     for i, line in enumerate(lines):
-        if found := calls.get(line.partition(" = ")[0].strip()):
+        if found := instead.get(line.partition(" = ")[0].strip()):
             lines[i] = line.replace(*found, 1)
     source = "".join(lines)
     name = f"<graph {next(_numbers)} of liger_fx>"

@@ -219,10 +219,12 @@ class Plan:
         UsageError where modules that the graph names are no longer there.
         """
         try:
+            # A profiler takes the modules' names from calls of them.
+            function = self.function if torch.autograd._profiler_enabled() else self.direct
             if not self.has_regions:
-                return self.direct(block, *inputs)
+                return function(block, *inputs)
             with _modes_restored(self.guards.autocast):
-                return self.direct(block, *inputs)
+                return function(block, *inputs)
         except (AttributeError, KeyError) as error:
             missing = self._missing_path(block)
             if missing is None:

@@ -114,7 +114,7 @@ class Planner:
                 found = self._new_group(alike, key, [i for _, k, i in described if k == key])
             found.add(member)
             member._block.alike = found
-            member._block.states.clear()
+            member._block.start_anew()
 
     def _new_group(self, old: Alike, key: Hashable, ints: list[dict[str, int]]) -> Alike:
         """For blocks of that key and these ints, who were alike to others."""
@@ -142,10 +142,10 @@ class Planner:
         own.add(block)
         self._alike.append(own)
         block._block.alike = own
-        block._block.states.clear()
+        block._block.start_anew()
         for other in self._alike:  # graphs that call it go on to
             for around in other.members:
-                around._block.states.clear()
+                around._block.start_anew()
                 there = modules_by_path(around)
                 for plan in other.plans:
                     at = [p for p in plan.called if there.get(p) is block]
@@ -168,7 +168,7 @@ class Planner:
                 self._alike.append(found)
             found.add(member)
             member._block.alike = found
-            member._block.states.clear()
+            member._block.start_anew()
 
     # -- plans ------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class Planner:
         alike.key, ints = self._key(block._block.path, block)
         alike.ints = alike.shared(ints)
         for member in alike.members:  # earlier plans look at what is there now
-            member._block.states.clear()
+            member._block.start_anew()
 
     def _rewritten(self, block: Any, trace: Trace) -> Plan:
         """NotNow where named modules would have to be made around parameters that are stand-ins:
@@ -346,7 +346,7 @@ class Planner:
                 del alike.plans[place]
                 alike.plans[number] = plan
                 for member in alike.members:
-                    member._block.states.clear()
+                    member._block.start_anew()
             return plan if plan.take(block, arguments) is not None else None
         return None
 

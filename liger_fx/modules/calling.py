@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _has_any_global_hook,
+)
 
 _MODULE_CALL, _LINEAR_FORWARD = nn.Module.__call__, nn.Linear.forward
+
+
+def caller() -> Callable[..., Any]:
+    """What a module calls its children by: `call`; where Dynamo follows it, or a profiler takes the
+    modules' names from it, a plain call."""
+    plainly = torch.compiler.is_dynamo_compiling() or torch.autograd._profiler_enabled()
+    return _plain_call if plainly else call
+
+
+def _plain_call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
+
+
+def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``module(...)`` gives, its hooks included; of a plain linear layer, by its operator.
+
+    Where Dynamo follows the call, or under a profiler, that of `caller` is wanted.
+    """
+    held, kind = module.__dict__, type(module)
+    if (  # as in `only_runs_forward`: one call less, ten times a layer
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+        or held.get("_compiled_call_impl") is not None
+        or kind.__call__ is not _MODULE_CALL
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    ):
+        return module(*args, **kwargs)
+    if kind is nn.Linear and kind.forward is _LINEAR_FORWARD and len(args) == 1 and not kwargs:
+        parameters = held["_parameters"]
+        weight = parameters.get("weight")
+        if weight is not None and "bias" in parameters:
+            return F.linear(args[0], weight, parameters["bias"])
+    return module.forward(*args, **kwargs)
 
 
 def only_runs_forward(module: Any) -> bool:
@@ -26,21 +72,3 @@ def only_runs_forward(module: Any) -> bool:
         or type(module).__call__ is not _MODULE_CALL
         or _has_any_global_hook()
     )
-
-
-def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``module(...)`` gives, its hooks included; of a plain linear layer, by its operator.
-
-    (Under a profiler modules are called as ever, because it takes their names from there.)
-    """
-    if torch.compiler.is_dynamo_compiling() or torch.autograd._profiler_enabled():
-        return module(*args, **kwargs)
-    if not only_runs_forward(module):
-        return module(*args, **kwargs)
-    held, kind = module.__dict__, type(module)
-    if kind is nn.Linear and kind.forward is _LINEAR_FORWARD and len(args) == 1 and not kwargs:
-        parameters = held["_parameters"]
-        weight = parameters.get("weight")
-        if weight is not None and "bias" in parameters:
-            return F.linear(args[0], weight, parameters["bias"])
-    return module.forward(*args, **kwargs)

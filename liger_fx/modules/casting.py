@@ -26,7 +26,7 @@ def result_dtype(cast: Cast, x: torch.Tensor, *factors: torch.Tensor | None) -> 
     dtype = x.dtype
     if cast == "promote":
         for factor in factors:
-            if factor is not None:
+            if factor is not None and factor.dtype is not dtype:
                 dtype = torch.promote_types(dtype, factor.dtype)
     elif cast == "autocast" and dtype is not torch.float64:
         kind = x.device.type

@@ -15,7 +15,7 @@ from torch import nn
 
 from liger_fx.kernels.activation import activation as apply_activation
 from liger_fx.kernels.activation import check_activation
-from liger_fx.modules.calling import call
+from liger_fx.modules.calling import caller
 from liger_fx.modules.linears import adopt, sizes
 from liger_fx.modules.origin import NamedModule
 
@@ -41,6 +41,7 @@ class LigerMLP(NamedModule):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., hidden). Returns (..., hidden), in what dtype fc2 makes of it."""
+        call = caller()
         inner = apply_activation(call(self._child("fc1"), hidden_states), self.activation)
         return call(self._child("fc2"), inner)
 

@@ -35,6 +35,8 @@ class LigerRMSNorm(NamedModule):
 
     eps = constant("_eps")
     offset = constant("_offset")
+    _eps: str | None
+    _offset: str
 
     def __init__(
         self,
@@ -67,8 +69,10 @@ class LigerRMSNorm(NamedModule):
         """What a norm of x takes besides: weight, eps, offset and the result's dtype."""
         if weight is None:
             weight = self._parameters[self.weight_name]
-        eps = torch.finfo(compute_dtype(x)).eps if self.eps is None else self.eps
-        return weight, eps, self.offset, result_dtype(self.cast, x, weight)
+        # The texts behind the properties, whose calls take longer than their numbers.
+        eps = torch.finfo(compute_dtype(x)).eps if self._eps is None else float(self._eps)
+        dtype = x.dtype if self.cast == "input" else result_dtype(self.cast, x, weight)
+        return weight, eps, float(self._offset), dtype
 
     def options(self) -> dict[str, Any]:
         """The plain arguments that make such a module again, its weight aside."""

@@ -32,8 +32,8 @@ def attends_in_groups(
     """Whether PyTorch's attention is asked on a GPU for one position of grouped heads, with a mask
     that all of them share. (Where there is no mask transformers repeats none.)"""
     return (
-        not torch.compiler.is_compiling()
-        and isinstance(mask, torch.Tensor)
+        isinstance(mask, torch.Tensor)
+        and not torch.compiler.is_compiling()
         and query.is_cuda
         and query.shape[2] == 1
         and query.shape[1] > key.shape[1]
@@ -77,7 +77,7 @@ def _leaves_room(groups: int, device: torch.device) -> bool:
 def static_layer(cache: Any, key: torch.Tensor, place: int) -> StaticLayer | None:
     """The layer of a static cache that is there and takes one position of ``key`` (batch, kv_heads,
     1, head_dim); None if the cache's own code must see to it."""
-    if torch.compiler.is_compiling() or type(cache) is not StaticCache or cache.offloading:
+    if type(cache) is not StaticCache or cache.offloading or torch.compiler.is_compiling():
         return None
     layer = cache.layers[place]
     if type(layer) is not StaticLayer or not layer.is_initialized or key.shape[2] != 1:
