@@ -55,16 +55,17 @@ class _Ready:
     """A plan with the check of one block: whether it, and this thread's modes, are as the plan
     assumes."""
 
-    __slots__ = ("holds", "plan", "run", "take")
+    __slots__ = ("holds", "is_made", "plan", "run", "take")
     holds: Callable[[], bool]
 
     def __init__(self, plan: Plan, block: nn.Module) -> None:
         self.plan, self.take, self.run = plan, plan.take, plan.run
         self.holds = functools.partial(self._first, weakref.ref(block))
+        self.is_made = False
 
     def _first(self, block: weakref.ref[nn.Module]) -> bool:
         """Checks take longer to make than to ask, and not all are asked."""
-        self.holds = _compiled_check(self.plan, block())
+        self.holds, self.is_made = _compiled_check(self.plan, block()), True
         return self.holds()
 
 
@@ -142,7 +143,13 @@ class Block(fx.GraphModule):
     def plans(self) -> list[Plan]:
         """A graph for each kind of call met so far; alike blocks share them."""
         plans = self._block.alike.plans
-        return [p for p in plans if p.guards.holds_for_attributes(self) and p.stands(self)]
+        return [p for p in plans if p.guards.holds_for_attributes(self) and self.has(p)]
+
+    def has(self, plan: Plan) -> bool:
+        """Whether the plan is one of the block as it is."""
+        # A check that was made tells it at once, of a plan without others inside.
+        made = [one for one in self._block.states if one.plan is plan and one.is_made]
+        return (bool(made) and not plan.inner and made[0].holds()) or plan.stands(self)
 
     @property
     def graph(self) -> fx.Graph:

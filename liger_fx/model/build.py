@@ -13,20 +13,20 @@ from liger_fx.model.alike import Alike
 from liger_fx.model.block import Block, BlockState, bare_block
 from liger_fx.model.planner import Planner
 from liger_fx.model.tree import bare_module, copy_tree
-from liger_fx.tracing.walk import modules_by_path
+from liger_fx.tracing.walk import module_at, modules_by_path
 
 
 def build(model: nn.Module, paths: Iterable[str], planner: Planner) -> Block:
     """A second tree around the weights of ``model``, in which the modules at ``paths`` are blocks
     that ``planner`` makes plans for."""
-    chosen = {model.get_submodule(path): path for path in paths}
+    chosen = {module_at(model, path): path for path in paths}
 
     def bare(module: nn.Module) -> nn.Module:
         made: nn.Module = bare_block(type(module)) if module in chosen else bare_module(module)
         return made
 
     root: Block = copy_tree(model, bare)
-    blocks = {path: root.get_submodule(path) for path in chosen.values()}
+    blocks = {path: module_at(root, path) for path in chosen.values()}
     for path, block in blocks.items():
         block.__dict__["_block"] = BlockState(path, planner, Alike(path, ()))
     planner.group(blocks)

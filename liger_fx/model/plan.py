@@ -112,7 +112,7 @@ class Plan:
         theirs."""
         if len(block._block.alike.members) == 1:
             paths = [path for path, _ in self.inner]
-            self.called = {path: block.get_submodule(path)._block.alike for path in paths}
+            self.called = {path: module_at(block, path)._block.alike for path in paths}
 
     def stands(self, block: Any) -> bool:
         """Whether its code would find in Python what it found, and the blocks that the graph calls
@@ -271,10 +271,10 @@ def _modules_at(root: nn.Module, paths: Iterable[str]) -> Modules:
     return {path: module for path, module in found if module is not None}
 
 
-def _serves_in(block: nn.Module, number: int) -> bool:
+def _serves_in(block: Any, number: int) -> bool:
     """Whether the plan of that number is one of the block as it is."""
     alike = _alike_of(block)
-    return alike is not None and bool(alike.plans[number].stands(block))
+    return alike is not None and bool(block.has(alike.plans[number]))
 
 
 def _alike_of(module: Any) -> Any:

@@ -39,7 +39,7 @@ from liger_fx.tracing.numbers import AsksNumber, another, plain
 from liger_fx.tracing.retry import trace_block
 from liger_fx.tracing.trace import Result, Trace
 from liger_fx.tracing.tracer import Plans
-from liger_fx.tracing.walk import modules_by_path
+from liger_fx.tracing.walk import module_at, modules_by_path
 
 # Each kind of call costs a trace and a graph; a block called in more ways than this has a
 # plain argument that changes at every call.
@@ -398,5 +398,5 @@ def _serves(
 def int_at(block: nn.Module, path: str) -> int:
     """The int that a module of the block holds."""
     owner, _, name = path.rpartition(".")
-    value: int = vars(block.get_submodule(owner))[name]
+    value: int = vars(module_at(block, owner))[name]
     return value

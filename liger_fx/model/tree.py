@@ -19,9 +19,11 @@ from typing import Any
 
 from torch import nn
 
+from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.tree_state import class_of
 from liger_fx.tracing.walk import modules_by_path
 
+_PLAIN = frozenset(PLAIN)
 _PLAIN_DICTS = (dict, OrderedDict)  # copy.copy takes many times as long
 Bare = Callable[[nn.Module], nn.Module]
 
@@ -55,8 +57,12 @@ def copy_tree(
     for module, twin in copies.items():
         attributes = twin.__dict__
         for name, value in module.__dict__.items():
-            if type(value) in _PLAIN_DICTS and not value:  # most are: the hooks
-                attributes[name] = known.setdefault(id(value), type(value)())
+            kind = type(value)
+            if kind in _PLAIN_DICTS and not value:  # most are: the hooks
+                attributes[name] = known.setdefault(id(value), kind())
+                continue
+            if kind in _PLAIN:
+                attributes[name] = value
                 continue
             if name == "_block":  # what a block is besides its module is not copied
                 continue

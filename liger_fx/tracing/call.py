@@ -12,7 +12,9 @@ values and opaque Python objects such as caches.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,14 +123,18 @@ class CallSpec:
         """Each argument by name, in words."""
         return {name: str(spec) for name, spec in self.arguments.items()}
 
-    def leaves(self) -> Iterator[tuple[str, Spec]]:
+    def leaves(self) -> tuple[tuple[str, Spec], ...]:
         """The inputs of the graph by the names of its placeholders, in the order of the
         arguments."""
-        taken = set(self.arguments)
-        for name, spec in self.arguments.items():
-            yield from _leaves(name, spec, taken)
+        return self._flat
 
-    @property
+    @functools.cached_property
+    def _flat(self) -> tuple[tuple[str, Spec], ...]:
+        taken = set(self.arguments)
+        found = (_leaves(name, spec, taken) for name, spec in self.arguments.items())
+        return tuple(itertools.chain.from_iterable(found))
+
+    @functools.cached_property
     def tensors(self) -> dict[str, InputSpec]:
         """The tensors among the inputs, by the names of the placeholders."""
         return {name: spec for name, spec in self.leaves() if isinstance(spec, InputSpec)}

@@ -12,6 +12,7 @@ import functools
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,6 +131,9 @@ def _is_state(cls: type) -> bool:
 
 def is_same(then: Any, now: Any) -> bool:
     """Whether an object holds the very objects that it held: what ``read`` gave, and gives."""
+    if isinstance(then, dict):
+        ordered = len(then) == len(now) and (all(map(is_, then, now)) or list(then) == list(now))
+        return ordered and all(map(is_, then.values(), now.values()))
     if isinstance(then, np.ndarray):
         return bool(
             then.dtype == now.dtype and np.array_equal(then, now, equal_nan=_may_be_nan(then))
@@ -140,11 +144,7 @@ def is_same(then: Any, now: Any) -> bool:
         return False
     if isinstance(then, set):
         return {id(item) for item in then} == {id(item) for item in now}
-    if isinstance(then, dict):
-        if list(then) != list(now):
-            return False
-        then, now = then.values(), now.values()
-    return list(map(id, then)) == list(map(id, now))
+    return all(map(is_, then, now))
 
 
 def _may_be_nan(array: Any) -> bool:

@@ -66,7 +66,7 @@ class NeedsInside(BaseException):
 
 def is_block(module: nn.Module) -> bool:
     """Whether the module is a block with graphs of its own."""
-    return isinstance(module, fx.GraphModule) and hasattr(module, "block_class")
+    return isinstance(module, fx.GraphModule) and hasattr(type(module), "block_class")
 
 
 class InnerNames(Namer):
@@ -229,6 +229,8 @@ class Results:
     def _size(self, expr: Any) -> Any:
         if isinstance(expr, int) or expr.is_number:
             return int(expr)
+        if expr.is_Symbol:
+            return self._symbol(expr)
         known = {symbol: self._symbol(symbol) for symbol in expr.free_symbols}
         return sympy_interp(SizeArithmetic, known, expr)
 

@@ -104,7 +104,17 @@ def _in_cell(cell: types.CellType) -> Any:
 
 def reach_of(module: nn.Module) -> Iterator[Reach]:
     """What the code of a module can touch: its class's forward, functions among its attributes."""
-    yield _of_code(type(module))
+    yield reach_of_class(type(module))
+    yield from reach_of_attributes(module)
+
+
+def reach_of_class(cls: type[nn.Module]) -> Reach:
+    """What the forward of a class of modules can touch."""
+    return _of_code(cls)
+
+
+def reach_of_attributes(module: nn.Module) -> Iterator[Reach]:
+    """What the functions among the attributes of a module can touch."""
     for value in module.__dict__.values():
         if type(value) in _FUNCTIONS:
             yield _of_code(value)

@@ -19,6 +19,7 @@ from liger_fx.tracing.walk import modules_by_path
 _alone = threading.RLock()
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 _PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
+_OF_MODULES = frozenset(("_modules", "_parameters", "_buffers"))
 
 
 @contextlib.contextmanager
@@ -74,10 +75,15 @@ class Snapshot:
         for module in modules:
             attributes = module.__dict__
             self._seen[id(attributes)] = (attributes, MAPPING, dict(attributes))
-            for value in attributes.values():
-                if type(value) in _CONTAINERS and not value:  # most are: the hooks
+            for name, value in attributes.items():
+                kind = type(value)
+                if kind in _PLAIN:
+                    continue
+                if kind in _CONTAINERS and not value:  # most are: the hooks
                     self._empty.append(value)
-                elif type(value) not in _PLAIN:
+                elif name in _OF_MODULES and kind is dict:  # what is in these has its own place
+                    self._seen[id(value)] = (value, MAPPING, value.copy())
+                else:
                     self.take(value)
         self._were_empty = set(map(id, self._empty))
         self.changed: set[int] = set()
@@ -113,7 +119,7 @@ class Snapshot:
         """Find the containers that hold other objects than they held: ``changed``, by id."""
         self.changed = {id(container) for container in filter(None, self._empty)}
         for place, (container, kind, held) in self._seen.items():
-            if not is_same(held, kind.read(container)):
+            if not _holds_the_same(container, kind, held):
                 self.changed.add(place)
 
     def changes_below(self, value: Any) -> Iterator[tuple[Any, Any]]:
@@ -136,5 +142,9 @@ class Snapshot:
         for container in filter(None, self._empty):
             container.clear()
         for container, kind, held in self._seen.values():
-            if not is_same(held, kind.read(container)):
+            if not _holds_the_same(container, kind, held):
                 kind.write(container, held)
+
+
+def _holds_the_same(container: Any, kind: Kind, held: Any) -> bool:
+    return is_same(held, container if kind is MAPPING else kind.read(container))

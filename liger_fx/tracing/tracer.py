@@ -310,7 +310,7 @@ class HFTracer(fx.Tracer, Recording):
         return {p for p, m in followed.items() if m.training is not mode and asks_mode(m)}
 
     def _placeholders(self, call: CallSpec, examples: Mapping[str, Any]) -> dict[str, Any]:
-        inputs, made = call.leaves(), list[tuple[Any, fx.Node]]()
+        inputs, made = iter(call.leaves()), list[tuple[Any, fx.Node]]()
 
         def make(spec: Spec) -> Any:
             name, _ = next(inputs)
@@ -507,7 +507,7 @@ class HFTracer(fx.Tracer, Recording):
                 kept += recorder.questions[before:]
                 recorder.decisive += kept
             changed_by_call(values)
-            self._touched.add(block)
+            self._touched.add(block, like=result)
             made = self._with_objects(recorder.bind(made, node), node)
         _let_collect(block, args, made)
         return made

@@ -130,12 +130,21 @@ class ModuleFacts(NamedTuple):
 
 def groups_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """Where PyTorch keeps the children, parameters and buffers of a module."""
-    return module._modules, module._parameters, module._buffers
+    held = module.__dict__
+    return held["_modules"], held["_parameters"], held["_buffers"]
 
 
 def is_named(held: Any) -> bool:
     """Whether it is a named module, which stands for another and answers for it."""
-    return any(c.__module__.startswith("liger_fx.modules") for c in type(held).__mro__)
+    kind = type(held)
+    found = _NAMED.get(kind)
+    if found is None:
+        found = any(c.__module__.startswith("liger_fx.modules") for c in kind.__mro__)
+        _NAMED[kind] = found
+    return found
+
+
+_NAMED: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 def _names_on(module: nn.Module) -> tuple[dict[str, bool], ...]:
@@ -205,12 +214,13 @@ def _add_called(check: Check, root: nn.Module, classes: Mapping[str, type]) -> N
     """Add that what the graph calls is what it was, or one of the same class in its place. (What is
     gone the graph names itself, as it runs.)"""
     for path, then in classes.items():
-        if (module := module_at(root, path)) is None:
+        group, name = _group_of(root, path, "_modules")
+        if (module := group.get(name)) is None:
             continue
         now = class_of(module)
         if not (issubclass(now, then) if is_named(module) else now is then):
             check.add("False")
-        check.add("{}[{}] is {}", *_group_of(root, path, "_modules"), module)
+        check.add("{}[{}] is {}", group, name, module)
         if is_named(module):  # which may become again what it replaced
             check.add("{}.__class__ is {}", module, type(module))
 
@@ -232,7 +242,7 @@ def _add_tensors(check: Check, root: nn.Module, asked: TensorFacts) -> None:
 def _group_of_tensor(root: nn.Module, path: str) -> tuple[dict[str, Any], str]:
     """The dictionary that holds the parameter, buffer or plain tensor at ``path``."""
     owner, _, name = path.rpartition(".")
-    module = root.get_submodule(owner)
+    module = module_at(root, owner)
     groups = (module._parameters, module._buffers, module.__dict__)
     return next((group for group in groups if name in group), {}), name
 
@@ -319,7 +329,7 @@ def _is_identifier(step: str | int) -> bool:
 
 def class_of(module: Any) -> Any:
     """The module's class; of a block, the class of the module that it was made from."""
-    return getattr(module, "block_class", type(module))
+    return getattr(type(module), "block_class", type(module))
 
 
 def telling_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
@@ -392,28 +402,31 @@ def configs_of(modules: Modules) -> dict[Place, Any]:
     return found
 
 
+_MAY_HOLD_CONFIGS = (PreTrainedConfig, dict, list, tuple)
+
+
 def _configs_in(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
     if isinstance(value, PreTrainedConfig):
         yield place, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _configs_in(item, (*place, key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _configs_in(item, (*place, i))
+    elif isinstance(value, (dict, list, tuple)):
+        items: Any = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            if isinstance(item, _MAY_HOLD_CONFIGS):
+                yield from _configs_in(item, (*place, key))
 
 
 def _holds_config(value: Any) -> bool:
-    return any(True for _ in _configs_in(value, ()))
+    return isinstance(value, _MAY_HOLD_CONFIGS) and any(True for _ in _configs_in(value, ()))
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """What runs before and after a module's forward and backward, by kind of hook."""
+    held = module.__dict__
     return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+        held["_forward_hooks"],
+        held["_forward_pre_hooks"],
+        held["_backward_hooks"],
+        held["_backward_pre_hooks"],
     )
 
 
