@@ -29,6 +29,7 @@ def test_it_times_both_on_the_same_work(capsys: Captured) -> None:
     assert "torch 2" in out and "==> liger_fx: 3 + 3 steps" in err
 
 
+@pytest.mark.slow
 def test_a_model_without_a_loss(tmp_path: Path, capsys: Captured) -> None:
     tiny_model("llama", layers=1).model.save_pretrained(tmp_path)
     assert cli.main(["bench", str(tmp_path), *SMALL]) == 2

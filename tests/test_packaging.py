@@ -96,11 +96,13 @@ def test_regular(python: Path, source: Path) -> None:
     check(python, python.parent.parent)
 
 
+@pytest.mark.slow
 def test_editable(python: Path, source: Path) -> None:
     install(python, "--editable", source)
     check(python, source)
 
 
+@pytest.mark.slow
 def test_wheel_from_sdist(python: Path, source: Path, tmp_path: Path) -> None:
     build = "from setuptools.build_meta import build_sdist; print(build_sdist('..'))"
     run(sys.executable, "-c", build, cwd=source)

@@ -14,6 +14,7 @@ from liger_fx.errors import SaveError, UsageError
 from tests.storage import custom
 from tests.storage.files import contents, run_python
 from tests.support.families import build, make_inputs
+from tests.support.marks import slow_but
 from tests.tracing.custom import ReadsLength
 
 SIZES = ((3, 11), (1, 7), (2, 1), (1, 1), (4, 40), (2, 130))
@@ -41,7 +42,7 @@ def operators(program: torch.export.ExportedProgram) -> list[str]:
     return [str(n.target) for n in program.graph.nodes if "liger_fx." in str(n.target)]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "mixtral"])
+@pytest.mark.parametrize("name", slow_but(("llama",), ("llama", "gemma2", "phi3", "mixtral")))
 def test_a_fresh_process_computes_the_same_bits_at_any_size(name: str, tmp_path: Path) -> None:
     opt = liger_fx.optimize(build(name))
     program = liger_fx.export(opt, tmp_path / "model.pt2")

@@ -17,6 +17,7 @@ from liger_fx.source.statements import Statements
 from tests.storage import custom
 from tests.storage.files import contents, run_python
 from tests.support.families import FAMILIES, build, make_inputs
+from tests.support.marks import slow_but
 from tests.tracing.custom import AutocastRegion, InPlace, NoGradRegion
 
 RUN = """
@@ -53,7 +54,7 @@ def refused(model, inputs, change):
 """
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("name", slow_but(("llama",), ("llama", "qwen2", "gemma3_text")))
 def test_a_fresh_process_computes_the_same_bits_without_the_tracer(
     name: str, tmp_path: Path
 ) -> None:
