@@ -131,12 +131,9 @@ class Mounting:
         given = replacement.inputs if replacement.called_with is None else replacement.called_with
         if tuple(term.node and self.facts.now(term.node) for term in given) != args:
             raise Reject(f"{type(owner.module).__name__} is called with something else", match.root)
-        old, new = (
-            owner.module.state_dict(keep_vars=True),
-            replacement.module.state_dict(keep_vars=True),
-        )
-        if old.keys() != new.keys():
-            extra = ", ".join(sorted(old.keys() ^ new.keys()))
+        old, new = _names_of_state(owner.module), _names_of_state(replacement.module)
+        if old != new:
+            extra = ", ".join(sorted(old ^ new))
             raise Reject(
                 f"{type(owner.module).__name__} holds other parameters: {extra}", match.root
             )
@@ -233,3 +230,17 @@ def _asked(facts: Facts, call: ModuleCall) -> str | None:
         if inner.asks:
             return min(inner.asks)
     return None
+
+
+def _names_of_state(module: nn.Module) -> set[str]:
+    """The names in its state_dict, which is not asked: hooks of FSDP2 on it shard the weights, also
+    of a layer that is being run."""
+    names = set[str]()
+    for path, part in modules_by_path(module, every_place=True).items():
+        held = {**part._parameters, **part._buffers}
+        own = {n for n, tensor in held.items() if tensor is not None}
+        own -= part._non_persistent_buffers_set
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            own.add("_extra_state")
+        names |= {f"{path}.{name}" if path else name for name in own}
+    return names

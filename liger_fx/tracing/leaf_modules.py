@@ -105,6 +105,8 @@ def infer_leaf(recorder: Recorder, module: Any, args: Any, kwargs: Any, *, concr
     # They are put back with the module's other attributes.
     for group, name, tensor, _ in offloaded(module.modules()):
         group[name] = recorder.world.of_real(tensor)
+    for group, name, tensor in _sharded(module.modules()):
+        group[name] = recorder.world.of_real(tensor)
     args, kwargs = pytree.tree_map(_simulated, (args, kwargs))
 
     def run() -> Any:
@@ -151,6 +153,18 @@ def offloaded(
                 for name, tensor in list(group.items()):
                     if tensor is not None and tensor.is_meta:
                         yield group, name, tensor, torch.device(device)
+
+
+def _sharded(
+    modules: Iterable[nn.Module],
+) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """The tensors of which each process has a part, with the group and the name that hold them.
+    FSDP2 puts the whole in their place before the block around them runs."""
+    for module in modules:
+        for group in (module._parameters, module._buffers):
+            for name, tensor in list(group.items()):
+                if tensor is not None and hasattr(tensor, "to_local"):
+                    yield group, name, tensor
 
 
 def _simulated(value: Any) -> Any:
