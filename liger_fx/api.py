@@ -39,6 +39,7 @@ from liger_fx.tracing.garbage import garbage_kept
 from liger_fx.tracing.inner_blocks import examples_of
 from liger_fx.tracing.naming import describe_call
 from liger_fx.tracing.root_state import attributes_kept
+from liger_fx.tracing.walk import modules_by_path
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | None
 
@@ -211,6 +212,20 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} is a torch.fx.GraphModule already; optimise the model it was "
             "made from."
         )
+    for path, module in modules_by_path(model).items():
+        if any(c.__name__ in _SHARDED and _is_torchs(c) for c in type(module).__mro__):
+            where = path or type(model).__name__
+            raise UsageError(
+                f"{where} is sharded already: FSDP gathers the weights of the modules that it was "
+                "given, and the result has others. Shard what optimize returns."
+            )
+
+
+_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.startswith("torch.distributed")
 
 
 def _selection(model: nn.Module, rules: Iterable[str] | None, exclude: Iterable[str]) -> Selection:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import liger_fx
 from liger_fx.engine.rewriter import rewrite
+from liger_fx.tiny import tiny_model
 from tests.engine.bend import Bend, BendModule, BendOwnOnly
 from tests.engine.graphs import Around, Formula, Rewritten, differences, rewritten, rows, trace
 
@@ -286,3 +288,17 @@ def test_eval_and_train_mode_are_handed_on() -> None:
     module = Around(BendModule()).eval()
     assert bend(module).traced.root.inner.training is False
     assert bend(module.train()).traced.root.inner.training is True
+
+
+def test_no_hook_on_a_state_dict_runs_when_a_layer_is_rewritten() -> None:
+    """FSDP2 has one that shards the weights again, of a layer that is being run, too."""
+    opt = liger_fx.optimize(tiny_model("llama", layers=2))
+    ran: list[str] = []
+    for path, module in opt.named_modules():
+        module.register_state_dict_pre_hook(lambda *_, path=path: ran.append(path))
+    opt.train()
+    ids = torch.randint(3, 90, (2, 7))
+    opt(input_ids=ids, labels=ids).loss.backward()
+    assert len(opt.plans) == 2 and ran == []
+    opt.state_dict()
+    assert ran
