@@ -129,6 +129,7 @@ TABLES: dict[str, Callable[..., tuple[tuple[str, ...], Rows]]] = {
     "training_checkpointed": shapes,
     "calls": calls,
     "decoding": decoding,
+    "decoding_dynamic": decoding,
     "decoding_static": decoding,
     "operators": operators,
     "trace_time": trace_time,
