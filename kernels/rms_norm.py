@@ -79,8 +79,7 @@ def norm_by_pytorch(
     torch.rms_norm is one, and takes longer.)"""
     dtype = compute_dtype(x, weight)
     wide = x if x.dtype is dtype else x.to(dtype)
-    squares = torch.sum(wide * wide, -1, True)
-    y = wide * torch.add(_number(eps, dtype), squares, alpha=1 / max(x.shape[-1], 1)).rsqrt_()
+    y = wide * torch.mean(wide * wide, -1, True).add_(_number(eps, dtype)).rsqrt_()
     if weight is not None:
         weight = as_wide(weight, dtype)
         y.mul_(weight + offset if offset else weight)

@@ -12,7 +12,6 @@ values and opaque Python objects such as caches.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
@@ -126,15 +125,11 @@ class CallSpec:
     def leaves(self) -> tuple[tuple[str, Spec], ...]:
         """The inputs of the graph by the names of its placeholders, in the order of the
         arguments."""
-        return self._flat
-
-    @functools.cached_property
-    def _flat(self) -> tuple[tuple[str, Spec], ...]:
         taken = set(self.arguments)
         found = (_leaves(name, spec, taken) for name, spec in self.arguments.items())
         return tuple(itertools.chain.from_iterable(found))
 
-    @functools.cached_property
+    @property
     def tensors(self) -> dict[str, InputSpec]:
         """The tensors among the inputs, by the names of the placeholders."""
         return {name: spec for name, spec in self.leaves() if isinstance(spec, InputSpec)}

@@ -10,7 +10,6 @@ A call that breaks one is not this graph's to serve.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import re
@@ -178,7 +177,7 @@ class Guards:
         """Whether opaque arguments, by name, would answer what the code asked as they did."""
         return all(_answers(read, block, examples) for read in self.reads)
 
-    @functools.cached_property
+    @property
     def _sizes(self) -> set[Any]:
         """The sizes of the call's tensors, and the numbers that are sizes."""
         sizes: set[Any] = {size for spec in self.call.tensors.values() for size in spec.sizes}
