@@ -76,8 +76,6 @@ def gated_activation_reference(
 ) -> torch.Tensor:
     """What `gated_activation` computes, in PyTorch's own operations."""
     dtype = compute_dtype(gate, up)
-    if gate.dtype is up.dtype is dtype:
-        return apply_activation(gate, activation) * up
     y = apply_activation(as_wide(gate, dtype), activation) * as_wide(up, dtype)
     return as_wide(y, gate.dtype if gate.dtype is up.dtype else torch.result_type(gate, up))
 

@@ -78,7 +78,7 @@ def norm_by_pytorch(
     """The same in fewer steps, which nothing differentiates. (Few numbers are bound by calls:
     torch.rms_norm is one, and takes longer.)"""
     dtype = compute_dtype(x, weight)
-    wide = x if x.dtype is dtype else x.to(dtype)
+    wide = as_wide(x, dtype)
     y = wide * torch.mean(wide * wide, -1, True).add_(_number(eps, dtype)).rsqrt_()
     if weight is not None:
         weight = as_wide(weight, dtype)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
-from liger_fx.kernels.layout import empty_rows_like, laid_out, with_unit_stride
+from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out, with_unit_stride
 from liger_fx.kernels.library import define_op, differentiate
 from liger_fx.kernels.replay import Replayed
 
@@ -287,7 +287,7 @@ def _by_pytorch(
             for x, dtype in zip(tensors, dtypes, strict=True)
         )
     dtype, half = compute_dtype(*tensors, cos, sin), width // 2
-    cos, sin = (t if t.dtype is dtype else t.to(dtype) for t in (cos, sin))
+    cos, sin = as_wide(cos, dtype), as_wide(sin, dtype)
     signed = sin * _signs(half, dtype, sin.device)
     if transposed:
         signed = signed.roll(half, -1)
@@ -295,10 +295,10 @@ def _by_pytorch(
         cos, signed = cos.unsqueeze(1), signed.unsqueeze(1)
     outs = []
     for x, out_dtype in zip(tensors, dtypes, strict=True):
-        wide = x if x.dtype is dtype else x.to(dtype)
+        wide = as_wide(x, dtype)
         y = (wide * cos).addcmul_(wide.roll(half, -1), signed)
-        out_dtype = out_dtype or torch.promote_types(x.dtype, cos_dtype)
-        outs.append(laid_out(y if dtype is out_dtype else y.to(out_dtype), x))
+        y = as_wide(y, out_dtype or torch.promote_types(x.dtype, cos_dtype))
+        outs.append(laid_out(y, x))
     return tuple(outs)
 
 

@@ -212,20 +212,20 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} is a torch.fx.GraphModule already; optimise the model it was "
             "made from."
         )
-    for path, module in modules_by_path(model).items():
-        if any(c.__name__ in _SHARDED and _is_torchs(c) for c in type(module).__mro__):
-            where = path or type(model).__name__
-            raise UsageError(
-                f"{where} is sharded already: FSDP gathers the weights of the modules that it was "
-                "given, and the result has others. Shard what optimize returns."
-            )
+    modules = modules_by_path(model)
+    sharded = {cls for cls in set(map(type, modules.values())) if _is_sharded(cls)}
+    for path in (path for path, module in modules.items() if type(module) in sharded):
+        raise UsageError(
+            f"{path or type(model).__name__} is sharded already: FSDP gathers the weights of the "
+            "modules that it was given, and the result has others. Shard what optimize returns."
+        )
 
 
-_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
-
-
-def _is_torchs(cls: type) -> bool:
-    return cls.__module__.startswith("torch.distributed")
+def _is_sharded(cls: type) -> bool:
+    """Told by names: to import FSDP takes time."""
+    names = ("FSDPModule", "FullyShardedDataParallel")
+    bases = (c for c in cls.__mro__ if c.__module__.startswith("torch.distributed"))
+    return any(base.__name__ in names for base in bases)
 
 
 def _selection(model: nn.Module, rules: Iterable[str] | None, exclude: Iterable[str]) -> Selection:

@@ -13,7 +13,6 @@ from torch.nn.modules.module import (
     _global_backward_pre_hooks,
     _global_forward_hooks,
     _global_forward_pre_hooks,
-    _has_any_global_hook,
 )
 
 _MODULE_CALL, _LINEAR_FORWARD = nn.Module.__call__, nn.Linear.forward
@@ -35,21 +34,9 @@ def call(module: Any, *args: Any, **kwargs: Any) -> Any:
 
     Where Dynamo follows the call, or under a profiler, that of `caller` is wanted.
     """
-    held, kind = module.__dict__, type(module)
-    if (  # as in `only_runs_forward`: one call less, ten times a layer
-        held["_forward_hooks"]
-        or held["_forward_pre_hooks"]
-        or held["_backward_hooks"]
-        or held["_backward_pre_hooks"]
-        or "forward" in held
-        or held.get("_compiled_call_impl") is not None
-        or kind.__call__ is not _MODULE_CALL
-        or _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
-    ):
+    if not only_runs_forward(module):
         return module(*args, **kwargs)
+    held, kind = module.__dict__, type(module)
     if kind is nn.Linear and kind.forward is _LINEAR_FORWARD and len(args) == 1 and not kwargs:
         parameters = held["_parameters"]
         weight = parameters.get("weight")
@@ -70,5 +57,8 @@ def only_runs_forward(module: Any) -> bool:
         or "forward" in held
         or held.get("_compiled_call_impl") is not None
         or type(module).__call__ is not _MODULE_CALL
-        or _has_any_global_hook()
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
     )

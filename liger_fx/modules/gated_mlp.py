@@ -59,15 +59,15 @@ class _GatedMLP(NamedModule):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., hidden). Returns (..., hidden), in what dtype `down` makes of it."""
-        call, roles, children = caller(), self.roles, self._modules
+        call = caller()
         up: torch.Tensor | None = None
-        if "gate_up" in roles:
-            gate = call(children[roles["gate_up"]], hidden_states)
+        if "gate_up" in self.roles:
+            gate = call(self._child("gate_up"), hidden_states)
         else:
-            gate = call(children[roles["gate"]], hidden_states)
-            up = call(children[roles["up"]], hidden_states)
-        down: Any = children[roles["down"]]
-        if torch.is_grad_enabled() and _keeps_a_product(down, gate):
+            gate = call(self._child("gate"), hidden_states)
+            up = call(self._child("up"), hidden_states)
+        down = self._child("down")
+        if _keeps_a_product(down, gate):
             result: torch.Tensor = gated_linear(
                 gate, up, down.weight, down.bias, self.activation, self.gate_first
             )
@@ -105,9 +105,10 @@ _SMALL = 1 << 22
 
 def _keeps_a_product(down: nn.Module, gate: torch.Tensor) -> bool:
     """Whether a call of ``down`` would keep a large input for a backward on a GPU: a plain linear
-    layer that is trained, while gradients are recorded."""
+    layer that is trained."""
     return (
-        _is_large(gate)
+        torch.is_grad_enabled()
+        and _is_large(gate)
         and type(down) is nn.Linear
         and down.weight.requires_grad
         and uses_triton(gate, down.weight)

@@ -13,7 +13,6 @@ values and opaque Python objects such as caches.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,12 +121,12 @@ class CallSpec:
         """Each argument by name, in words."""
         return {name: str(spec) for name, spec in self.arguments.items()}
 
-    def leaves(self) -> tuple[tuple[str, Spec], ...]:
+    def leaves(self) -> Iterator[tuple[str, Spec]]:
         """The inputs of the graph by the names of its placeholders, in the order of the
         arguments."""
         taken = set(self.arguments)
-        found = (_leaves(name, spec, taken) for name, spec in self.arguments.items())
-        return tuple(itertools.chain.from_iterable(found))
+        for name, spec in self.arguments.items():
+            yield from _leaves(name, spec, taken)
 
     @property
     def tensors(self) -> dict[str, InputSpec]:

@@ -130,14 +130,8 @@ class Recorder(TorchFunctionMode):
     def paused(self) -> Iterator[list[Question]]:
         """What runs inside is not recorded; what it asks of sizes is no question of the model's,
         but for what is put into the list that is given."""
-        # Both of the below at once: a manager takes longer to enter than most of what is in them.
-        was, self.recording = self.recording, False
-        before, kept = len(self.questions), list[Question]()
-        try:
+        with self.unrecorded(), self.questions_dropped() as kept:
             yield kept
-        finally:
-            self.recording = was
-            self.questions[before:] = kept
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:

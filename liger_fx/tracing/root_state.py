@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.contents import MAPPING, Kind, is_same, look_at
 from liger_fx.tracing.tree_state import is_capturing
 from liger_fx.tracing.walk import modules_by_path
 
 _alone = threading.RLock()
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
-_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
+_PLAIN = frozenset(PLAIN)
 _OF_MODULES = frozenset(("_modules", "_parameters", "_buffers"))
 
 

@@ -79,8 +79,7 @@ class Touched:
                 found = [value for value in values if _has_state(value)]
                 self._found[reach] = found
             modules, objects = _reached([*given, *found], reach.names)
-            if objects:
-                self._objects.update(objects)
+            self._objects.update(objects)
             for name in reach.stored:
                 self._written.setdefault(name, set()).update(map(id, modules))
 

@@ -310,7 +310,7 @@ class HFTracer(fx.Tracer, Recording):
         return {p for p, m in followed.items() if m.training is not mode and asks_mode(m)}
 
     def _placeholders(self, call: CallSpec, examples: Mapping[str, Any]) -> dict[str, Any]:
-        inputs, made = iter(call.leaves()), list[tuple[Any, fx.Node]]()
+        inputs, made = call.leaves(), list[tuple[Any, fx.Node]]()
 
         def make(spec: Spec) -> Any:
             name, _ = next(inputs)
