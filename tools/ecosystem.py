@@ -35,6 +35,7 @@ LONGEST = 160
 LIBRARIES = {
     "test_calls": "transformers",
     "test_generate": "transformers",
+    "test_recorded_decoding": "transformers",
     "test_checkpointing": "transformers",
     "test_trainer": "transformers",
     "test_multimodal": "transformers",
@@ -75,7 +76,7 @@ class Program:
             for word, library in WORDS.items():
                 if word in self.name:
                     return library
-        return LIBRARIES.get(self.file, "")
+        return LIBRARIES[self.file]
 
 
 @dataclass(eq=False)  # pytest keeps plugins in sets
@@ -147,7 +148,7 @@ def cell(text: str) -> str:
 def page(programs: list[Program], chosen: list[str]) -> str:
     """The Markdown page."""
     counts = Counter(program.result for program in programs)
-    libraries = sorted({program.library for program in programs if program.library})
+    libraries = sorted({program.library for program in programs})
     by_library = [
         (
             library,
@@ -198,12 +199,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "ecosystem.md")
     arguments, chosen = parser.parse_known_args()
     collector = Collector()
-    where = [] if any(Path(a.partition("::")[0]).exists() for a in chosen) else [str(PROGRAMS)]
+    paths = [Path(a.partition("::")[0]).resolve() for a in chosen if a]
+    named = [path for path in paths if path.exists()]
+    for path in named:
+        if not path.is_relative_to(PROGRAMS):
+            parser.error(f"{path} holds no programs: they are in {PROGRAMS}")
+    where = [] if named else [str(PROGRAMS)]
     warnings.simplefilter("ignore")
     options = [
         "-q",
         "--tb=short",
-        "--no-summary",
+        "-rfE",
         "-p",
         "no:cacheprovider",
         "-W",
@@ -217,8 +223,8 @@ def main() -> int:
     side_by_side = [
         a for pair in zip(chosen, chosen[1:], strict=False) if pair[0] == "-n" for a in pair
     ]
-    named = [a for a in chosen if a not in side_by_side]
-    arguments.out.write_text(page(list(collector.programs.values()), named))
+    told = [a for a in chosen if a not in side_by_side]
+    arguments.out.write_text(page(list(collector.programs.values()), told))
     print(f"wrote {arguments.out}")
     return 0
 

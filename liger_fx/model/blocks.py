@@ -27,7 +27,9 @@ def find_blocks(model: nn.Module, chosen: Iterable[str] | None = None) -> list[s
 
     chosen: paths or globs of what shall be one, besides the root, instead of: every
         PreTrainedModel and every layer made to be checkpointed, and, in a model that is none of
-        transformers', the alike entries of a ModuleList. UsageError for one that names no module.
+        transformers', the entries of a ModuleList that are all alike, or alike to another. A
+        lonely one counts: what repeats in one place may stand alone in another. UsageError for one
+        that names no module.
     """
     modules = modules_by_path(model)
     if chosen is not None:
@@ -63,7 +65,7 @@ def _alike_entries(modules: dict[str, nn.Module]) -> list[str]:
         if isinstance(module, nn.ModuleList):
             counts = Counter(type(entry) for entry in module)
             for i, entry in enumerate(module):
-                if counts[type(entry)] > 1 and not is_leaf(entry):
+                if (counts[type(entry)] > 1 or len(module) == 1) and not is_leaf(entry):
                     found.append(f"{path}.{i}" if path else str(i))
     # One that hangs elsewhere as well is there under its first path.
     return [p for p in found if p in modules and not isinstance(modules[p], _CONTAINERS)]

@@ -1,7 +1,8 @@
 """torch.autograd.Function in a model's code: what its author wrote as the backward stays.
 
     Reverse.apply(x)                 ->   apply_function("pkg.reverse:Reverse", x)
-    checkpoint(f, x), reentrant      ->   f(x), followed
+    checkpoint(f, x), reentrant      ->   refused: a graph would keep what a checkpoint frees
+                                          (without gradients: f(x), followed)
 
 Models keep ``reverse = Reverse.apply`` in a name of their own, so that replacing the method on its
 class would not be enough: the code of the one function behind all of these is exchanged.
@@ -57,11 +58,14 @@ def functions_seen() -> Iterator[None]:
 def applied(cls: Any, args: Any, kwargs: Any) -> Any:
     """``cls.apply(*args, **kwargs)``, recorded where a trace asks for it."""
     recorder = recorder_of_thread()
-    if recorder is None or cls.__module__ == CheckpointFunction.__module__:
-        # A checkpointed function is followed: recomputing it or not gives the same.
-        follows = recorder is not None and cls is CheckpointFunction
-        return args[0](*args[2:]) if follows else _apply(cls, *args, **kwargs)
+    checkpoints = cls.__module__ == CheckpointFunction.__module__
+    if recorder is None or (checkpoints and cls is not CheckpointFunction):
+        return _apply(cls, *args, **kwargs)
+    if checkpoints and not torch.is_grad_enabled():
+        return args[0](*args[2:])
     try:
+        if checkpoints:
+            raise CannotRecord("a checkpointed function: a graph would keep what it frees")
         return _record(recorder, cls, args, kwargs)
     except BaseException as error:
         recorder.owner.failed(error)

@@ -322,7 +322,12 @@ _SEEDS = ("manual_seed", "manual_seed_all", "seed", "seed_all", "initial_seed", 
           "set_rng_state_all", "fork_rng")  # fmt: skip
 _REFUSED: list[tuple[Any, str, str]] = [
     (torch.inference_mode, "__enter__", "a region of torch.inference_mode"),
-    (saved_tensors_hooks, "__enter__", "a region of torch.autograd.graph.saved_tensors_hooks"),
+    (
+        saved_tensors_hooks,
+        "__enter__",
+        "a checkpointed function (or another region of saved_tensors_hooks): a graph would keep "
+        "what it frees",
+    ),
     (contextlib.suppress, "__enter__", "a region of contextlib.suppress"),
     (np.random, "default_rng", "numpy.random.default_rng, a generator of random numbers"),
     *(

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 import liger_fx
 from liger_fx.errors import FallbackWarning
 from liger_fx.model.block import Block
+from liger_fx.modules.qk_norm_rotary import LigerQKNormRotaryEmbedding
 from liger_fx.modules.rotary import LigerRotaryEmbedding
 from tests.support.families import build, make_inputs
 
@@ -45,6 +46,8 @@ if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # before tr
         PreTrainedModel.gradient_checkpointing_disable
     )
 
+# Both turn q and k of a layer, and nothing but a graph calls them.
+ROTARY: tuple[type[Any], ...] = (LigerRotaryEmbedding, LigerQKNormRotaryEmbedding)
 CHECK = os.environ.get("PROGRAMS_CHECK", "graphs")
 assert CHECK in ("graphs", "results", "originals"), CHECK
 RTOL, ATOL = 1e-4, 1e-5
@@ -111,13 +114,15 @@ def watching() -> Iterator[Witness]:
     """Counts while the block runs, in all threads. The classes themselves are watched: a hook, or
     a filter of warnings, would change what is looked at."""
     witness = Witness()
-    turn = LigerRotaryEmbedding.forward
     begin = FallbackWarning.__init__
     call, fall_back = Block.call_graph, Block._run_original
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        witness.count((*args, *kwargs.values()))
-        return turn(self, *args, **kwargs)
+    def counted(turn: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            witness.count((*args, *kwargs.values()))
+            return turn(self, *args, **kwargs)
+
+        return forward
 
     def init(self: Any, *args: Any) -> None:
         witness.fallbacks.append(str(args[0]) if args else "")
@@ -134,7 +139,8 @@ def watching() -> Iterator[Witness]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Block, "call_graph", call_graph))
         stack.enter_context(mock.patch.object(Block, "_run_original", run_original))
-        stack.enter_context(mock.patch.object(LigerRotaryEmbedding, "forward", forward))
+        for kind in ROTARY:
+            stack.enter_context(mock.patch.object(kind, "forward", counted(kind.forward)))
         stack.enter_context(mock.patch.object(FallbackWarning, "__init__", init))
         yield witness
 
@@ -158,9 +164,14 @@ def graph_runs(
         _judge(witness, opt, calls, rotary, quiet)
 
 
+def rotary_sites(opt: nn.Module) -> int:
+    """How many modules of it turn q and k of a layer."""
+    return sum(isinstance(module, ROTARY) for module in opt.modules())
+
+
 def _judge(witness: Witness, opt: nn.Module, calls: int, rotary: int | None, quiet: bool) -> None:
     kinds = [type(m).__name__ for m in opt.modules()]
-    sites = kinds.count("LigerRotaryEmbedding") if rotary is None else rotary
+    sites = rotary_sites(opt) if rotary is None else rotary
     told = "; ".join(sorted(set(witness.fallbacks)))
     if sites:
         wanted = calls * sites

@@ -26,6 +26,7 @@ from tests.programs.support import (
     graph_runs,
     make_inputs,
     optimize,
+    rotary_sites,
     run,
     same,
 )
@@ -83,8 +84,7 @@ class Operators:
         """NoGraph unless the operators of every site are in what was compiled, in one piece."""
         if CHECK != "graphs":
             return
-        kinds = [type(m).__name__ for m in opt.modules()]
-        wanted = kinds.count("LigerRotaryEmbedding") if rotary is None else rotary
+        wanted = rotary_sites(opt) if rotary is None else rotary
         most = max((sum(v for k, v in g.items() if "rope" in k) for g in self.graphs), default=0)
         if breaks is None:
             most = sum(v for g in self.graphs for k, v in g.items() if "rope" in k)
@@ -369,7 +369,7 @@ def test_what_draws_random_numbers_is_no_region(name: str, drops: bool) -> None:
     opt = optimize(model.train())
     opt(**tiny_inputs(model), use_cache=False)
     layer = (opt.model.layers if name == "llama" else opt.transformer.h)[0]
-    plan = layer._block.last[-1]
+    plan = layer._block.last.plan
     assert can_be_region(plan, layer) is not drops
 
 
@@ -419,7 +419,7 @@ def test_export(name: str, strict: bool, wrapped: bool) -> None:
     same(ours, theirs)
     if CHECK == "graphs":
         names = Counter(n for node in program.graph.nodes if (n := operator_name(node)))
-        rotary = sum(type(m).__name__ == "LigerRotaryEmbedding" for m in opt.modules())
+        rotary = rotary_sites(opt)
         found = sum(count for name, count in names.items() if "rope" in name)
         if found < rotary or rotary == 0:
             raise NoGraph(f"{found} rotary operators of {rotary} in the program: {names}")
