@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 from liger_fx.errors import UsageError
 from liger_fx.media import images, names_of, parts, sounds, tokens_an_image, told
 from liger_fx.tracing.call import UnsupportedCall, named_arguments
+from liger_fx.tracing.leaf_modules import offloaded
 from liger_fx.tracing.naming import adapted, is_transformers
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | None
@@ -106,10 +107,17 @@ def _fitting(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> dict[str,
     if kind not in _WITH_LABELS:
         kept.pop("labels", None)
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    device = _device(model)
     return {
-        name: tensor.to(first.device, first.dtype if tensor.is_floating_point() else None)
+        name: tensor.to(device, first.dtype if tensor.is_floating_point() else None)
         for name, tensor in kept.items()
     }
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where the model computes: its weights may be elsewhere until they are used."""
+    places = [place for *_, place in offloaded(model.modules())]
+    return places[0] if places and model.device.type == "meta" else model.device
 
 
 _NONE = "No inputs can be made for a {}: pass inputs={{'name': tensor, ...}}."
@@ -123,7 +131,7 @@ def _text(
     seen: dict[str, torch.Tensor] = {}
     token = told(model.config, "image_token_id", "image_token_index")
     pictures = images(model, batch, generator)
-    on_model = {name: value.to(model.device) for name, value in pictures.items()}
+    on_model = {name: value.to(_device(model)) for name, value in pictures.items()}
     if token is None:
         seen = pictures
     elif pictures and (count := tokens_an_image(model, on_model, batch)) is not None:

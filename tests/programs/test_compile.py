@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -351,9 +352,8 @@ def test_alike_layers_are_compiled_once() -> None:
     ours, code = run_and_get_code(lambda: step(compiled, opt))
     same(ours, theirs)
     if CHECK == "graphs":
-        text = "".join(code)
-        made, called = (text.count(f"{w} partitioned_fw_subgraph") for w in ("def", "="))
-        assert made == 1 and called >= 4, "one function for the four layers that learn"
+        calls = Counter(re.findall(r"= (partitioned_fw_subgraph\w*)\(", "".join(code)))
+        assert sorted(calls.values()) in ([4], [1, 4]), "one function for the four that learn"
 
 
 @pytest.mark.parametrize("drops", [False, True], ids=["drops nothing", "drops"])
