@@ -6,7 +6,7 @@ each block's sites, counted for all blocks alike   ->   GraphDiff
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -51,8 +51,10 @@ def report_of(root: Any) -> GraphDiff:
 
 
 def sites_of(root: Any) -> tuple[Site, ...]:
-    """Every site of every block."""
-    return tuple(_sites(_served(root)))
+    """Every site of every block of a model that nobody touched since its plans were made."""
+    return tuple(
+        _sites(_Served(path, b, b._block.plans_here(b)) for path, b in blocks_of(root).items())
+    )
 
 
 def side_of(root: Any) -> Side:
@@ -114,7 +116,7 @@ def _is_below(path: str, outer: str) -> bool:
     return not outer or path.startswith(f"{outer}.")
 
 
-def _sites(served: list[_Served]) -> Iterator[Site]:
+def _sites(served: Iterable[_Served]) -> Iterator[Site]:
     for path, block, plans in served:
         called = {f"call_module {path}" for plan in plans for path in plan.modules}
         # Also by graphs that serve no call any more, where those that do call what was put in.

@@ -95,6 +95,10 @@ class BlockState:
             self.states.append(_Ready(plan, block))
         return self.states
 
+    def plans_here(self, block: Block) -> list[Plan]:
+        """The plans that were made for blocks with its ints."""
+        return [plan for plan in self.alike.plans if plan.guards.holds_for_attributes(block)]
+
     def start_anew(self) -> None:
         """Forget the checks: the block changed, or whom it is like."""
         self.states, self.last = [], None
@@ -142,8 +146,7 @@ class Block(fx.GraphModule):
     @property
     def plans(self) -> list[Plan]:
         """A graph for each kind of call met so far; alike blocks share them."""
-        plans = self._block.alike.plans
-        return [p for p in plans if p.guards.holds_for_attributes(self) and self.has(p)]
+        return [plan for plan in self._block.plans_here(self) if self.has(plan)]
 
     def has(self, plan: Plan) -> bool:
         """Whether the plan is one of the block as it is."""

@@ -7,6 +7,7 @@ One planner serves all blocks of a model. Alike blocks share what it makes.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Hashable, Mapping
@@ -45,6 +46,11 @@ from liger_fx.tracing.walk import module_at, modules_by_path
 # plain argument that changes at every call.
 MAX_PLANS = 16
 _NO_PROMISE = "the model's code asks of these sizes what no graph can promise"
+
+
+# Plans of groups whose blocks were found alike in the trace that goes on, but for the modes of their
+# modules: with those of the block that each was made for.
+Served = dict[tuple[Alike, Plan], list[bool]]
 
 
 class NotNow(UnsupportedCall):
@@ -256,7 +262,9 @@ class Planner:
     ) -> Trace:
         """The trace of a call, not rewritten; blocks inside get the plans that it needs."""
         ints = {path: int_at(block, path) for path in block._block.alike.attributes}
-        plans = Plans(of=self._result_of, attributes=ints, exact=exact)
+        made: Served = {}
+        result_of = functools.partial(self._result_of, made=made)
+        plans = Plans(of=result_of, attributes=ints, exact=exact)
         forward = block.block_class.forward
         numbers = free_numbers(call)
 
@@ -264,7 +272,7 @@ class Planner:
             while isinstance(
                 found := _trace(block, call, forward, plans=plans, examples=given), NeedsPlan
             ):
-                self._plan_inside(found)
+                self._plan_inside(found, made)
             return found
 
         found = trace(examples)
@@ -274,7 +282,8 @@ class Planner:
                 raise AsksNumber
         return found
 
-    def _plan_inside(self, needed: NeedsPlan) -> None:
+    def _plan_inside(self, needed: NeedsPlan, made: Served) -> None:
+        """Make a plan for a block that a trace met, and note in ``made`` whom it serves."""
         block, first = needed.block, None
         self.regroup(block)
         for exact in (False, True):
@@ -286,19 +295,30 @@ class Planner:
                 forget_frames(error)
                 first = first or error
                 continue
-            if self._result_of(block, needed.call, needed.examples) is not None:
+            found = self._result_of(block, needed.call, needed.examples, {})
+            if found is not None:
+                alike = block._block.alike
+                made[alike, alike.plans[found[0]]] = _modes(block)
                 return
         first = first or UnsupportedCall(_NO_PROMISE)
         block._block.failed.append((needed.call, first))
 
     def _result_of(
-        self, block: Any, call: CallSpec, examples: Mapping[str, Any]
+        self,
+        block: Any,
+        call: CallSpec,
+        examples: Mapping[str, Any],
+        made: Served,
     ) -> tuple[int, Result] | None:
+        """The number of the plan that serves this call of a block inside, and what it returns."""
         for failed, reason in block._block.failed:
             if failed == call:
                 raise NoPlan(reason)
-        for number, plan in enumerate(block._block.alike.plans):
-            if plan.result is not None and _serves(plan, block, call, examples):
+        alike: Alike = block._block.alike
+        for number, plan in enumerate(alike.plans):
+            modes = made.get((alike, plan))
+            is_like = modes is not None and modes == _modes(block)
+            if plan.result is not None and _serves(plan, block, call, examples, is_like):
                 return number, plan.result
         return None
 
@@ -382,16 +402,25 @@ def _trace(*args: Any, **kwargs: Any) -> Trace | NeedsPlan:
         return needed
 
 
+def _modes(block: nn.Module) -> list[bool]:
+    return [module.training for module in modules_by_path(block).values()]
+
+
 def _serves(
-    plan: Plan, block: Any, call: CallSpec, examples: Mapping[str, Any] | None = None
+    plan: Plan,
+    block: Any,
+    call: CallSpec,
+    examples: Mapping[str, Any] | None = None,
+    is_like: bool = False,
 ) -> bool:
+    """is_like: whether the block is known to be as the one that the plan was made for."""
     guards = plan.guards
     return (
         guards.call.arguments == call.arguments
         and guards.sizes_hold(call.hints)
         and guards.holds_for_attributes(block)
         and guards.reads_hold(block, examples or {})
-        and block._block.holds(plan, block)
+        and (is_like or block._block.holds(plan, block))
     )
 
 
