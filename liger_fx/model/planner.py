@@ -48,8 +48,8 @@ MAX_PLANS = 16
 _NO_PROMISE = "the model's code asks of these sizes what no graph can promise"
 
 
-# Plans of groups whose blocks were found alike in the trace that goes on, but for the modes of their
-# modules: with those of the block that each was made for.
+# Plans of groups whose blocks were found alike in the trace that goes on, but for the modes of
+# their modules: with those of the block that each was made for.
 Served = dict[tuple[Alike, Plan], list[bool]]
 
 

@@ -65,15 +65,21 @@ def show(title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
     print(f"\n{title}\n{tabulate(rows, headers=headers, tablefmt='github')}", flush=True)
 
 
-def run_child(script: str, *arguments: str, timeout_s: float) -> dict[str, Any]:
+def run_child(
+    script: str, *arguments: str, timeout_s: float, cache: str | None = None
+) -> dict[str, Any]:
     """Runs `python script --child ...` in a process of its own and reads the JSON of its last line.
+    What it compiles is kept in the folder `cache`, by default where it always is.
 
     A child that fails or runs out of time gives {"error": ...}: one must not hide the others.
     """
     command = [sys.executable, script, "--child", *arguments]
+    env = child_env()
+    if cache is not None:
+        env |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, env=child_env(), check=False
+            command, capture_output=True, text=True, timeout=timeout_s, env=env, check=False
         )
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout_s:.0f} s"}

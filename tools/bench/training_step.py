@@ -3,8 +3,9 @@
     python tools/bench/training_step.py --model llama1b  ->  results/training_step.json and a table
 
 The variants are transformers eager, liger_fx, liger-kernel (where installed), and torch.compile of
-the first two. Each runs in a process of its own: liger-kernel's patch of one instance rebinds names
-in transformers' modules, so a variant after it would be patched too. All share weights, data and
+the first two, also with dynamic=True. Each runs in a process of its own, in which nothing is
+compiled yet: liger-kernel's patch of one instance rebinds names in transformers' modules, so a
+variant after it would be patched too. All share weights, data and
 the learning rate, so that their losses must agree. bf16, SGD, SDPA attention, random ids as their
 own labels, no cache; batch, length, adapters and checkpointing are those of the workload.
 """
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,12 +33,15 @@ LEARNING_RATE = 1e-2
 WARM_UP = 4
 BAR = 1.2  # x eager's tokens/s, llama1b
 
-VARIANTS = ("eager", "liger_fx", "liger_kernel", "torch_compile", "liger_fx+torch_compile")
+VARIANTS = (
+    "eager", "liger_fx", "liger_kernel", "torch_compile", "liger_fx+torch_compile",
+    "torch_compile_dynamic", "liger_fx+torch_compile_dynamic",
+)  # fmt: skip
 
 
 def prepare(variant: str, model: Any, example: dict[str, torch.Tensor]) -> Any:
     """The callable that the variant trains."""
-    base, _, compiled = variant.partition("+")
+    base = variant.partition("+")[0]
     if "liger_fx" in base:
         import liger_fx
 
@@ -51,8 +56,8 @@ def prepare(variant: str, model: Any, example: dict[str, torch.Tensor]) -> Any:
 
         plain = model.base_model.model if hasattr(model, "peft_config") else model
         patches._apply_liger_kernel_to_instance(model=plain)
-    if base == "torch_compile" or compiled:
-        return torch.compile(model)
+    if "torch_compile" in variant:
+        return torch.compile(model, dynamic=True if variant.endswith("_dynamic") else None)
     return model
 
 
@@ -192,7 +197,8 @@ def main() -> int:
         for variant in arguments.variants:
             options = [variant, "--model", name, "--steps", str(arguments.steps)]
             options += ["--breakdown"] if arguments.breakdown else []
-            found = run_child(__file__, *options, timeout_s=arguments.timeout)
+            with TemporaryDirectory() as cache:
+                found = run_child(__file__, *options, timeout_s=arguments.timeout, cache=cache)
             results.append({"variant": variant, "model": name, **found})
             done = found.get("step_ms") or found["error"].splitlines()[-1]
             print(name, variant, done, flush=True)
