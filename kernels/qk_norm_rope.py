@@ -208,7 +208,7 @@ def _norm_and_turn(
             i = 2 * HALF + tl.arange(0, REST)[None, :]
             rest = tl.load(x_ptrs + i, mask & (i < DIM), other=0.0).to(tl.float32)
             squares += tl.sum(rest * rest, axis=1)
-        r = inverse_root(squares / DIM + eps)[:, None]
+        r = inverse_root(squares / DIM + eps, x_ptr.dtype.element_ty)[:, None]
         a = (a * r * w_a).to(NORM).to(tl.float32)
         b = (b * r * w_b).to(NORM).to(tl.float32)
         new_a, new_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
@@ -278,7 +278,8 @@ def _back_through_both(
             sums += tl.sum(tl.join(rest * rest, g_rest * rest), axis=1)
         squares, products = tl.split(sums)
         # Rows past the last head are zeros, whose root may be infinite: they shall add nothing.
-        r = tl.where(mask, inverse_root(squares / DIM + eps)[:, None], 0.0)
+        r = inverse_root(squares / DIM + eps, x_ptr.dtype.element_ty)[:, None]
+        r = tl.where(mask, r, 0.0)
         slope = r * r * (products / DIM)[:, None]
         dx_a, dx_b = r * (g_a - a * slope), r * (g_b - b * slope)
         store_pairs(dx_ptrs, dx_a.to(dtype), dx_b.to(dtype), mask, HALF, PAIRS, IN)

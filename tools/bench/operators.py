@@ -139,7 +139,8 @@ def run(job: str, only: list[str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=RESULTS / "operators.json")
-    parser.add_argument("--only", nargs="+", default=[], help='operators, or "checks"')
+    known = [*dict.fromkeys(case.operator for case in cases()), "checks"]
+    parser.add_argument("--only", nargs="+", default=[], choices=known)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--tune", action="store_true", help="try other launches, time nothing else")
     parser.add_argument("--child", help=argparse.SUPPRESS)
