@@ -141,6 +141,13 @@ class Block(fx.GraphModule):
         """A module of the plain class: what ``type(opt).from_pretrained`` asks for."""
         return cls.block_class(*args, **kwargs)
 
+    @property
+    def kin(self) -> Alike | None:
+        """What it shares with the blocks that it is like; None while nobody looked which they
+        are."""
+        alike = self._block.alike
+        return None if alike.key is None else alike
+
     # -- the graph, as torch.fx shows it -----------------------------------------------------------
 
     @property

@@ -25,6 +25,7 @@ from liger_fx.tracing.walk import modules_by_path
 
 _PLAIN = frozenset(PLAIN)
 _PLAIN_DICTS = (dict, OrderedDict)  # copy.copy takes many times as long
+_OWN_DICTS = frozenset(n for n, v in vars(nn.Module()).items() if type(v) in _PLAIN_DICTS)
 Bare = Callable[[nn.Module], nn.Module]
 
 
@@ -58,8 +59,8 @@ def copy_tree(
         attributes = twin.__dict__
         for name, value in module.__dict__.items():
             kind = type(value)
-            if kind in _PLAIN_DICTS and not value:  # most are: the hooks
-                attributes[name] = known.setdefault(id(value), kind())
+            if name in _OWN_DICTS and not value:  # most are: no hooks, which no two modules share
+                attributes[name] = kind()
                 continue
             if kind in _PLAIN:
                 attributes[name] = value

@@ -19,6 +19,7 @@ from torch import nn
 
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.contents import Look, look_at
+from liger_fx.tracing.inner_blocks import is_block
 from liger_fx.tracing.reach import (
     Reach,
     reach_of_attributes,
@@ -42,20 +43,28 @@ class Touched:
         self._of_class: dict[type, Reach] = {}
         self._harmless: dict[int, Any] = {}
 
-    def add(self, called: nn.Module, like: Any = None) -> None:
+    def add(self, called: nn.Module, like: Any = None) -> bool:
         """It was called: what its code, and that of what is inside, may change. Those that are
         called alike, ``like`` the same object, are made alike: of many layers the first tells
-        whether there is anything to find."""
+        whether there is anything to find. Whether it has no hooks and may change nothing."""
         if id(like) in self._harmless and not any(_hooks_on(called)):
-            return
-        if self._add(called) and like is not None:
+            return True
+        is_harmless = self._add(called)
+        if is_harmless and like is not None:
             self._harmless[id(like)] = like
+        return is_harmless
 
     def _add(self, called: nn.Module) -> bool:
-        """Whether it has no hooks and may change nothing."""
         known = len(self._objects), sum(map(len, self._written.values()))
         is_hooked = False
-        for module in modules_by_path(called).values():
+
+        def is_own(module: nn.Module) -> bool:
+            return module is called or not is_block(module)
+
+        for module in modules_by_path(called, entered=is_own).values():
+            if not is_own(module):
+                is_hooked |= not self.add(module, like=module.kin)
+                continue
             if id(module) not in self._seen:
                 self._seen.add(id(module))
                 kind = type(module)
