@@ -44,17 +44,6 @@ def _row_offset(row, inner, outer_stride, inner_stride, ONE_STRIDE: tl.constexpr
 
 
 @triton.jit
-def inverse_root(x, DTYPE: tl.constexpr):
-    """1 / sqrt(x). A GPU's own is up to two units in the last place off: for tensors of float32 it
-    counts, and each step is rounded as IEEE 754 asks."""
-    if DTYPE.is_fp32():
-        r = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.sqrt_rn(x))
-    else:
-        r = tl.rsqrt(x)
-    return r
-
-
-@triton.jit
 def _without_mean(x, mask, width):
     """Each row less its mean, but for what rounding leaves of it: the mean of the result, which is
     for the caller to take away as well. (Of numbers far from zero it is large.)"""
@@ -87,9 +76,9 @@ def _forward_kernel(
         squares, left = tl.split(tl.sum(tl.join(x * x, x), axis=1))  # one reduction
         left /= width
         x -= left[:, None]
-        r = inverse_root(squares / width - left * left + eps, x_ptr.dtype.element_ty)
+        r = tl.rsqrt(squares / width - left * left + eps)
     else:
-        r = inverse_root(tl.sum(x * x, axis=1) / width + eps, x_ptr.dtype.element_ty)
+        r = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
     y = x * r[:, None]
     if HAS_WEIGHT:
         y = y * w[None, :]
@@ -138,8 +127,7 @@ def _backward_kernel(
             squares, products = tl.split(tl.sum(tl.join(x * x, g * x), axis=1))
             variance, product = squares / width, products / width
         # Rows past the last are zeros, whose root is infinite without eps: they shall add nothing.
-        r = inverse_root(variance + eps, x_ptr.dtype.element_ty)
-        r = tl.where(row < rows, r, 0.0)
+        r = tl.where(row < rows, tl.rsqrt(variance + eps), 0.0)
         dx = r[:, None] * (g - x * (r * r * product)[:, None])
         if HAS_MORE:
             more_row = _row_offset(row, inner, more_outer, more_inner, ONE_STRIDE)

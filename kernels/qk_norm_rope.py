@@ -35,12 +35,7 @@ from liger_fx.kernels.library import (
     differentiate,
     gradients_of,
 )
-from liger_fx.kernels.norm import (
-    backward_programs,
-    inverse_root,
-    partial_sums,
-    sum_of_rows,
-)
+from liger_fx.kernels.norm import backward_programs, partial_sums, sum_of_rows
 from liger_fx.kernels.replay import Replayed
 from liger_fx.kernels.rms_norm import norm_backward, norm_forward, rms_norm_reference
 from liger_fx.kernels.rope import (
@@ -208,7 +203,7 @@ def _norm_and_turn(
             i = 2 * HALF + tl.arange(0, REST)[None, :]
             rest = tl.load(x_ptrs + i, mask & (i < DIM), other=0.0).to(tl.float32)
             squares += tl.sum(rest * rest, axis=1)
-        r = inverse_root(squares / DIM + eps, x_ptr.dtype.element_ty)[:, None]
+        r = tl.rsqrt(squares / DIM + eps)[:, None]
         a = (a * r * w_a).to(NORM).to(tl.float32)
         b = (b * r * w_b).to(NORM).to(tl.float32)
         new_a, new_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
@@ -278,8 +273,7 @@ def _back_through_both(
             sums += tl.sum(tl.join(rest * rest, g_rest * rest), axis=1)
         squares, products = tl.split(sums)
         # Rows past the last head are zeros, whose root may be infinite: they shall add nothing.
-        r = inverse_root(squares / DIM + eps, x_ptr.dtype.element_ty)[:, None]
-        r = tl.where(mask, r, 0.0)
+        r = tl.where(mask, tl.rsqrt(squares / DIM + eps)[:, None], 0.0)
         slope = r * r * (products / DIM)[:, None]
         dx_a, dx_b = r * (g_a - a * slope), r * (g_b - b * slope)
         store_pairs(dx_ptrs, dx_a.to(dtype), dx_b.to(dtype), mask, HALF, PAIRS, IN)

@@ -106,18 +106,23 @@ def _fitting(model: PreTrainedModel, made: dict[str, torch.Tensor]) -> dict[str,
     kept = {n: t for n, t in made.items() if n in names}
     if kind not in _WITH_LABELS:
         kept.pop("labels", None)
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    device = _device(model)
+    first, device = _first_weight(model), _device(model)
     return {
         name: tensor.to(device, first.dtype if tensor.is_floating_point() else None)
         for name, tensor in kept.items()
     }
 
 
+def _first_weight(model: PreTrainedModel) -> torch.Tensor:
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+
 def _device(model: PreTrainedModel) -> torch.device:
     """Where the model computes: its weights may be elsewhere until they are used."""
-    places = [place for *_, place in offloaded(model.modules())]
-    return places[0] if places and model.device.type == "meta" else model.device
+    device = _first_weight(model).device
+    if device.type != "meta":
+        return device
+    return next((place for *_, place in offloaded(model.modules())), device)
 
 
 _NONE = "No inputs can be made for a {}: pass inputs={{'name': tensor, ...}}."

@@ -198,6 +198,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "ecosystem.md")
     arguments, chosen = parser.parse_known_args()
+    unknown = {file.stem for file in PROGRAMS.glob("test_*.py")} - LIBRARIES.keys()
+    if unknown:
+        parser.error(f"of which library is {', '.join(sorted(unknown))}? Add it to LIBRARIES")
     collector = Collector()
     paths = [Path(a.partition("::")[0]).resolve() for a in chosen if a]
     named = [path for path in paths if path.exists()]

@@ -13,9 +13,7 @@ that a call has changed, and a class of transformers that is not what it was.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
-import dataclasses
 import io
 import json
 import random
@@ -68,15 +66,13 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
         _watching[-1].append(f"open for writing {args[0]!r}")
     elif event == "import" and args[0] not in sys.modules and not _is_ours(args[0]):
         _watching[-1].append(f"import {args[0]}")
-    elif event == "exec" and not _is_known_code(args[0].co_filename) and not _makes_a_class():
+    elif event == "exec" and not _is_known_code(args[0].co_filename) and not _in_typing():
         _watching[-1].append(f"exec of code from {args[0].co_filename}")
 
 
-def _makes_a_class() -> bool:
-    """Whether it is Python making a class of a library that is imported late: reading its
-    annotations, writing its methods."""
-    makers = (typing.__file__, dataclasses.__file__, collections.__file__)
-    return sys._getframe(2).f_code.co_filename in makers
+def _in_typing() -> bool:
+    """Whether it is Python reading the annotations of a library's class."""
+    return sys._getframe(2).f_code.co_filename == typing.__file__
 
 
 def _writes(args: tuple[Any, ...]) -> bool:

@@ -59,7 +59,8 @@ def copy_tree(
         attributes = twin.__dict__
         for name, value in module.__dict__.items():
             kind = type(value)
-            if name in _OWN_DICTS and not value:  # most are: no hooks, which no two modules share
+            # Most are: no hooks, which no two modules share.
+            if kind in _PLAIN_DICTS and name in _OWN_DICTS and not value:
                 attributes[name] = kind()
                 continue
             if kind in _PLAIN:

@@ -28,7 +28,7 @@ def test_this_folder_under_the_interpreter() -> None:
     )
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-5_000:]
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|skipped)", run.stdout)}
-    assert counts["passed"] > max(1000, 20 * counts["skipped"]), counts
+    assert counts["passed"] > 1000 and counts["skipped"] < 50, counts
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about that process")
