@@ -355,8 +355,11 @@ def _compute(
         later = torch.ldexp(later, exponent)
     _, dh, dw, _, _ = _fake(h, weight, bias, (wanted[0], False, False), wide)
     size = chunk_rows(rows, vocab, width, h.element_size(), wanted[1])
-    # Rows that begin at a multiple of 16: products and kernels load them in whole vectors then.
-    buffer = z = h.new_empty((min(size, rows), ceil_div(vocab, 16) * 16))[:, :vocab]
+    # Rows that begin at a multiple of 16: products and kernels load them in whole vectors then. What
+    # is between two rows is 0: a CPU with bfloat16 tiles multiplies an odd row's neighbour by 0.
+    padded = h.new_empty((min(size, rows), ceil_div(vocab, 16) * 16))
+    padded[:, vocab:] = 0
+    buffer = z = padded[:, :vocab]
     weights = _Weights(weight, labels, ceil_div(rows, size)) if wanted[1] else None
     compute = _rows_by_triton if uses_triton(h, weight) else _rows_by_pytorch
     total, bias_sum = factor.new_zeros(()), factor.new_zeros(vocab if wanted[2] else 0)
@@ -371,7 +374,7 @@ def _compute(
             weights.add(z, h[part], start)
         if wanted[2]:
             bias_sum += z.sum(0, dtype=wide)
-    del buffer, z  # the last product needs memory of its own
+    del padded, buffer, z  # the last product needs memory of its own
     dw = dw if weights is None else weights.done(h)
     return (total / divisor).to(out_dtype), dh, dw, bias_sum.to(h.dtype), later
 

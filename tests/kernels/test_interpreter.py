@@ -28,7 +28,8 @@ def test_this_folder_under_the_interpreter() -> None:
     )
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-5_000:]
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|skipped)", run.stdout)}
-    assert counts["passed"] > 1000 and counts["skipped"] < 50, counts
+    # What is skipped is mostly PyTorch's check of each operator, one more with every operator.
+    assert counts["passed"] > 1000 and counts["skipped"] < counts["passed"] / 20, counts
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about that process")
