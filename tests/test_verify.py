@@ -23,6 +23,9 @@ import liger_fx
 from liger_fx.errors import UsageError
 from liger_fx.inputs import example_inputs
 from liger_fx.tiny import tiny_model
+from liger_fx.verification import verdict
+from liger_fx.verification.calls import calls_of
+from liger_fx.verification.whole import measure as right_measure
 from tests.support.marks import slow_but
 
 Plant = Callable[[nn.Module], None]
@@ -379,3 +382,49 @@ def test_a_call_whose_arguments_come_in_another_order() -> None:
     opt(**given)
     opt.train()(**given)
     assert liger_fx.verify(model, opt.eval(), given).ok
+
+
+def inflated(times: float, draws: int) -> Callable[..., Any]:
+    """`measure`, in which our errors are so many times as large in its first so many uses."""
+    uses = 0
+
+    def measure(*args: Any) -> Any:
+        nonlocal uses
+        uses += 1
+        totals = right_measure(*args)
+        if uses <= draws:
+            for squares in (*totals.outputs.values(), *totals.gradients.values()):
+                squares.optimised = squares.original * times**2
+        return totals
+
+    return measure
+
+
+@pytest.mark.parametrize("times, draws, ok", [(1.3, 1, True), (1.3, 2, False), (4.0, 1, False)])
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_noise_is_told_from_fault_by_fresh_draws(
+    times: float, draws: int, ok: bool, own_inputs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opt = pair("llama")
+    monkeypatch.setattr(verdict, "measure", inflated(times, draws))
+    found = liger_fx.verify(model, opt, example_inputs(model, 2, 9) if own_inputs else None)
+    assert found.ok == ok, str(found)
+    assert found.inputs.startswith("5 draws of ") == (times < 2)
+
+
+def test_a_fresh_draw_is_of_the_same_kind_with_other_numbers() -> None:
+    model, _ = pair("llama")
+    given = example_inputs(model, 2, 9)
+    ways = (
+        (calls_of(model, None), calls_of(model, None, 1)),
+        (calls_of(model, given), calls_of(model, given, 1)),
+    )
+    for calls, others in ways:
+        for call, other in zip(calls, others, strict=True):
+            assert call.kwargs.keys() == other.kwargs.keys()
+            ids, others_ids = (c.kwargs["input_ids"] for c in (call, other))
+            assert ids.shape == others_ids.shape and not torch.equal(ids, others_ids)
+    (call,) = ways[1][1]
+    old, new = given["input_ids"].flatten(), call.kwargs["input_ids"].flatten()
+    assert torch.equal(old.sort().values, new.sort().values)
+    assert torch.equal(call.kwargs["attention_mask"], given["attention_mask"])

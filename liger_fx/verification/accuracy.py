@@ -83,3 +83,8 @@ class Comparison:
     def ok(self) -> bool:
         """Whether the promise holds here."""
         return self.zero or self.ratio <= self.bound
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it fails by so little that rounding may have fallen so by chance."""
+        return not self.ok and self.ratio <= 2 * self.bound

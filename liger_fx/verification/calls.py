@@ -41,11 +41,18 @@ class Call:
             return None
 
 
-def calls_of(model: nn.Module, inputs: Any) -> list[Call]:
-    """The calls that ``inputs`` ask for; made for a transformers language model when None."""
+def calls_of(model: nn.Module, inputs: Any, draw: int = 0) -> list[Call]:
+    """The calls that ``inputs`` ask for; made for a transformers language model when None.
+
+    draw: 0 are the calls themselves; of another draw are calls of the same shapes with other
+    random numbers or, where ``inputs`` are given, with their tokens and floats in another order.
+    """
     if inputs is None:
-        made = (example_inputs(model, *shape, seed=i) for i, shape in enumerate(SHAPES))
+        first = draw * len(SHAPES)
+        made = (example_inputs(model, *shape, seed=first + i) for i, shape in enumerate(SHAPES))
         return [Call(kwargs=kwargs) for kwargs in made]
+    if draw:
+        inputs = _shuffled(inputs, torch.Generator().manual_seed(draw))
     if isinstance(inputs, Mapping):
         return [Call(kwargs=dict(inputs))]
     if isinstance(inputs, tuple):
@@ -53,6 +60,25 @@ def calls_of(model: nn.Module, inputs: Any) -> list[Call]:
     raise UsageError(
         f"inputs are a {type(inputs).__name__}; pass keyword arguments as a mapping, or a tuple."
     )
+
+
+def _shuffled(inputs: Any, generator: torch.Generator) -> Any:
+    """The inputs with the elements of each floating tensor, and of tokens, in another order."""
+
+    def shuffle(name: Any, value: Any) -> Any:
+        drawn = isinstance(value, torch.Tensor) and (
+            value.is_floating_point() or str(name).endswith("input_ids")
+        )
+        if not drawn:
+            return value
+        order = torch.randperm(value.numel(), generator=generator).to(value.device)
+        return value.detach().flatten()[order].view(value.shape).requires_grad_(value.requires_grad)
+
+    if isinstance(inputs, Mapping):
+        return {name: shuffle(name, value) for name, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(shuffle(place, value) for place, value in enumerate(inputs))
+    return inputs
 
 
 def calls_of_plans(opt: Block, calls: Sequence[Call]) -> tuple[list[Call], list[str]]:

@@ -46,6 +46,14 @@ class Findings:
         """Whether the optimised model keeps promise 6."""
         return not self.faults
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether nothing is wrong but errors that fail by little."""
+        if self.ok or self.notes:
+            return False
+        failing = (c for c in (*self.together, *self.single) if not c.ok)
+        return all(c.in_doubt for c in failing) and all(s.in_doubt for s in self.sites if s.fault)
+
 
 def _broken(c: Comparison) -> str:
     what = c.name if c.name in ("outputs", "all gradients") else f"the gradient of {c.name}"

@@ -24,6 +24,9 @@ from liger_fx.verification.text import render
 from liger_fx.verification.whole import dtype_of, measure
 
 
+FRESH_DRAWS = 4  # by which noise is told from fault, where an error fails by little
+
+
 class Verification(Findings):
     """What ``verify`` found; `ok` is the verdict and `str()` the tables."""
 
@@ -42,7 +45,8 @@ def verify(
 
     inputs: one call's keyword arguments as a mapping, or its positional ones as a tuple; made for a
         transformers language model when None: four batches of several lengths, one padded, with
-        labels where the model takes them, judged together.
+        labels where the model takes them, judged together. Where an error fails by little, four
+        more draws of such inputs are made and all are judged together.
     dtype: verify copies of both in this floating dtype instead of the models' own.
 
     These calls are made in eval mode, and one more for each graph that `opt` has and that none of
@@ -53,15 +57,33 @@ def verify(
     can be made, when the original fails on them, and for arguments of other kinds.
     """
     _check_arguments(model, opt, dtype)
-    calls = calls_of(model, inputs)
-    remarks: list[str] = []
+    source = model
     if dtype is not None:
         model, opt = copy.deepcopy((model, opt))  # together: they share their parameters
         model, opt = model.to(dtype), opt.to(dtype)
-        calls = [in_dtype(call, dtype) for call in calls]
-    if isinstance(opt, Block):
-        more, remarks = calls_of_plans(opt, calls)
-        calls += more
+
+    def calls_of_draw(draw: int) -> list[Call]:
+        calls = calls_of(source, inputs, draw)
+        return calls if dtype is None else [in_dtype(call, dtype) for call in calls]
+
+    found = _verified(model, opt, [calls_of_draw(0)])
+    if not found.in_doubt:
+        return found
+    try:
+        again = _verified(model, opt, [calls_of_draw(draw) for draw in range(FRESH_DRAWS + 1)])
+    except UsageError:  # the original does not take its inputs in another order
+        return found
+    return found if again.notes else again
+
+
+def _verified(model: nn.Module, opt: nn.Module, draws: list[list[Call]]) -> Verification:
+    calls, remarks = [], dict[str, None]()
+    for own in draws:
+        calls += own
+        if isinstance(opt, Block):
+            more, unserved = calls_of_plans(opt, own)
+            calls += more
+            remarks |= dict.fromkeys(unserved)
     totals = measure(model, opt, calls)
     graph = check_graph(model, opt, calls)
     dtype = dtype_of(model)
@@ -71,7 +93,8 @@ def verify(
         type(model).__name__,
         _dtype_text(dtype, device),
         str(device),
-        "; ".join(map(_describe, calls)),
+        f"{len(draws)} draws of " * (len(draws) > 1)
+        + "; ".join(dict.fromkeys(map(_describe, calls))),
         tuple(together),
         tuple(single),
         tuple(graph.sites),
