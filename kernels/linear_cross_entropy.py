@@ -355,8 +355,8 @@ def _compute(
         later = torch.ldexp(later, exponent)
     _, dh, dw, _, _ = _fake(h, weight, bias, (wanted[0], False, False), wide)
     size = chunk_rows(rows, vocab, width, h.element_size(), wanted[1])
-    # Rows that begin at a multiple of 16: products and kernels load them in whole vectors then. What
-    # is between two rows is 0: a CPU with bfloat16 tiles multiplies an odd row's neighbour by 0.
+    # Rows that begin at a multiple of 16: products and kernels load them in whole vectors then.
+    # Between two rows are zeros: a CPU with bfloat16 tiles takes odd rows with what stands behind.
     padded = h.new_empty((min(size, rows), ceil_div(vocab, 16) * 16))
     padded[:, vocab:] = 0
     buffer = z = padded[:, :vocab]

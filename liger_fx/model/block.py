@@ -114,6 +114,8 @@ class BlockState:
         self.__init__(**state)  # type: ignore[misc]
 
 
+# Dynamo, where it gave up a block's call, tries to compile each function that the call runs.
+@torch.compiler.disable
 def _compiled_check(plan: Plan, block: Any) -> Callable[[], bool]:
     check = Check()
     plan.guards.add_modes(check)
@@ -281,6 +283,7 @@ class Block(fx.GraphModule):
         assert inputs is not None
         return plan.run(self, inputs)
 
+    @torch.compiler.disable
     def _new_plan(self, arguments: dict[str, Any]) -> Plan:
         """A plan for a call that none served; _NoGraph says why there can be none."""
         state = self._block

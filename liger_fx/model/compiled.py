@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch._dynamo.comptime import comptime
 
+from liger_fx.model.constant_floats import take_floats_as_before, take_floats_for_constants
 from liger_fx.model.dynamo import value_of
 from liger_fx.model.plan import Plan
 from liger_fx.model.regions import can_be_region, hand_nothing_on
@@ -53,6 +54,13 @@ class _Kept:
 
 def call_compiled(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of the plan that serves this call, else of the class's own forward."""
+    comptime(take_floats_for_constants)
+    result = _call(block, args, kwargs)
+    comptime(take_floats_as_before)
+    return result
+
+
+def _call(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     arguments = block.signature.named(args, kwargs)
     leaves: list[Any] = []
     objects: list[Any] = []

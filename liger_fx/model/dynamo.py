@@ -19,9 +19,13 @@ def value_of(context: Any, name: str) -> Any:
     """What a local variable stands for: tensors as fake ones of plain sizes, objects as they are
     at this point of what is compiled, or copies of them. UnsupportedCall for a size that nobody
     knows yet."""
-    output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
     record = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
-    return _value(record, output.side_effects.store_attr_mutations)
+    return _value(record, output_of(context).side_effects.store_attr_mutations)
+
+
+def output_of(context: Any) -> Any:
+    """Dynamo's record of the graph that it is making."""
+    return context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
 
 
 def _value(record: Any, changed: Any) -> Any:

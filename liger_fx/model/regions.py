@@ -7,9 +7,7 @@ of what a region was given, though the region kept it for its backward, and lets
 overwrite what belongs to its caller (pytorch/pytorch#193960): gradients are wrong without a word.
 So what has regions is compiled with no memory handed on; its allocator alone uses memory again.
 
-What draws random numbers is no region, nor are layers with caches, and nothing is one with
-dynamic=True: Dynamo then takes floats of modules (an adapter's scaling) for numbers that may
-change, which no region can be given.
+What draws random numbers is no region, nor are layers with caches.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from liger_fx.engine.memory import Memory
+from liger_fx.model.dynamo import output_of
 from liger_fx.model.plan import Plan
 from liger_fx.tracing.effects import draws_random_numbers, is_effectful
 
@@ -63,11 +62,9 @@ def _is_known(kind: type[nn.Module]) -> bool:
 def hand_nothing_on(context: Any) -> bool:
     """Have Inductor compile what Dynamo records here so that regions are right in it; False where
     another compiler will, or one that cannot call regions."""
-    output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+    output = output_of(context)
     inductor = _innermost(output.compiler_fn)
     if not isinstance(inductor, torch._TorchCompileInductorWrapper) or output.export:
-        return False
-    if not torch._dynamo.config.assume_static_by_default:
         return False
     if inductor.config.get("cpp_wrapper", torch._inductor.config.cpp_wrapper):
         return False

@@ -23,7 +23,6 @@ from liger_fx.verification.summary import summarise
 from liger_fx.verification.text import render
 from liger_fx.verification.whole import dtype_of, measure
 
-
 FRESH_DRAWS = 4  # by which noise is told from fault, where an error fails by little
 
 
