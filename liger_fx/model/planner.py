@@ -204,7 +204,11 @@ class Planner:
             )
         traced = self.traced(block, call, examples, exact=exact)
         for number, plan in enumerate(alike.plans):
-            if plan.result is None and plan.guards == traced.guards and plan.fits(block):  # loaded
+            if (
+                plan.result is None  # loaded, or copied
+                and plan.guards == traced.guards
+                and block._block.holds(plan, block)
+            ):
                 plan.result = traced.result
                 return number, plan
         before = places(block) if len(alike.members) > 1 else {}

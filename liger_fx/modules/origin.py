@@ -12,6 +12,7 @@ the graph. And code that asks the named module for what the original had gets it
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,11 @@ class Origin:
         return made
 
     def shown(self) -> nn.Module:
-        """The same to look at: a hook on it is refused."""
+        """The same to look at: a hook on it is refused, and so is a change of it."""
         made = self.module()
         for name in _HOOKS:
             made.__dict__[name] = self._refuse_hook
+        object.__setattr__(made, "__class__", _not_to_be_changed(self.cls))
         return made
 
     def _refuse_hook(self, *_: Any, **__: Any) -> None:
@@ -56,8 +58,30 @@ class Origin:
         )
 
 
+@functools.lru_cache(maxsize=64)
+def _not_to_be_changed(cls: Any) -> Any:
+    """The class, but for attributes that are set."""
+
+    def refuse(module: nn.Module, name: str, value: Any) -> None:
+        if name != "training":
+            raise RuntimeError(
+                f"This {cls.__name__} is computed by the named module that stands around it: "
+                f"{name} set on it would be lost. Set it on the model before it is optimised, put "
+                "another module in its place, or exclude the module that it is part of."
+            )
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), {"__setattr__": refuse, **names})
+
+
 class NamedModule(nn.Module):
-    """What all named modules are: it answers for the module that it replaced."""
+    """What all named modules are: it answers for the module that it replaced.
+
+    is_called_alike: whether graphs call it with what the replaced module took, for what that gave:
+    else no graph serves where a hook stands on it, which would be given something else.
+    """
+
+    is_called_alike = True
 
     def __getattr__(self, name: str) -> Any:
         # What a module holds is looked for before: this is asked for parameters and children, too.

@@ -96,10 +96,7 @@ def _state(arguments: Any) -> list[tuple[int, int]]:
 
 def importable(cls: type) -> str:
     """The ``module:qualified.name`` under which ``leaves.resolve`` finds the class."""
-    reference = leaves.reference_to(cls)
     try:
-        if leaves.resolve(reference) is cls:
-            return reference
-    except (AttributeError, ImportError):
-        pass
-    raise CannotRecord(f"{reference}, a class that cannot be imported under this name")
+        return leaves.reference_to(cls)
+    except LookupError as error:
+        raise CannotRecord(str(error)) from error

@@ -72,8 +72,16 @@ def resolve(reference: str) -> Any:
 
 
 def reference_to(obj: Any) -> str:
-    """The ``module:qualified.name`` under which ``resolve`` finds a class or function."""
-    return f"{obj.__module__}:{obj.__qualname__}"
+    """The ``module:qualified.name`` under which ``resolve`` finds a class or function; LookupError
+    where that leads to another, or nowhere."""
+    reference = f"{obj.__module__}:{obj.__qualname__}"
+    try:
+        found = resolve(reference)
+    except (AttributeError, ImportError):
+        found = None
+    if found is not obj:
+        raise LookupError(f"{obj.__qualname__} of {obj.__module__} is not found by its name")
+    return reference
 
 
 def attention(

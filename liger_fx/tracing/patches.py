@@ -33,6 +33,7 @@ from liger_fx.tracing.guards import MODES
 from liger_fx.tracing.kinds import kinds_asked
 from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.members import Members
+from liger_fx.tracing.module_writes import ModuleWrites
 from liger_fx.tracing.reach import reach_of
 from liger_fx.tracing.recorder import Recorder, recorder_of_thread
 from liger_fx.tracing.size_methods import message_of, patch_sizes
@@ -48,6 +49,7 @@ class Tracing(Protocol):
     """What the patches ask of the tracer that installed them."""
 
     members: Members
+    module_writes: ModuleWrites
     recorder: Recorder
     leaves: TransformersLeaves
 
@@ -256,6 +258,19 @@ def _patch_attributes(replace: Any) -> None:
 
     replace(nn.Module, "__getattribute__", read)
     replace(nn.Module, "__init__", make)
+    for writer in ("__setattr__", "__delattr__", "add_module", "register_buffer"):
+        replace(nn.Module, writer, _noting_writes(getattr(nn.Module, writer)))
+
+
+def _noting_writes(write: Any) -> Any:
+    @functools.wraps(write)
+    def noting(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
+        tracer = recording_tracer()
+        if tracer is not None and "_modules" in module.__dict__:
+            tracer.module_writes.note(module, name)
+        write(module, name, *args, **kwargs)
+
+    return noting
 
 
 def _patch_autocast(replace: Any) -> None:

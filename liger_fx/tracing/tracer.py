@@ -74,6 +74,7 @@ from liger_fx.tracing.leaf_modules import (
     tensors_replaced,
 )
 from liger_fx.tracing.members import Members
+from liger_fx.tracing.module_writes import ModuleWrites
 from liger_fx.tracing.numbers import traced_number
 from liger_fx.tracing.outside import Key, Outside, caches_bypassed
 from liger_fx.tracing.patches import patched, put_aside
@@ -209,6 +210,8 @@ class HFTracer(fx.Tracer, Recording):
         self.numbers: dict[str, Read] = {}
         self._read: dict[str, set[str]] = {}
         self._touched = Touched()
+        self._collects_weights = False
+        self.module_writes = ModuleWrites()
         self._made: dict[int, nn.Module] = {}
         self._constants: dict[str, torch.Tensor] = {}
         self._get_attr_nodes: dict[str, fx.Node] = {}
@@ -230,12 +233,15 @@ class HFTracer(fx.Tracer, Recording):
             self.hidden = HiddenState(before, entered, self.writes)
             reaches = [reach for module in entered.values() for reach in reach_of(module)]
             self.recorder.facts.compares = compares_objects(reaches)
-            with self._symbolic_attributes(), self._outside_kept(reaches):
-                self._look_at(root)
-                result, output = self._run(forward, arguments)
-                self._refuse_outside_changes()
-            self.hidden.show(root)
-            self._refuse_writes(before)
+            try:
+                with self._symbolic_attributes(), self._outside_kept(reaches):
+                    self._look_at(root)
+                    result, output = self._run(forward, arguments)
+                    self._refuse_outside_changes()
+                self.hidden.show(root)
+                self._refuse_writes(before)
+            finally:
+                self.module_writes.undo()
         # Kept until now: what the tree looked like is back in place.
         for path, tensor in self._constants.items():
             root.register_buffer(path, tensor, persistent=False)
@@ -266,7 +272,7 @@ class HFTracer(fx.Tracer, Recording):
             training=self.root.training,
             grad_enabled=torch.is_grad_enabled() if asked else None,
             autocast=autocast_state(self._device_types(call)),
-            attention_fixed=self.leaves.masks_are_read,
+            attention_fixed=self.leaves.masks_are_read or self._asks_weights(call),
             attributes={_symbol(path): path for path in fixed},
             reads=tuple(self.reads),
             numbers={n: r for n, r in self.numbers.items() if any(n in guard for guard in sizes)},
@@ -277,6 +283,17 @@ class HFTracer(fx.Tracer, Recording):
             distinct=self._comparing is not None,
             modes=self.recorder.facts.modes,
             tensors=self.recorder.facts.tensors,
+        )
+
+    def _asks_weights(self, call: CallSpec) -> bool:
+        """Whether the call asks for attention weights, which some implementations do not give: that
+        is in the result as None, or not at all."""
+        asked = call.arguments.get("output_attentions")
+        config = getattr(self.root, "config", None)
+        return (
+            self._collects_weights
+            or (isinstance(asked, Constant) and asked.value is True)
+            or getattr(config, "output_attentions", False) is True
         )
 
     def _gathered(self, call: CallSpec) -> tuple[str, ...]:
@@ -444,9 +461,14 @@ class HFTracer(fx.Tracer, Recording):
         # One made on the fly by the model's code: its parameters are constants to the graph.
         if path is None:
             return _forward_of(module)(module, *args, **kwargs)
-        if is_block(module) and not self.plans.inside and not self.is_leaf_module(module, path):
+        is_called = self.is_leaf_module(module, path) or _around(module)
+        is_inner = is_block(module) and not self.plans.inside
+        if (is_called or is_inner) and (found := self.module_writes.found_in(module)):
+            line = source_line(sys._getframe(2))
+            raise Untraceable(self._stack(), line, f"{path} is called, and {found}")
+        if is_inner and not self.is_leaf_module(module, path):
             return self._call_block(module, path, args, kwargs)
-        if self.is_leaf_module(module, path) or _around(module):
+        if is_called:
             return self._call_leaf(module, path, args, kwargs)
         call = ModuleCall(len(self.calls), path, type(module), self.stack[-1][0].index)
         self.calls.append(call)
@@ -478,6 +500,7 @@ class HFTracer(fx.Tracer, Recording):
         keys = collected()
         if keys and collects_inside(block, keys):
             raise NeedsInside
+        self._collects_weights |= any("attentions" in key for key in keys)
         # Nothing here is the model's code: its questions need not go through the recorder.
         with recorder.paused() as kept, torch._C.DisableTorchFunction():
             args, kwargs = recorder.with_fakes(args), recorder.with_fakes(kwargs)
@@ -531,6 +554,7 @@ class HFTracer(fx.Tracer, Recording):
 
     def _call_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         recorder, keys = self.recorder, collected()
+        self._collects_weights |= any("attentions" in key for key in keys)
         self._touched.add(module)
         if keys and collects_inside(module, keys):
             text = f"{', '.join(keys)} of modules inside it are collected"

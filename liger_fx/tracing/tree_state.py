@@ -253,7 +253,13 @@ def add_state(check: Check, tree: Tree) -> None:
     add_facts(check, tree)
     root, modules, facts, guards, places, _ = tree
     # The root's own hooks run around the graph, as around any forward.
-    add_no_hooks(check, [m for m in modules.values() if m is not root])
+    inside = [m for m in modules.values() if m is not root]
+    called = (module_at(root, path) for path in facts.called)
+    others = [m for m in called if m is not None and not getattr(m, "is_called_alike", True)]
+    add_no_hooks(check, inside + others)
+    for module in inside:
+        condition = "{}.__class__ is {} and 'forward' not in {}"
+        check.add(condition, module, type(module), module.__dict__)
     for path, mode in asked_modes(root, modules, guards):
         check.add(f"{{}}['training'] is {mode}", modules[path].__dict__)
     for path, on in facts.checkpointed.items():
