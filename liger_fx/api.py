@@ -30,6 +30,7 @@ from liger_fx.model.block import Block
 from liger_fx.model.blocks import find_blocks
 from liger_fx.model.build import build
 from liger_fx.model.planner import Planner
+from liger_fx.model.rehearsal import rehearsed
 from liger_fx.report.between import Subject
 from liger_fx.report.between import compare as compare_subjects
 from liger_fx.report.blocks import FallbackRow
@@ -131,7 +132,8 @@ def _run_inside(root: Block, arguments: dict[str, Any], failure: TraceError) -> 
     planner = root._block.planner
     planner.note(FallbackRow("", root.block_class.__name__, ", ".join(arguments), str(failure)))
     try:
-        root.block_class.forward(root, **arguments)
+        with rehearsed(root):
+            root.block_class.forward(root, **arguments)
     except Exception as error:
         raise failure from error
     if not any(block.plans for block in inside):

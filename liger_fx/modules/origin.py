@@ -47,7 +47,8 @@ class Origin:
         made = self.module()
         for name in _HOOKS:
             made.__dict__[name] = self._refuse_hook
-        object.__setattr__(made, "__class__", _not_to_be_changed(self.cls))
+        cls: Any = self.cls
+        object.__setattr__(made, "__class__", _not_to_be_changed(cls))
         return made
 
     def _refuse_hook(self, *_: Any, **__: Any) -> None:
