@@ -11,7 +11,7 @@ order of their experts (`expert_rows.py`), and one grouped product of PyTorch's 
 
 With g the gradient of out, spread, and u = g W_down:
 
-    dweights = sum(u * product), d(weights * product) = weights * u, dW_down = g^T (weights * product)
+    dweights = sum(u * product), dproduct = weights * u, dW_down = g^T (weights * product)
 
 so that the weights' gradient needs no y: what is kept for the backward is x and gate_up, of what
 eager keeps (rows, gate_up, the activation, the product, y) about a fifth. The rows are spread again
@@ -61,29 +61,28 @@ def experts(
     `experts_reference`. ValueError for an unknown activation and shapes or dtypes that do not fit.
     """
     check_activation(activation)
-    _check_shapes(x, index, weights, gate_up_proj, down_proj, transposed)
-    place, offsets = _in_order(index, gate_up_proj.shape[0])
+    number, hidden, _ = experts_sizes(gate_up_proj, down_proj, transposed)
+    if index.dim() != 2 or index.shape != weights.shape or x.shape != (index.shape[0], hidden):
+        raise ValueError(
+            f"experts: x {tuple(x.shape)}, index {tuple(index.shape)} and weights "
+            f"{tuple(weights.shape)} do not fit each other and {hidden} inputs"
+        )
+    place, offsets = _in_order(index, number)
     out: torch.Tensor = _experts(
         x, weights, gate_up_proj, down_proj, place, offsets, activation, transposed
     )[0]
     return out
 
 
-def _check_shapes(
-    x: torch.Tensor,
-    index: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    transposed: bool,
-) -> None:
+def experts_sizes(
+    gate_up_proj: torch.Tensor, down_proj: torch.Tensor, transposed: bool
+) -> tuple[int, int, int]:
+    """How many experts there are, how wide what goes in is, and how wide they are inside.
+
+    ValueError for parameters that do not fit each other.
+    """
     into, out_of = _as_factors(gate_up_proj, down_proj, transposed)
     number, hidden, both = into.shape
-    if index.dim() != 2 or index.shape != weights.shape or x.shape != (index.shape[0], hidden):
-        raise ValueError(
-            f"experts: x {tuple(x.shape)}, index {tuple(index.shape)} and weights "
-            f"{tuple(weights.shape)} do not fit each other and {hidden} inputs"
-        )
     if both % 2 or out_of.shape != (number, both // 2, hidden):
         raise ValueError(
             f"experts: gate_up_proj {tuple(gate_up_proj.shape)} does not fit down_proj "
@@ -93,6 +92,7 @@ def _check_shapes(
         raise ValueError(
             f"experts: gate_up_proj is {gate_up_proj.dtype} and down_proj {down_proj.dtype}"
         )
+    return number, hidden, both // 2
 
 
 def _in_order(index: torch.Tensor, number: int) -> Two:
