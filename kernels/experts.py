@@ -260,8 +260,10 @@ _experts_backward = define_op(
 def _again(ctx: Any, dout: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     *inputs, place, offsets, _ = ctx.saved_tensors
 
-    def plain(*inputs: torch.Tensor) -> torch.Tensor:
-        return experts_reference(*inputs, place, offsets, *ctx.constants)[0]
+    def plain(
+        x: torch.Tensor, weights: torch.Tensor, into: torch.Tensor, out_of: torch.Tensor
+    ) -> Any:
+        return experts_reference(x, weights, into, out_of, place, offsets, *ctx.constants)[0]
 
     return *gradients_of(plain, inputs, (dout,), ctx.needs_input_grad[:4]), *(None,) * 5
 

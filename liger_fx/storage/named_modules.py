@@ -146,8 +146,9 @@ def _make(record: NamedModule, original: nn.Module | None) -> nn.Module:
         raise LoadError(f"are not those of this {record.class_}", "parameters")
     width = record.options.get("width")
     for name, tensor in made._parameters.items():
-        is_wide = name in _own_names(type(made)) or tensor is None or tensor.shape == (width,)
-        if not is_wide:
+        if tensor is None or name in _own_names(CLASSES[record.class_]):
+            continue
+        if tuple(tensor.shape) != (width,):
             raise LoadError(f"{name} of {record.path} has {list(tensor.shape)}", "options.width")
     return made
 
