@@ -42,7 +42,7 @@ def why_not_gated_and_grouped(module: Any) -> str | None:
     """Why a call is not transformers' grouped_mm of experts that are gated MLPs and no more; None
     if it is."""
     kind = type(module)
-    if kind.forward.__code__ is not _DISPATCH or "forward" in vars(module):
+    if getattr(kind.forward, "__code__", None) is not _DISPATCH or "forward" in vars(module):
         return f"{kind.__name__} has a forward of its own"
     held = inspect.getclosurevars(kind.forward).nonlocals
     name = module.config._experts_implementation

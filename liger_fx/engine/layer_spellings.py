@@ -99,6 +99,13 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_cross_entropy, ("cross_entropy",), (F.cross_entropy,)),
 ]
 
+
+def _inside_adapters(module: nn.Module) -> nn.Module:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
 LAYERS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}
 MODULE_OPS = {
     "linear", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "alias", "dropout",
@@ -118,7 +125,7 @@ def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
             ignore_index=module.ignore_index, reduction=module.reduction,
             smoothing=module.label_smoothing, weighted=module.weight is not None,
         )  # fmt: skip
-    if is_experts(module) and len(node.args) == 3 and not node.kwargs:
+    if len(node.args) == 3 and not node.kwargs and is_experts(_inside_adapters(module)):
         return view.make("experts", node.args, node, module=node.target)
     x = argument(node, 0, "input", "x", "hidden_states")
     if not isinstance(x, fx.Node) or len(node.args) + len(node.kwargs) != 1:

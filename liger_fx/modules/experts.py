@@ -25,7 +25,8 @@ class LigerExperts(NamedModule):
     ValueError for an unknown activation and parameters that do not fit each other.
 
     It stands for transformers' "grouped_mm". Where the config asks for another implementation
-    later, a call computes by that, as the original module would.
+    later, a call computes by that, as the original module would. (torch.compile raises an error
+    then: optimise again.)
     """
 
     def __init__(
