@@ -173,8 +173,8 @@ DIRECT: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     ),
     "experts backward": lambda: (
         OPS.experts_backward,
-        (torch.randn(3, 8), *expert_inputs(torch.clone, False), torch.randn(6, 10), "silu", False, True,
-         True, True),
+        (torch.randn(3, 8), *expert_inputs(torch.clone, False), torch.randn(6, 10), "silu", False,
+         True, True, True),
     ),
     "experts backward, frozen": lambda: (
         OPS.experts_backward,
