@@ -13,10 +13,10 @@ With g the gradient of out, spread, and u = g W_down:
 
     dweights = sum(u * product), dproduct = weights * u, dW_down = g^T (weights * product)
 
-so that the weights' gradient needs no y: what is kept for the backward is x and gate_up, of what
-eager keeps (rows, gate_up, the activation, the product, y) about a fifth. The rows are spread again
-from x, and the product is made again from gate_up by the kernel of its gradients, which reads that
-anyway.
+so that the weights' gradient needs no y: what is kept for the backward is x and gate_up. Eager
+keeps rows, gate_up, the activation, the product and y, four times as much where experts are narrow
+(768 of 2048), twice where they are wide (14336 of 4096). The rows are spread again from x, and the
+product is made again from gate_up by the kernel of its gradients, which reads that anyway.
 """
 
 from typing import Any
