@@ -100,10 +100,11 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
 ]
 
 
-def _inside_adapters(module: nn.Module) -> nn.Module:
+def _inside_adapters(module: Any) -> nn.Module:
     while hasattr(module, "base_layer"):
         module = module.base_layer
-    return module
+    inside: nn.Module = module
+    return inside
 
 
 LAYERS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}

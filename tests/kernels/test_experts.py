@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,26 @@ def one_by_one(
     return (y.view(*index.shape, -1) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
+def silu_experts(index: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return lambda x, w, into, out_of: experts(x, index, w, into, out_of, "silu")
+
+
 def compare(
-    leaves: Sequence[torch.Tensor], index: torch.Tensor, *options: Any, few: bool = False
+    leaves: Sequence[torch.Tensor],
+    index: torch.Tensor,
+    name: str = "silu",
+    transposed: bool = False,
+    few: bool = False,
 ) -> None:
     """Outputs and all gradients at least as close to float64 as beside; of `few` elements all may
     have rounded by luck there."""
     dy = torch.randn(leaves[0].shape, device=DEVICE).to(leaves[0].dtype)
 
-    def ours(x: torch.Tensor, w: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        return experts(x, index, w, *weights, *(options or ("silu",)))
+    def ours(x: torch.Tensor, w: torch.Tensor, into: Any, out_of: Any) -> torch.Tensor:
+        return experts(x, index, w, into, out_of, name, transposed)
 
-    def theirs(*leaves: torch.Tensor) -> torch.Tensor:
-        return one_by_one(*leaves, index, *options)
+    def theirs(x: torch.Tensor, w: torch.Tensor, into: Any, out_of: Any) -> torch.Tensor:
+        return one_by_one(x, w, into, out_of, index, name, transposed)
 
     found, beside = with_gradients(ours, leaves, dy), with_gradients(theirs, leaves, dy)
     exact = with_gradients(theirs, doubled(leaves), dy.double())
@@ -151,18 +159,14 @@ def test_experts_without_tokens(same: bool) -> None:
     leaves = drawn((4, 2, 5, 16, 8), torch.float32)
     index = torch.tensor([[2, 2]] * 4 if same else [[0, 4], [4, 0], [0, 3], [3, 4]], device=DEVICE)
     compare(leaves, index)
-    _, _, _, into, out_of = with_gradients(
-        lambda x, w, *rest: experts(x, index, w, *rest, "silu"), leaves, leaves[0]
-    )
+    _, _, _, into, out_of = with_gradients(silu_experts(index), leaves, leaves[0])
     for expert in set(range(5)) - set(index.flatten().tolist()):
         assert not into[expert].any() and not out_of[expert].any()
 
 
 def test_no_tokens() -> None:
     leaves, index = drawn((0, 2, 3, 8, 4), torch.float32), chosen(0, 2, 3)
-    out, dx, dw, *grads = with_gradients(
-        lambda x, w, *rest: experts(x, index, w, *rest, "silu"), leaves, leaves[0]
-    )
+    out, dx, dw, *grads = with_gradients(silu_experts(index), leaves, leaves[0])
     assert out.shape == dx.shape == (0, 8) and dw.shape == (0, 2)
     assert not any(grad.any() for grad in grads)
 
@@ -170,9 +174,7 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (3,), (0, 1), (0, 3), (2, 3)], ids=str)
 def test_frozen_parts(trained: tuple[int, ...]) -> None:
     leaves, index = drawn(SHAPES[0], torch.float32), chosen(*SHAPES[0][:3])
-    every = with_gradients(
-        lambda x, w, *rest: experts(x, index, w, *rest, "silu"), leaves, leaves[0]
-    )
+    every = with_gradients(silu_experts(index), leaves, leaves[0])
     for i in trained:
         leaves[i].requires_grad_()
     x, w, into, out_of = leaves
@@ -192,7 +194,7 @@ def test_what_is_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        experts(leaves[0], index, *leaves[1:], "silu")
+        silu_experts(index)(*leaves)
     given = {t.data_ptr() for t in leaves}
     made = [t for t in kept if t.data_ptr() not in given]
     assert sorted(tuple(t.shape) for t in made) == [(number,), (tokens, k), (tokens * k, 2 * width)]
@@ -207,8 +209,8 @@ def test_a_checkpoint_does_not_multiply_by_down_again(monkeypatch: pytest.Monkey
         count += 1
         return multiply(*args)
 
-    def layer(x: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        return experts(x.sin(), index, w, *rest, "silu")
+    def layer(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return silu_experts(index)(x.sin(), *rest)
 
     expected = with_gradients(layer, leaves, leaves[0])
     monkeypatch.setattr(module, "grouped_product", counted)

@@ -40,7 +40,7 @@ def turned(x: torch.Tensor, turn: Function) -> torch.Tensor:
     return turn(x, cos, sin)
 
 
-def expert_inputs(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def expert_inputs(x: torch.Tensor, y: torch.Tensor) -> tuple[Any, Any, Any, Any, Any]:
     """30 tokens with two of three experts each, which are 2 wide."""
     token = torch.arange(30, device=x.device)
     index = torch.stack((token % 3, (token + 1) % 3), -1)
