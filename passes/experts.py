@@ -44,8 +44,8 @@ class Experts(Rule):
         activation = activation_of(module)
         if activation is None:
             raise Reject(f"its activation is {type(module.act_fn).__name__}", match.root)
-        if any(type(p) is not nn.Parameter for p in module.parameters()):
-            raise Reject("its weights are no plain tensors", match.root)
+        if not all(type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters()):
+            raise Reject("its weights are no plain tensors of floating-point numbers", match.root)
         if not all(match.spec(name).dtype.is_floating_point for name in ("x", "weights")):
             raise Reject("what comes in are no floating-point numbers", match.root)
         parameters = {name: getattr(module, name) for name in _PARAMETERS}

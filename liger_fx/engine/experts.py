@@ -55,9 +55,10 @@ def why_not_gated_and_grouped(module: Any) -> str | None:
         return f"{kind.__name__} has an _apply_gate of its own"
     if module.has_bias:
         return "its experts have biases"
-    if module.has_post_expert_norm:
+    # Earlier versions of transformers know neither; of theirs, processes are joined by a hook.
+    if getattr(module, "has_post_expert_norm", False):
         return "a norm stands behind each expert"
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over processes"
     return None
 

@@ -39,7 +39,7 @@ class LigerExperts(NamedModule):
     ) -> None:
         super().__init__()
         check_activation(activation)
-        experts_sizes(gate_up_proj, down_proj, transposed)
+        self.sizes = experts_sizes(gate_up_proj, down_proj, transposed)
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
         self.activation, self.transposed = activation, transposed
 
@@ -50,7 +50,8 @@ class LigerExperts(NamedModule):
         top_k_weights: (tokens, k). Returns (tokens, hidden), in the dtype of hidden_states.
         """
         if not self._is_grouped():
-            result: torch.Tensor = as_original(self)(hidden_states, top_k_index, top_k_weights)
+            original: Any = as_original(self)
+            result: torch.Tensor = original.forward(hidden_states, top_k_index, top_k_weights)
             return result
         return experts(
             hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj,
@@ -66,6 +67,6 @@ class LigerExperts(NamedModule):
         return {"activation": self.activation, "transposed": self.transposed}
 
     def extra_repr(self) -> str:
-        number, hidden, width = experts_sizes(self.gate_up_proj, self.down_proj, self.transposed)
+        number, hidden, width = self.sizes
         layout = ", transposed" if self.transposed else ""
         return f"{number} x ({hidden} -> {width}), activation={self.activation}{layout}"

@@ -220,6 +220,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: setattr(m, "_apply_gate", lambda x: moe._default_apply_gate(m, x)),
         "MixtralExperts has an _apply_gate of its own",
     ),
+    "hook": (lambda m: m.register_forward_hook(lambda *_: None), "a hook"),
     "forward": (
         lambda m: setattr(m, "forward", lambda *args: MixtralExperts.forward(m, *args)),
         "MixtralExperts has a forward of its own",
