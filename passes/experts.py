@@ -46,8 +46,11 @@ class Experts(Rule):
             raise Reject(f"its activation is {type(module.act_fn).__name__}", match.root)
         if not all(type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters()):
             raise Reject("its weights are no plain tensors of floating-point numbers", match.root)
-        if not all(match.spec(name).dtype.is_floating_point for name in ("x", "weights")):
-            raise Reject("what comes in are no floating-point numbers", match.root)
+        x, index, weights = (match.spec(name) for name in ("x", "index", "weights"))
+        if len(x.shape) != 2 or len(index.shape) != 2 or weights.shape != index.shape:
+            raise Reject(f"it is called with {x}, {index} and {weights}", match.root)
+        if not (x.dtype.is_floating_point and weights.dtype.is_floating_point):
+            raise Reject(f"it is called with {x} and {weights}", match.root)
         parameters = {name: getattr(module, name) for name in _PARAMETERS}
         return {**parameters, "activation": activation, "transposed": module.is_transposed}
 

@@ -46,16 +46,18 @@ def why_not_gated_and_grouped(module: Any) -> str | None:
         return f"{kind.__name__} has a forward of its own"
     held = inspect.getclosurevars(kind.forward).nonlocals
     name = module.config._experts_implementation
-    chosen = held["experts_interface"].get_interface(name, held["original_forward"])
+    known = held.get("experts_interface", moe.ALL_EXPERTS_FUNCTIONS)
+    chosen = known.get(name, held["original_forward"])
     if chosen is not moe.grouped_mm_experts_forward:
         return f"its experts_implementation is {name}, not transformers' grouped_mm"
-    if not module.has_gate:
+    # What an earlier version of transformers does not ask, none of its classes has. (Processes were
+    # joined by a hook on the layer then.)
+    if not getattr(module, "has_gate", True):
         return "its experts have no gate"
     if kind._apply_gate is not moe._default_apply_gate or "_apply_gate" in vars(module):
         return f"{kind.__name__} has an _apply_gate of its own"
     if module.has_bias:
         return "its experts have biases"
-    # Earlier versions of transformers know neither; of theirs, processes are joined by a hook.
     if getattr(module, "has_post_expert_norm", False):
         return "a norm stands behind each expert"
     if getattr(module, "_is_expert_parallel", False):

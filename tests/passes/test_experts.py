@@ -271,6 +271,27 @@ def test_a_class_of_the_users_stays() -> None:
     torch.testing.assert_close(logits(opt), logits(model))
 
 
+class LaidOut(nn.Module):
+    """Calls experts with more dimensions than a router has, which transformers allows."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: torch.Tensor) -> Any:
+        index = torch.zeros(2, 3, 2, dtype=torch.long)
+        return self.experts(x, index, torch.ones(2, 3, 2))
+
+
+def test_other_shapes_stay() -> None:
+    model, x = LaidOut(experts_of(build())), torch.randn(6, 64)
+    with pytest.warns(liger_fx.NothingRewrittenWarning):
+        opt = liger_fx.optimize(model, inputs=(x,))
+    (site,) = opt.report.refused
+    assert site.reason and "it is called with float32" in site.reason
+    torch.testing.assert_close(opt(x), model(x))
+
+
 def test_an_attribute_that_is_set_later() -> None:
     """What the named module has not, turns it back."""
     model = build()
