@@ -5,7 +5,7 @@
     the gradients of the gated activation between the two           gated_gradients
 
 `place` says where the j-th row of a token lies: a permutation of tokens * k numbers, (tokens, k),
-int64, contiguous. One program serves a token and its k rows, so that what is summed over them is
+int64. One program serves a token and its k rows, so that what is summed over them is
 summed in one go: no atomics, in float32, rounded once.
 """
 
@@ -37,7 +37,7 @@ def spread(x: torch.Tensor, place: torch.Tensor, dtype: torch.dtype) -> torch.Te
         rows[place.reshape(-1)] = x.to(dtype).repeat_interleave(k, 0)
         return rows
     x = with_unit_stride(x)
-    _launch(_spread_kernel, place, rows, x, place, rows, x.stride(0))
+    _launch(_spread_kernel, place, rows, x, rows, x.stride(0))
     return rows
 
 
@@ -57,9 +57,7 @@ def gather_into(
         return
     rows, given = with_unit_stride(rows), rows if weights is None else weights.contiguous()
     is_weighted = weights is not None
-    _launch(
-        _gather_kernel, place, out, rows, place, given, out, rows.stride(0), WEIGHTED=is_weighted
-    )
+    _launch(_gather_kernel, place, out, rows, given, out, rows.stride(0), WEIGHTED=is_weighted)
 
 
 def gated_gradients(
@@ -78,8 +76,8 @@ def gated_gradients(
     dgate_up, dweights = gate_up.new_empty(gate_up.shape), weights.new_empty(weights.shape)
     if uses_triton(dproduct, gate_up, weights):
         _launch(
-            _gated_kernel, place, dproduct, dproduct, gate_up, place, weights.contiguous(),
-            dgate_up, dweights, NAME=activation,
+            _gated_kernel, place, dproduct, dproduct, gate_up, weights.contiguous(), dgate_up,
+            dweights, NAME=activation,
         )  # fmt: skip
         return dgate_up, dweights
     gate, up = halves(gate_up, True)
@@ -106,7 +104,7 @@ def _rows_of(place_ptr, k, K: tl.constexpr):
 
 @triton.jit
 def _spread_kernel(
-    x_ptr, place_ptr, rows_ptr, x_stride, k, cols, K: tl.constexpr, COLS: tl.constexpr
+    place_ptr, x_ptr, rows_ptr, x_stride, k, cols, K: tl.constexpr, COLS: tl.constexpr
 ):
     token, row, there = _rows_of(place_ptr, k, K)
     for start in range(0, cols, COLS):
@@ -119,7 +117,7 @@ def _spread_kernel(
 
 @triton.jit
 def _gather_kernel(
-    rows_ptr, place_ptr, weights_ptr, out_ptr, rows_stride, k, cols,
+    place_ptr, rows_ptr, weights_ptr, out_ptr, rows_stride, k, cols,
     WEIGHTED: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     token, row, there = _rows_of(place_ptr, k, K)
@@ -137,7 +135,7 @@ def _gather_kernel(
 
 @triton.jit
 def _gated_kernel(
-    dproduct_ptr, gate_up_ptr, place_ptr, weights_ptr, dgate_up_ptr, dweights_ptr, k, cols,
+    place_ptr, dproduct_ptr, gate_up_ptr, weights_ptr, dgate_up_ptr, dweights_ptr, k, cols,
     NAME: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     token, row, there = _rows_of(place_ptr, k, K)
@@ -178,6 +176,6 @@ def _launch(
         return
     tile = rows_launch(k, cols)
     launch(
-        kernel, tokens, like.device, *args, k, cols,
+        kernel, tokens, like.device, place.contiguous(), *args, k, cols,
         K=tile.rows, COLS=tile.cols, num_warps=tile.warps, **constants,
     )  # fmt: skip
