@@ -48,7 +48,7 @@ def gather_into(
 
     out: (tokens, width), contiguous; rows: (tokens * k, width); weights: (tokens, k).
     """
-    if not uses_triton(out, rows, weights):
+    if not place.numel() or not uses_triton(out, rows, weights):
         dtype = compute_dtype(out, rows, weights)
         wide = rows[place].to(dtype)
         if weights is not None:

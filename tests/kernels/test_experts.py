@@ -171,6 +171,12 @@ def test_no_tokens() -> None:
     assert not any(grad.any() for grad in grads)
 
 
+def test_tokens_without_experts() -> None:
+    leaves, index = drawn((3, 0, 4, 8, 4), torch.float32), chosen(3, 0, 4)
+    out, dx, *_ = with_gradients(silu_experts(index), leaves, leaves[0])
+    assert out.shape == dx.shape == (3, 8) and not out.any() and not dx.any()
+
+
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (3,), (0, 1), (0, 3), (2, 3)], ids=str)
 def test_frozen_parts(trained: tuple[int, ...]) -> None:
     leaves, index = drawn(SHAPES[0], torch.float32), chosen(*SHAPES[0][:3])
