@@ -62,14 +62,17 @@ def unexplained(facts: Facts, rules: Sequence[Rule], sites: Iterable[Site]) -> l
     which something is left."""
     opaque = {leaf.path: leaf for leaf in facts.trace.opaque}
     spoken: dict[str, set[str]] = {rule.name: set() for rule in rules}
+    named = {rule.name: rule for rule in rules}
     for site in sites:
-        spoken[site.rule].update(_with_ancestors(site.path))
+        own, name = named[site.rule], site.before_class
+        for rule in (own, *(other for other in rules if own.knows(name) and other.knows(name))):
+            spoken[rule.name].update(_with_ancestors(site.path))
     found: list[Site] = []
     called = _called(facts)
     for path in sorted(called, key=lambda path: path.count("."), reverse=True):
         name, source, is_leaf = called[path]
         kin = [rule.name for rule in rules if rule.knows(name)]
-        if not kin or any(path in spoken[rule] for rule in kin):
+        if not kin or any(path in spoken[known] for known in kin):
             continue
         reason = f"no {' or '.join(kin)} was found in it"
         if is_leaf:

@@ -8,6 +8,8 @@ rest is one kernel, which reads what comes in from outside and writes what goes 
 of its inputs from which the nodes before computed what they kept, and computes the rest once more
 in the backward pass. Parameters count as traffic but not as kept: they are there anyway.
 
+The experts of a mixture are one node, before and after: what goes on inside is not counted.
+
 A size that varies from call to call counts as one, so that a tensor which has one is bytes for each
 token. All parameters are taken to be trained.
 """

@@ -6,6 +6,7 @@
     F.rms_norm(x, shape, w, eps), nn.RMSNorm     ->  rms_norm(x, w, eps=eps)
     F.layer_norm(x, shape, w, None, eps)         ->  layer_norm(x, w, 0, eps=eps)
     nn.LayerNorm                                 ->  layer_norm(x, module="model.norm", eps=eps)
+    transformers' experts of a mixture           ->  experts(x, index, weights, module="...experts")
     F.cross_entropy(logits, labels)              ->  cross_entropy(logits, labels, reduction="mean")
 
 What takes several operators to say (x * sigmoid(x), GELU's tanh form) is a pattern: activations.py.
@@ -23,7 +24,7 @@ from liger_fx.engine.spellings import Lowering, argument
 from liger_fx.engine.term import Term
 from liger_fx.engine.view import View
 from liger_fx.modules import LigerAddLayerNorm, LigerAddRMSNorm
-from liger_fx.tracing.leaf_modules import is_linear
+from liger_fx.tracing.leaf_modules import is_experts, is_linear
 
 
 def _dropout(view: View, node: fx.Node) -> Term:
@@ -98,10 +99,18 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_cross_entropy, ("cross_entropy",), (F.cross_entropy,)),
 ]
 
+
+def _inside_adapters(module: Any) -> nn.Module:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    inside: nn.Module = module
+    return inside
+
+
 LAYERS = {target: (lower, ops) for lower, ops, targets in _TABLE for target in targets}
 MODULE_OPS = {
     "linear", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "alias", "dropout",
-    "silu", "relu", "gelu", "gelu_tanh", "cross_entropy",
+    "silu", "relu", "gelu", "gelu_tanh", "cross_entropy", "experts",
 }  # fmt: skip
 # Named modules that were put there for another call, and are called with a sum again.
 _ADDING: dict[type[nn.Module], str] = {
@@ -117,6 +126,8 @@ def lower_module(view: View, node: fx.Node, module: nn.Module) -> Term | None:
             ignore_index=module.ignore_index, reduction=module.reduction,
             smoothing=module.label_smoothing, weighted=module.weight is not None,
         )  # fmt: skip
+    if len(node.args) == 3 and not node.kwargs and is_experts(_inside_adapters(module)):
+        return view.make("experts", node.args, node, module=node.target)
     x = argument(node, 0, "input", "x", "hidden_states")
     if not isinstance(x, fx.Node) or len(node.args) + len(node.kwargs) != 1:
         return None

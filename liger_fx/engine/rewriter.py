@@ -28,6 +28,7 @@ from liger_fx.engine.site import Site
 from liger_fx.engine.terms import Terms
 from liger_fx.tracing.garbage import garbage_kept
 from liger_fx.tracing.trace import Trace
+from liger_fx.tracing.tree_state import is_named
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def rewrite(
             if _Pass(facts, view, rule, selection or Selection(), drawer).run(sites):
                 view = Terms(trace.root)
         follow(trace.calls, facts)
+        trace.opaque = [leaf for leaf in trace.opaque if not is_named(facts.module(leaf.path))]
         sites += unexplained(facts, rules, sites)
     return Rewriting(trace.graph, trace.root, sites)
 

@@ -2,6 +2,7 @@
 
 from liger_fx.modules.add_layer_norm import LigerAddLayerNorm
 from liger_fx.modules.add_rms_norm import LigerAddRMSNorm
+from liger_fx.modules.experts import LigerExperts
 from liger_fx.modules.gated_mlp import LigerGEGLUMLP, LigerReGLUMLP, LigerSwiGLUMLP
 from liger_fx.modules.gated_product import LigerGEGLU, LigerReGLU, LigerSwiGLU
 from liger_fx.modules.layer_norm import LigerLayerNorm
@@ -14,6 +15,7 @@ from liger_fx.modules.rotary import LigerRotaryEmbedding, LigerSingleRotaryEmbed
 __all__ = [
     "LigerAddLayerNorm",
     "LigerAddRMSNorm",
+    "LigerExperts",
     "LigerFusedLinearCrossEntropy",
     "LigerGEGLU",
     "LigerGEGLUMLP",

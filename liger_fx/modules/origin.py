@@ -151,6 +151,16 @@ def turn_back(named: nn.Module) -> None:
         named.get_submodule(path).add_module(name, origin.module())
 
 
+def as_original(named: nn.Module) -> nn.Module:
+    """Another module: what the named one replaced, with the weights, children, hooks and mode that
+    it has now."""
+    made = copy.copy(named)
+    for group in ("_parameters", "_buffers", "_modules"):
+        vars(made)[group] = vars(made)[group].copy()
+    turn_back(made)
+    return made
+
+
 def origins(named: nn.Module) -> tuple[Origin, ...]:
     """What the named module replaces; nothing for one that was mounted beside."""
     found: tuple[Origin, ...] = vars(named).get(_NAME, ())

@@ -75,9 +75,14 @@ def check(record: NamedModule) -> None:
 @functools.cache
 def _option_types(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls.__init__)
-    return {
-        k: hint for k, hint in hints.items() if k not in ("return", "weight", "bias", "children")
-    }
+    others = ("return", "weight", "bias", "children", *_own_names(cls))
+    return {k: hint for k, hint in hints.items() if k not in others}
+
+
+@functools.cache
+def _own_names(cls: Any) -> tuple[str, ...]:
+    """The arguments that are parameters of the model, which have these names there too."""
+    return tuple(n for n, hint in get_type_hints(cls.__init__).items() if hint is nn.Parameter)
 
 
 def install(root: nn.Module, record: NamedModule) -> None:
@@ -103,6 +108,7 @@ def install(root: nn.Module, record: NamedModule) -> None:
 def roles(record: NamedModule) -> dict[str, str]:
     """The parameters that such a module is made with: the argument, and the name in the model."""
     given = {role: record.options.get(f"{role}_name") for role in ("weight", "bias")}
+    given |= {name: name for name in _own_names(CLASSES[record.class_])}
     return {role: name for role, name in given.items() if name in record.parameters}
 
 
@@ -140,7 +146,9 @@ def _make(record: NamedModule, original: nn.Module | None) -> nn.Module:
         raise LoadError(f"are not those of this {record.class_}", "parameters")
     width = record.options.get("width")
     for name, tensor in made._parameters.items():
-        if tensor is not None and tuple(tensor.shape) != (width,):
+        if tensor is None or name in _own_names(CLASSES[record.class_]):
+            continue
+        if tuple(tensor.shape) != (width,):
             raise LoadError(f"{name} of {record.path} has {list(tensor.shape)}", "options.width")
     return made
 

@@ -57,9 +57,11 @@ def exact() -> Iterator[None]:
 def in_float64(module: Module) -> Module:
     """A copy in float64 that shares nothing with `module` (8 bytes a parameter)."""
     copied = copy.deepcopy(module).double()
+    for part in copied.modules():  # transformers' own experts: grouped_mm serves no float64
+        own: Any = vars(part).get("config")
+        if getattr(own, "_experts_implementation", None) == "grouped_mm":
+            own._experts_implementation = "eager"
     config = getattr(copied, "config", None) if isinstance(copied, PreTrainedModel) else None
-    if getattr(config, "_experts_implementation", None) == "grouped_mm":
-        copied.set_experts_implementation("eager")  # type: ignore[operator]
     if getattr(config, "_attn_implementation", "eager") not in ("eager", "sdpa"):
         copied.set_attn_implementation("sdpa")  # type: ignore[operator]
     return copied

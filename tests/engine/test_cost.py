@@ -94,6 +94,9 @@ def test_bytes_are_those_that_pytorch_moves_and_keeps(family: str, dtype: torch.
     assert len(made) == len(opt.report.rewritten) > 0
     for index, nodes in made.items():
         drawing = opt.report.sites[index].drawing
+        if opt.report.sites[index].rule == "experts":  # no node is inside
+            assert drawing.cost_before == drawing.cost_after
+            continue
         replaced = nodes[0].meta["rewrite"].replaced
         assert told(drawing.cost_before) == before.of(replaced)
         traffic, kept = told(drawing.cost_after)

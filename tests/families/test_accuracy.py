@@ -41,8 +41,18 @@ def judged(model: Any, opt: Any, autocast: torch.dtype | None = None) -> tuple[J
     for inputs, exact in zip(calls(model), exact_runs(model), strict=True):
         theirs, ours = (measure(m, inputs, autocast=autocast) for m in (model, opt))
         judge.add(exact, theirs, ours)
-        apart.append(furthest(_less_accurate(ours, theirs, exact), theirs))
+        apart.append(
+            furthest(*map(_without_routers, (_less_accurate(ours, theirs, exact), theirs)))
+        )
     return judge, apart
+
+
+def _without_routers(run: Run) -> Run:
+    """All but the gradients of routers: that of normalised weights is a difference of nearly equal
+    sums, of which two equally accurate ways round apart (in a call of two tokens by 2e-5). Over all
+    calls together the judge holds it like any other."""
+    kept = {n: g for n, g in run.gradients.items() if not n.endswith("mlp.gate.weight")}
+    return replace(run, gradients=kept)
 
 
 def _less_accurate(ours: Run, theirs: Run, exact: Run) -> Run:

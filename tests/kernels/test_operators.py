@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from liger_fx.kernels.activation import activation
 from liger_fx.kernels.add_layer_norm import add_layer_norm
 from liger_fx.kernels.add_rms_norm import add_rms_norm
+from liger_fx.kernels.experts import experts
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
 from liger_fx.kernels.launch import INTERPRETED
 from liger_fx.kernels.layer_norm import layer_norm
@@ -32,6 +33,19 @@ def table(tokens: int, width: int) -> torch.Tensor:
 
 def leaf(x: torch.Tensor) -> torch.Tensor:
     return x.detach().requires_grad_()
+
+
+def expert_inputs(
+    made: Callable[[torch.Tensor], torch.Tensor], transposed: bool
+) -> tuple[torch.Tensor, ...]:
+    """Three tokens with two experts each, of four: x, weights, the matrices, and their order."""
+    into, out_of = torch.randn(4, 10, 8), torch.randn(4, 8, 5)
+    if transposed:
+        into, out_of = torch.randn(4, 8, 10), torch.randn(4, 5, 8)
+    place = torch.tensor([[3, 0], [1, 4], [5, 2]])
+    offsets = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
+    given = (torch.randn(3, 8), torch.randn(3, 2), into, out_of)
+    return *map(made, given), place, offsets
 
 
 DIRECT: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
@@ -153,6 +167,20 @@ DIRECT: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         OPS.packed_gated_activation_backward,
         (torch.randn(3, 5, 4), torch.randn(3, 5, 8), "gelu", True),
     ),
+    "experts": lambda: (OPS.experts, (*expert_inputs(leaf, False), "silu", False)),
+    "experts of short dtypes, transposed": lambda: (
+        OPS.experts, (*expert_inputs(lambda x: leaf(x.to(BF16)), True), "gelu", True)
+    ),
+    "experts backward": lambda: (
+        OPS.experts_backward,
+        (torch.randn(3, 8), *expert_inputs(torch.clone, False), torch.randn(6, 10), "silu", False,
+         True, True, True),
+    ),
+    "experts backward, frozen": lambda: (
+        OPS.experts_backward,
+        (torch.randn(8, 3).t(), *expert_inputs(torch.clone, True), torch.randn(6, 10), "relu", True,
+         False, False, True),
+    ),
     "linear_cross_entropy": lambda: (
         OPS.linear_cross_entropy,
         (leaf(torch.randn(6, 8)), leaf(torch.randn(11, 8)), leaf(torch.randn(11)),
@@ -197,12 +225,16 @@ def every_op(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor) -> torch.
     q, k = rope_pair(x, x, cos, cos, interleaved_in=True)
     q, k = qk_norm_rope(q, k, weight, weight, cos, cos, 1e-5)
     q = gated_activation(q, rope(k, cos, cos), "silu") + activation(k, "relu")
-    return packed_gated_activation(torch.cat((q, k), dim=-1), "gelu")
+    x = packed_gated_activation(torch.cat((q, k), dim=-1), "gelu")
+    index = torch.arange(x.numel() // 8, device=x.device).view(-1, 1) % 3
+    into, out_of = (torch.stack([w, w, w]) for w in (weight.expand(4, 8), weight[:2].expand(8, 2)))
+    rows = experts(x.reshape(-1, 8), index, x.reshape(-1, 8)[:, :1], into, out_of, "silu")
+    return rows.view(x.shape)
 
 
 NAMES = [
     "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope_pair", "qk_norm_rope", "rope",
-    "gated_activation", "activation", "packed_gated_activation",
+    "gated_activation", "activation", "packed_gated_activation", "experts",
 ]  # fmt: skip
 
 

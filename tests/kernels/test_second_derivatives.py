@@ -16,6 +16,7 @@ import liger_fx.kernels
 from liger_fx.kernels.activation import ACTIVATIONS, activation, activation_reference
 from liger_fx.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from liger_fx.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from liger_fx.kernels.experts import experts
 from liger_fx.kernels.gated_activation import (
     gated_activation,
     gated_activation_reference,
@@ -48,6 +49,23 @@ def turned(turn: Function) -> Function:
         return turn(*tensors, cos, sin)
 
     return call
+
+
+def index_of(x: torch.Tensor) -> torch.Tensor:
+    """Two experts for each token: 0 and 2, 1 and 0, 2 and 1, ..."""
+    token = torch.arange(x.shape[0], device=x.device)
+    return torch.stack((token % 3, (token + 2) % 3), -1)
+
+
+def experts_one_by_one(
+    x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, into: Any, out_of: Any
+) -> torch.Tensor:
+    total = torch.zeros_like(x)
+    for expert in range(into.shape[0]):
+        weight = (weights * (index == expert)).sum(-1, keepdim=True)
+        product = packed_gated_activation_reference(x @ into[expert].t(), "silu")
+        total = total + weight * (product @ out_of[expert].t())
+    return total
 
 
 def normed_and_turned(q: Any, k: Any, a: Any, b: Any, cos: Any, sin: Any) -> Any:
@@ -123,6 +141,11 @@ CASES: dict[str, tuple[str, tuple[tuple[int, ...], ...], Function, Function]] = 
         "_GatedLinear", (SHAPE, (6, 4)),
         lambda x, w: gated_linear(x, None, w, None, "gelu", False),
         lambda x, w: gated_linear_reference(x, None, w, None, "gelu", False),
+    ),
+    "experts": (
+        "_Experts", ((6, 8), (6, 2), (3, 10, 8), (3, 8, 5)),
+        lambda x, w, a, b: experts(x, index_of(x), w, a / 3, b / 3, "silu"),
+        lambda x, w, a, b: experts_one_by_one(x, index_of(x), w, a / 3, b / 3),
     ),
     "lora_linear": (
         "_LoraLinear", (SHAPE, SHAPE, (2, 8), (6, 2)),

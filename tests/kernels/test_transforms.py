@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from liger_fx.kernels.activation import activation, activation_reference
 from liger_fx.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from liger_fx.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from liger_fx.kernels.experts import experts
 from liger_fx.kernels.gated_activation import (
     gated_activation,
     gated_activation_reference,
@@ -37,6 +38,26 @@ TABLES = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(1))
 def turned(x: torch.Tensor, turn: Function) -> torch.Tensor:
     cos, sin = TABLES.to(x.device)
     return turn(x, cos, sin)
+
+
+def expert_inputs(x: torch.Tensor, y: torch.Tensor) -> tuple[Any, Any, Any, Any, Any]:
+    """30 tokens with two of three experts each, which are 2 wide."""
+    token = torch.arange(30, device=x.device)
+    index = torch.stack((token % 3, (token + 1) % 3), -1)
+    rows = y.reshape(30, 8)
+    into, out_of = rows[:12].reshape(3, 4, 8) / 3, rows[12:18].reshape(3, 8, 2) / 3
+    return x.reshape(30, 8), index, rows[:, :2], into, out_of
+
+
+def experts_one_by_one(
+    x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, into: Any, out_of: Any
+) -> torch.Tensor:
+    total = torch.zeros_like(x)
+    for expert in range(3):
+        weight = (weights * (index == expert)).sum(-1, keepdim=True)
+        product = packed_gated_activation_reference(x @ into[expert].t(), "silu")
+        total = total + weight * (product @ out_of[expert].t())
+    return total
 
 
 # name -> the operator and its reference, as functions of one or two tensors of SHAPE
@@ -103,6 +124,11 @@ CASES: dict[str, tuple[int, Function, Function]] = {
         1,
         lambda x: packed_gated_activation(x, "gelu_tanh", False),
         lambda x: packed_gated_activation_reference(x, "gelu_tanh", False),
+    ),
+    "experts": (
+        2,
+        lambda x, y: experts(*expert_inputs(x, y), "silu"),
+        lambda x, y: experts_one_by_one(*expert_inputs(x, y)),
     ),
     "linear_cross_entropy": (
         2,

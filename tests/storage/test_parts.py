@@ -78,6 +78,7 @@ MADE: dict[str, dict[str, Any]] = {
     "LigerAddLayerNorm": {"width": 8, "eps": 1e-5, "offset": 1.0, "cast": "autocast"},
     "LigerLayerNorm": {"width": 8, "eps": 1e-5, "weight_name": "weight", "bias_name": "bias"},
     "LigerAddRMSNorm": {"width": 8, "eps": None, "weight_name": "weight"},
+    "LigerExperts": {"activation": "gelu", "transposed": True},
     "LigerFusedLinearCrossEntropy": {"reduction": "sum", "softcap": 30.0, "biased": True},
     "LigerRMSNorm": {"width": 8, "eps": 1e-5, "offset": 1.0, "cast": "promote"},
     "LigerNormRotaryEmbedding": {"eps": None, "exchanged": True, "heads_dim": 2},
@@ -103,12 +104,14 @@ def test_every_named_module_is_made_again_from_its_options(name: str) -> None:
     for child in ("g", "u", "d"):
         original.add_module(child, nn.Linear(8, 8))
     original.weight, original.bias = (nn.Parameter(torch.ones(8)) for _ in range(2))
+    original.gate_up_proj = nn.Parameter(torch.ones(3, 8, 4))
+    original.down_proj = nn.Parameter(torch.ones(3, 2, 8))
     if "children" in parameters:
         used = [
             given[role] for role in ("gate", "up", "gate_up", "fc1", "down", "fc2") if role in given
         ]
         given["children"] = {child: original.get_submodule(child) for child in used}
-    for role in ("weight", "bias"):
+    for role in ("weight", "bias", "gate_up_proj", "down_proj"):
         if role in parameters:
             given[role] = getattr(original, role)
     root = nn.Module()

@@ -93,6 +93,26 @@ def eager_packed(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def eager_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """The rows of each expert gathered, weighted, brought back and summed, by indexing."""
+    k = index.shape[1]
+    chosen, order = torch.sort(index.reshape(-1))
+    counts = torch.histc(chosen.int(), bins=len(down_proj), min=0, max=len(down_proj) - 1)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    gate_up = F.grouped_mm(x[order // k], gate_up_proj.transpose(1, 2), offs=ends)
+    y = F.grouped_mm(eager_packed(gate_up), down_proj.transpose(1, 2), offs=ends)
+    weighted = y * weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return weighted[back].view(*index.shape, -1).sum(1)
+
+
 def _rms_norm_case(rows: int, width: int) -> Case:
     from liger_fx.kernels.rms_norm import rms_norm
 
@@ -239,6 +259,24 @@ def _qk_norm_rope_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: 
     return Case("QK norm and RoPE", shape, dim, inputs, functions, kept=4)
 
 
+def _experts_case(tokens: int, k: int, number: int, hidden: int, width: int) -> Case:
+    """Mostly products of matrices: what the bytes say is no bound of it."""
+    from liger_fx.kernels.experts import experts
+
+    def inputs() -> tuple[Tensors, Tensors]:
+        x, matrices = _random(tokens, hidden), _random(number, 3 * width, hidden) / hidden**0.5
+        down = matrices[:, 2 * width :].transpose(1, 2).contiguous()
+        weights, index = torch.rand(tokens, number, device="cuda").topk(k)
+        return (x, weights.bfloat16(), matrices[:, : 2 * width].contiguous(), down), (index,)
+
+    functions: dict[str, Callable[..., Any]] = {
+        "ours": lambda x, w, into, out_of, index: experts(x, index, w, into, out_of, "silu"),
+        "eager": eager_experts,
+    }
+    shape = f"{tokens}x{hidden}, {k} of {number} x {width}"
+    return Case("experts", shape, hidden, inputs, functions, kept=4)
+
+
 def _liger(name: str) -> Callable[..., Any]:
     return getattr(import_module("liger_kernel.transformers.functional"), name)
 
@@ -262,6 +300,8 @@ def cases() -> list[Case]:
         _rope_case(4, 2048, 32, 8, 128),
         _rope_case(1, 8192, 32, 8, 128),
         _qk_norm_rope_case(4, 2048, 16, 8, 128),
+        _experts_case(8192, 8, 128, 2048, 768),
+        _experts_case(8192, 2, 8, 4096, 14336),
     ]
 
 

@@ -91,6 +91,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size": 128256,
         },
     ),
+    "qwen3_moe": (  # the 30B-A3B shape, 6 of its 48 layers
+        "qwen3_moe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 151936,
+        },
+    ),
     "tiny": (  # for a look at the script itself, on any device
         "llama",
         {
@@ -125,6 +141,7 @@ WORKLOADS = {
     "olmo2": Workload("olmo2"),
     "glm4": Workload("glm4"),
     "smollm3": Workload("smollm3"),
+    "qwen3_moe": Workload("qwen3_moe"),
     "llama1b_long": Workload("llama1b", batch=1, length=16384),
     "llama1b_short": Workload("llama1b", batch=1, length=128),
     "llama1b_checkpointed": Workload("llama1b", batch=8, checkpointed=True),
