@@ -27,8 +27,8 @@ def rehearsed(root: nn.Module) -> Iterator[None]:
     back afterwards. (The weights of blocks inside, which graphs serve, are not looked after: a copy
     of them all would double the memory.)"""
     own = [module for module in _own_modules(root) if module is root or not is_block(module)]
-    tensors = [p for module in own for p in module.parameters(recurse=False)]
-    tensors += list(root.buffers())
+    tensors: list[torch.Tensor] = [p for module in own for p in module.parameters(recurse=False)]
+    tensors += root.buffers()
     generators = [
         value
         for module in own
