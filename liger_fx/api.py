@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import fx, nn
 
 from liger_fx.engine.rule import Selection, discover
@@ -209,11 +210,12 @@ def subject_of(model: nn.Module, inputs: Inputs = None) -> Subject:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(model, fx.GraphModule):
-        raise UsageError(
-            f"{type(model).__name__} is a torch.fx.GraphModule already; optimise the model it was "
-            "made from."
-        )
+    for kind, name in ((fx.GraphModule, "torch.fx"), (torch.jit.ScriptModule, "torch.jit")):
+        if isinstance(model, kind):
+            raise UsageError(
+                f"{type(model).__name__} is a {name}.{kind.__name__} already; optimise the model "
+                "it was made from."
+            )
     modules = modules_by_path(model)
     sharded = {cls for cls in set(map(type, modules.values())) if _is_sharded(cls)}
     for path in (path for path, module in modules.items() if type(module) in sharded):

@@ -178,12 +178,27 @@ class Transplant:
         known: dict[int, Any] = {}
         own = places(block)
         for path, module in self.before.items():
+            if path not in own:  # a named module in a block inside that was rewritten before
+                continue
             known[id(module)] = own[path]
             for theirs, ours in zip(_tensors(module), _tensors(own[path]), strict=True):
                 known[id(theirs)] = ours
         for path, module in self.new.items():
             owner, _, name = path.rpartition(".")
-            own[owner].add_module(name, copy_tree(module, instead=known))
+            twin = copy_tree(module, instead=known)
+            for below, made in modules_by_path(twin).items():
+                _take_hooks(made, own.get(f"{path}.{below}".rstrip(".")))
+            own[owner].add_module(name, twin)
+
+
+_HOOKS = tuple(name for name in _INTERNALS if "hooks" in name)
+
+
+def _take_hooks(made: nn.Module, stood: nn.Module | None) -> None:
+    """The hooks of what stood there, in the same dictionaries: who put one there removes it there.
+    Not those of the module that it was made like."""
+    held = vars(nn.Module() if stood is None else stood)
+    vars(made).update({name: held[name] for name in _HOOKS})
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

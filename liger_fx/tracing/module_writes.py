@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -25,9 +24,8 @@ class ModuleWrites:
     """The attributes that a trace's code wrote so far, as they were, and the hooks that it put."""
 
     def __init__(self) -> None:
-        self._first_hook = RemovableHandle.next_id
         self._were: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
-        self._hooks: list[tuple[dict[int, Any], int]] = []
+        self._handles: dict[int, RemovableHandle] = {}
 
     def note(self, module: nn.Module, name: str) -> None:
         """The attribute, a child's or a tensor's name, is about to be written or deleted."""
@@ -36,30 +34,27 @@ class ModuleWrites:
             group = _group_with(module, name)
             self._were[place] = module, _MISSING if group is None else group[name]
 
+    def note_hook(self, handle: RemovableHandle) -> None:
+        """A hook was put on a module, or on a tensor."""
+        self._handles[handle.id] = handle
+
     def found_in(self, called: nn.Module) -> str | None:
         """What a module, or one inside it, has at the moment that it had not when the trace began,
         in words."""
-        is_hooked = RemovableHandle.next_id != self._first_hook
         changed = [
             (m, name) for (_, name), (m, was) in self._were.items() if _differs(m, name, was)
         ]
-        if not is_hooked and not changed:
+        if not self._handles and not changed:
             return None
         for path, module in modules_by_path(called).items():
             where = path or "itself"
             for owner, name in changed:
                 if owner is module:
                     return f"{name} of {where} is changed for the call"
-            if found := [*self._new_hooks(module)]:
-                self._hooks += found
+            hooks = (item for hooks in hooks_of(module) for item in hooks.items())
+            if any(n in self._handles and not is_capturing(hook) for n, hook in hooks):
                 return f"a hook is put on {where} for the call"
         return None
-
-    def _new_hooks(self, module: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
-        for hooks in hooks_of(module):
-            for number, hook in hooks.items():
-                if number >= self._first_hook and not is_capturing(hook):
-                    yield hooks, number
 
     def undo(self) -> None:
         """Put everything back, also where an exception kept the code from doing so."""
@@ -70,8 +65,10 @@ class ModuleWrites:
                 delattr(module, name)
             else:
                 setattr(module, name, was)
-        for hooks, number in self._hooks:
-            hooks.pop(number, None)
+        for number, handle in self._handles.items():
+            hooks = handle.hooks_dict_ref() or {}
+            if number in hooks and not is_capturing(hooks[number]):
+                handle.remove()
 
 
 def _group_with(module: nn.Module, name: str) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -260,6 +261,18 @@ def _patch_attributes(replace: Any) -> None:
     replace(nn.Module, "__init__", make)
     for writer in ("__setattr__", "__delattr__", "add_module", "register_buffer"):
         replace(nn.Module, writer, _noting_writes(getattr(nn.Module, writer)))
+    replace(RemovableHandle, "__init__", _noting_hooks(RemovableHandle.__init__))
+
+
+def _noting_hooks(init: Any) -> Any:
+    @functools.wraps(init)
+    def noting(handle: RemovableHandle, *args: Any, **kwargs: Any) -> None:
+        init(handle, *args, **kwargs)
+        tracer = recording_tracer()
+        if tracer is not None:
+            tracer.module_writes.note_hook(handle)
+
+    return noting
 
 
 def _noting_writes(write: Any) -> Any:

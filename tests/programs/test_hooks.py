@@ -33,6 +33,7 @@ PLACES = {
     "mlp": "model.layers.1.mlp",
     "linear in the mlp": "model.layers.1.mlp.up_proj",
     "norm": "model.layers.1.input_layernorm",
+    "norm of a sum": "model.layers.1.post_attention_layernorm",
     "last norm": "model.norm",
     "head": "lm_head",
     "rotary tables": "model.rotary_emb",
@@ -143,7 +144,9 @@ def _other_layers(place: str) -> int:
     return 1 if "layers" in PLACES[place] else 2
 
 
-@pytest.mark.parametrize("place", ["layer", "attention", "mlp", "norm", "linear", "base model"])
+@pytest.mark.parametrize(
+    "place", ["layer", "attention", "mlp", "norm", "norm of a sum", "linear", "base model"]
+)
 def test_what_a_hook_returns_counts(place: str) -> None:
     def program(m: Any) -> Any:
         def double(_: Any, args: Any, out: Any) -> Any:
@@ -166,9 +169,11 @@ def test_what_a_hook_returns_counts(place: str) -> None:
     compare(build("llama"), program, calls=2)
 
 
-@pytest.mark.parametrize("place", ["layer", "attention", "norm", "linear"])
+@pytest.mark.parametrize("place", ["layer", "attention", "norm", "norm of a sum", "linear"])
 def test_what_a_pre_hook_returns_counts(place: str) -> None:
     def program(m: Any) -> Any:
+        before = step(m)
+
         def scale(_: Any, args: Any, kwargs: Any) -> Any:
             if args:
                 return (args[0] * 1.5, *args[1:]), kwargs
@@ -178,19 +183,32 @@ def test_what_a_pre_hook_returns_counts(place: str) -> None:
         handle = module.register_forward_pre_hook(scale, with_kwargs=True)
         changed = step(m)
         handle.remove()
-        return changed, step(m)
+        return before, changed, step(m)
 
-    compare(build("llama"), program)
+    compare(build("llama"), program, calls=2)
 
 
-def test_a_backward_hook_may_change_the_gradient() -> None:
+@pytest.mark.parametrize("place", ["layer", "norm of a sum"])
+@pytest.mark.parametrize("called", [False, True], ids=["at once", "after a call"])
+def test_a_backward_hook_may_change_the_gradient(place: str, called: bool) -> None:
     def program(m: Any) -> Any:
-        m.model.layers[0].register_full_backward_hook(
+        before = [step(m)] * called
+        m.get_submodule(PLACES[place]).register_full_backward_hook(
             lambda _, given, out: tuple(None if g is None else g * 3 for g in given)
         )
-        return step(m)
+        return before, step(m)
 
     compare(build("llama"), program)
+
+
+def test_a_hook_on_the_head_of_a_copy() -> None:
+    """Its loss is a named module, and the head is not called; a copy knows of no result yet."""
+    opt = optimize(build("llama")).train()
+    step(opt)
+    diary, twin = Diary(), copy.deepcopy(opt)
+    forward_hook(twin.lm_head, diary)
+    step(twin)
+    assert len(diary.calls) == 1
 
 
 def test_activations_are_caught() -> None:

@@ -179,6 +179,27 @@ def test_two_adapters_in_turn() -> None:
     compare(build("llama"), program, calls=3)
 
 
+@pytest.mark.parametrize("targets", [["gate_proj"], ["q_proj", "lm_head"]], ids=str)
+@pytest.mark.filterwarnings("ignore::liger_fx.errors.FallbackWarning")
+def test_another_adapter_for_each_row(targets: list[str]) -> None:
+    """PEFT puts hooks on its layers for the time of such a call."""
+    config = peft.LoraConfig(
+        target_modules=targets, r=4, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(build("llama"), config)
+    model.add_adapter("other", config)
+    model.eval()
+    opt = optimize(copy.deepcopy(model))
+    inputs = make_inputs(model, 2, 9)
+    seen = []
+    with torch.no_grad():
+        for names in (["default", "other"], ["other", "other"], None, ["__base__", "other"]):
+            given = inputs if names is None else inputs | {"adapter_names": names}
+            seen.append(model(**given).logits)
+            same(opt(**given).logits, seen[-1])
+    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+
+
 def test_generate_with_an_adapter() -> None:
     def program(m: Any) -> Any:
         wrapped = adapted(m, "lora").eval()

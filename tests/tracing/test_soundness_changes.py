@@ -23,6 +23,69 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
+PATHS = (
+    "model.layers.1.self_attn", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp",
+    "model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm", "model.norm",
+    "model.rotary_emb", "lm_head",
+)  # fmt: skip
+
+
+def halved(result: Any) -> Any:
+    first, *rest = result if isinstance(result, tuple) else (result,)
+    return (first / 2, *rest) if isinstance(result, tuple) else first / 2
+
+
+def by_instance(module: Any) -> None:
+    was = module.forward
+    module.forward = lambda *args, **kwargs: halved(was(*args, **kwargs))
+
+
+def by_class(module: Any) -> None:
+    kind = type(module)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return halved(kind.forward(self, *args, **kwargs))
+
+    module.__class__ = type(f"Half{kind.__name__}", (kind,), {"forward": forward})
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at once", "after a call"])
+@pytest.mark.parametrize("change", [by_instance, by_class])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_forward_of_its_own_is_heeded(path: str, change: Any, called: bool) -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(3, 15).view(2, 6)
+    opt = liger_fx.optimize(copy.deepcopy(model))
+    before = model(ids, labels=ids)
+    for m in (model, opt):
+        if called:
+            m(ids, labels=ids)
+        change(m.get_submodule(path))
+    wanted, found = (m(ids, labels=ids) for m in (model, opt))
+    assert not torch.allclose(wanted.loss, before.loss)
+    torch.testing.assert_close((found.loss, found.logits), (wanted.loss, wanted.logits))
+
+
+def test_what_a_named_module_computes_refuses_changes() -> None:
+    opt = liger_fx.optimize(tiny_model("llama"))
+    activation = opt.model.layers[0].mlp.act_fn
+    with pytest.raises(RuntimeError, match="forward set on it would be lost"):
+        activation.forward = torch.relu
+    activation.eval()
+
+
+def test_attention_weights_after_another_implementation() -> None:
+    model = tiny_model("llama")
+    opt = liger_fx.optimize(copy.deepcopy(model))
+    ids = torch.arange(3, 15).view(2, 6)
+    for implementation in ("sdpa", "eager", "sdpa"):
+        for m in (model, opt):
+            m.set_attn_implementation(implementation)
+        with torch.no_grad():
+            wanted, found = (m(ids, output_attentions=True).attentions for m in (model, opt))
+        torch.testing.assert_close(found, wanted)
+
+
 @dataclasses.dataclass
 class Settings:
     scale: float = 1.0
