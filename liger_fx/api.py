@@ -72,9 +72,9 @@ def optimize(
     blocks: paths or globs of the modules that are traced, rewritten and called by themselves,
         besides the model; ``()`` makes one flat graph. By default every PreTrainedModel inside and
         every layer that can be checkpointed; in other models the alike entries of a ModuleList.
-    logits: "always" leaves a language model's loss as it is, which computes all logits. By default
-        training computes them when something reads the output's ``logits``, from the weights that
-        stand then: RuntimeError if these have changed.
+    logits: "always" computes all logits of a language model, and the loss from them, as the model
+        does. By default training computes them when something reads the output's ``logits``, from
+        the weights that stand then: RuntimeError if these have changed.
     strict: raise MissedSiteError if a site that looked like one could not be rewritten, or none
         was found.
     verify: run ``liger_fx.verify`` on the result, and leave alone each site that fails, with a
