@@ -69,6 +69,9 @@ class Tracing(Protocol):
     def note_made(self, module: nn.Module) -> None:
         """The model's code makes a module."""
 
+    def note_write(self, module: nn.Module, name: str) -> None:
+        """The model's code writes this attribute, a child's or a tensor's name."""
+
     def enter_autocast(self, region: torch.autocast) -> None:
         """Record the start of an autocast region."""
 
@@ -280,7 +283,7 @@ def _noting_writes(write: Any) -> Any:
     def noting(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
         tracer = recording_tracer()
         if tracer is not None and "_modules" in module.__dict__:
-            tracer.module_writes.note(module, name)
+            tracer.note_write(module, name)
         write(module, name, *args, **kwargs)
 
     return noting

@@ -708,6 +708,11 @@ class HFTracer(fx.Tracer, Recording):
         """The model's code makes a module, whose attributes are its own business."""
         self._made[id(module)] = module
 
+    def note_write(self, module: nn.Module, name: str) -> None:
+        """The model's code writes this attribute, a child's or a tensor's name."""
+        if id(module) not in self._made:
+            self.module_writes.note(module, name)
+
     def note_read(self, module: nn.Module, name: str) -> None:
         """The model's code reads this attribute."""
         for one in names_read(module, name):
