@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import typing
 import warnings
 from collections import Counter
@@ -67,7 +68,13 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
     elif event == "import" and args[0] not in sys.modules and not _is_ours(args[0]):
         _watching[-1].append(f"import {args[0]}")
     elif event == "exec" and not _is_known_code(args[0].co_filename) and not _in_typing():
-        _watching[-1].append(f"exec of code from {args[0].co_filename}")
+        _watching[-1].append(f"exec of code from {args[0].co_filename}, by {_callers()}")
+
+
+def _callers() -> str:
+    """Who asked for it, innermost first."""
+    frames = traceback.extract_stack(sys._getframe(2))[-6:]
+    return ", ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
 
 
 def _in_typing() -> bool:

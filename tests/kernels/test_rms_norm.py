@@ -183,7 +183,9 @@ def test_rows_beyond_32_bits(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter adds and rounds in ways of its own")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, draws", [(3, 900), (70, 40)], ids=["few numbers", "many numbers"])
+# 40 draws of 70 rows leave the ratio of the weight's gradients between 0.96 and 1.02 on a GPU, 400
+# between 0.98 and 1.01.
+@pytest.mark.parametrize("rows, draws", [(3, 900), (70, 400)], ids=["few numbers", "many numbers"])
 def test_errors_over_many_draws(rows: int, draws: int, dtype: torch.dtype, device: str) -> None:
     """On average as close as the spelling of transformers' Llama, not only in one lucky draw: the
     root's error is the same for all of a row, so that it is rows that count."""
