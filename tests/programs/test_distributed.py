@@ -136,6 +136,8 @@ SCRIPT = """
         found = curve(trainer)
     if trainer.is_world_process_zero():
         Path(out).write_text(json.dumps(found))
+    if torch.distributed.is_initialized():  # its threads may outlive what they work on
+        torch.distributed.destroy_process_group()
 """
 
 
