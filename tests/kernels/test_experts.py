@@ -89,8 +89,8 @@ def compare(
     few: bool = False,
     dy: torch.Tensor | None = None,
 ) -> None:
-    """Outputs and all gradients, for random ones of the result or `dy`, at least as close to float64
-    as beside; of `few` elements all may have rounded by luck there."""
+    """Outputs and all gradients, for random ones of the result or for `dy`, at least as close to
+    float64 as beside; of `few` elements all may have rounded by luck there."""
     if dy is None:
         dy = torch.randn(leaves[0].shape, device=DEVICE).to(leaves[0].dtype)
 
