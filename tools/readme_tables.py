@@ -124,6 +124,7 @@ def trace_time(results: Any) -> tuple[tuple[str, ...], Rows]:
 TABLES: dict[str, Callable[..., tuple[tuple[str, ...], Rows]]] = {
     "training_step": training_step,
     "training_workloads": training_step,
+    "training_experts": training_step,
     "training_shapes": shapes,
     "training_peers": shapes,
     "training_checkpointed": shapes,
