@@ -137,6 +137,9 @@ def _is_of_original(named: nn.Module, name: str) -> bool:
 def turn_back(named: nn.Module) -> None:
     """Make a named module, where it stands, the module again that it replaced, with the weights,
     children, hooks and mode that it has now."""
+    # A write of nothing new, as PyTorch sees any: a trace whose code does this takes it back.
+    unchanged: Any = origins(named)
+    nn.Module.__setattr__(named, _NAME, unchanged)
     original, *inner = origins(named)
     held: Any = vars(named)
     for name in held.keys() - _INTERNALS:

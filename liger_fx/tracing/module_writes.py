@@ -8,16 +8,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from liger_fx.tracing.call import PLAIN
-from liger_fx.tracing.tree_state import groups_of, hooks_of, is_capturing
-from liger_fx.tracing.walk import modules_by_path
+from liger_fx.tracing.tree_state import groups_of, hooks_of, is_capturing, is_named
+from liger_fx.tracing.walk import module_at, modules_by_path
 
-_MISSING = object()
+_MISSING, _UNKNOWN = object(), object()
 
 
 class ModuleWrites:
@@ -25,18 +27,44 @@ class ModuleWrites:
 
     def __init__(self) -> None:
         self._were: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
-        self._handles: dict[int, RemovableHandle] = {}
+        self._named: dict[int, tuple[nn.Module, type, dict[str, Any]]] = {}
+        self._handles: dict[int, tuple[RemovableHandle, Any]] = {}
 
     def note(self, module: nn.Module, name: str) -> None:
         """The attribute, a child's or a tensor's name, is about to be written or deleted."""
         place = id(module), name
+        if is_named(module) or id(module) in self._named:  # which may become what it replaced
+            held = {k: copy.copy(v) if type(v) is dict else v for k, v in vars(module).items()}
+            self._named.setdefault(id(module), (module, type(module), held))
         if place not in self._were:
             group = _group_with(module, name)
             self._were[place] = module, _MISSING if group is None else group[name]
 
-    def note_hook(self, handle: RemovableHandle) -> None:
-        """A hook was put on a module, or on a tensor."""
-        self._handles[handle.id] = handle
+    def note_hook(self, handle: RemovableHandle, by: Any) -> None:
+        """A hook was put on a module, or on a tensor; ``by`` whom, for ``who_left_hooks``."""
+        self._handles[handle.id] = handle, by
+
+    def who_left_hooks(self, modules: Iterable[nn.Module]) -> Any:
+        """Who put a hook on one of these that is there still; None if nobody did."""
+        if self._handles:
+            for module in modules:
+                for hooks in hooks_of(module):
+                    for number in self._handles.keys() & hooks.keys():
+                        if not is_capturing(hooks[number]):
+                            return self._handles[number][1]
+        return None
+
+    def is_swapped(self, root: nn.Module, path: str) -> bool:
+        """Whether another module hangs at that path, or around it, than when the trace began."""
+        if not self._were:
+            return False
+        names = path.split(".")
+        owners = (module_at(root, ".".join(names[:i])) for i in range(len(names)))
+        for owner, name in zip(owners, names, strict=True):
+            _, was = self._were.get((id(owner), name), (owner, _UNKNOWN))
+            if owner is not None and was is not _UNKNOWN and _differs(owner, name, was):
+                return True
+        return False
 
     def found_in(self, called: nn.Module) -> str | None:
         """What a module, or one inside it, has at the moment that it had not when the trace began,
@@ -58,14 +86,18 @@ class ModuleWrites:
 
     def undo(self) -> None:
         """Put everything back, also where an exception kept the code from doing so."""
+        for module, kind, held in self._named.values():
+            object.__setattr__(module, "__class__", kind)
+            vars(module).clear()
+            vars(module).update(held)
         for (_, name), (module, was) in self._were.items():
-            if not _differs(module, name, was):
+            if id(module) in self._named or not _differs(module, name, was):
                 continue
             if was is _MISSING:
                 delattr(module, name)
             else:
                 setattr(module, name, was)
-        for number, handle in self._handles.items():
+        for number, (handle, _) in self._handles.items():
             hooks = handle.hooks_dict_ref() or {}
             if number in hooks and not is_capturing(hooks[number]):
                 handle.remove()

@@ -34,7 +34,6 @@ from liger_fx.tracing.guards import MODES
 from liger_fx.tracing.kinds import kinds_asked
 from liger_fx.tracing.leaf_modules import run_on_fakes
 from liger_fx.tracing.members import Members
-from liger_fx.tracing.module_writes import ModuleWrites
 from liger_fx.tracing.reach import reach_of
 from liger_fx.tracing.recorder import Recorder, recorder_of_thread
 from liger_fx.tracing.size_methods import message_of, patch_sizes
@@ -50,7 +49,6 @@ class Tracing(Protocol):
     """What the patches ask of the tracer that installed them."""
 
     members: Members
-    module_writes: ModuleWrites
     recorder: Recorder
     leaves: TransformersLeaves
 
@@ -68,6 +66,9 @@ class Tracing(Protocol):
 
     def note_made(self, module: nn.Module) -> None:
         """The model's code makes a module."""
+
+    def note_hook(self, handle: RemovableHandle) -> None:
+        """The model's code puts a hook on a module, or on a tensor."""
 
     def note_write(self, module: nn.Module, name: str) -> None:
         """The model's code writes this attribute, a child's or a tensor's name."""
@@ -273,7 +274,7 @@ def _noting_hooks(init: Any) -> Any:
         init(handle, *args, **kwargs)
         tracer = recording_tracer()
         if tracer is not None:
-            tracer.module_writes.note_hook(handle)
+            tracer.note_hook(handle)
 
     return noting
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.contents import MAPPING, Kind, is_same, look_at
-from liger_fx.tracing.tree_state import is_capturing
+from liger_fx.tracing.tree_state import is_capturing, is_named
 from liger_fx.tracing.walk import modules_by_path
 
 _alone = threading.RLock()
@@ -73,6 +73,7 @@ class Snapshot:
         modules = list(modules)
         self._modules = {id(child) for module in modules for child in module._modules.values()}
         self._modules.update(map(id, modules))
+        self._named = [(m, type(m)) for m in modules if is_named(m)]
         for module in modules:
             attributes = module.__dict__
             self._seen[id(attributes)] = (attributes, MAPPING, dict(attributes))
@@ -140,6 +141,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put back what was there, into the same containers."""
+        for module, cls in self._named:  # it may have become what it replaced
+            if type(module) is not cls:
+                object.__setattr__(module, "__class__", cls)
         for container in filter(None, self._empty):
             container.clear()
         for container, kind, held in self._seen.values():

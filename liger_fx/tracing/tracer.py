@@ -28,6 +28,7 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.errors import TraceError
@@ -240,6 +241,8 @@ class HFTracer(fx.Tracer, Recording):
                     self._refuse_outside_changes()
                 self.hidden.show(root)
                 self._refuse_writes(before)
+                if stack := self.module_writes.who_left_hooks(root.modules()):
+                    raise Untraceable(stack, None, "it puts a hook on a module, which stays there")
             finally:
                 self.module_writes.undo()
         # Kept until now: what the tree looked like is back in place.
@@ -458,6 +461,11 @@ class HFTracer(fx.Tracer, Recording):
     def trace_module_call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What ``module(*args, **kwargs)`` does during the trace."""
         path = self.members.path_of(module)
+        if path is not None and self.module_writes.is_swapped(self.root, path):
+            if id(module) not in self._made:
+                line = source_line(sys._getframe(2))
+                raise Untraceable(self._stack(), line, f"{path} is another module for the call")
+            path = None
         # One made on the fly by the model's code: its parameters are constants to the graph.
         if path is None:
             return _forward_of(module)(module, *args, **kwargs)
@@ -707,6 +715,10 @@ class HFTracer(fx.Tracer, Recording):
     def note_made(self, module: nn.Module) -> None:
         """The model's code makes a module, whose attributes are its own business."""
         self._made[id(module)] = module
+
+    def note_hook(self, handle: RemovableHandle) -> None:
+        """The model's code puts a hook on a module, or on a tensor."""
+        self.module_writes.note_hook(handle, self._stack())
 
     def note_write(self, module: nn.Module, name: str) -> None:
         """The model's code writes this attribute, a child's or a tensor's name."""

@@ -196,3 +196,59 @@ def test_the_call_that_optimize_makes_leaves_nothing() -> None:
         torch.manual_seed(1)
         results.append(m(IDS))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+class Swaps(nn.Module):
+    """Another activation in the module inside, for the time of a call."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        was, self.inner.act_fn = self.inner.act_fn, nn.ReLU()
+        try:
+            return self.inner(*args)  # type: ignore[no-any-return]
+        finally:
+            self.inner.act_fn = was
+
+
+class Hooks(nn.Module):
+    """Puts a hook on another module, once and for good."""
+
+    def __init__(self, inner: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.__dict__["other"] = inner, other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.other._forward_hooks:
+            self.other.register_forward_hook(lambda module, args, out: out * 1.5)
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["before", "later"])
+@pytest.mark.parametrize("arch, path", [("llama", "mlp"), ("mixtral", "mlp.experts")])
+def test_an_activation_swapped_inside(arch: str, path: str, later: bool) -> None:
+    """Where a named module stands for what is swapped in, which turns back into that."""
+    model = tiny_model(arch)
+    opt = liger_fx.optimize(copy.deepcopy(model)) if later else model
+    for m in {id(m): m for m in (model, opt)}.values():
+        layer = m.model.layers[1]
+        swaps = Swaps(layer.get_submodule(path))
+        owner, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(owner), name, swaps)
+    opt = opt if later else liger_fx.optimize(copy.deepcopy(model))
+    for training in (False, True, False):
+        wanted, found = (m.train(training)(IDS, labels=IDS) for m in (model, opt))
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_stays() -> None:
+    model = tiny_model("llama")
+    opt = liger_fx.optimize(copy.deepcopy(model))
+    for m in (model, opt):
+        layer = m.model.layers[1]
+        layer.mlp = Hooks(layer.mlp, layer.input_layernorm)
+    for _ in range(3):
+        torch.testing.assert_close(opt(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert len(opt.model.layers[1].input_layernorm._forward_hooks) == 1
