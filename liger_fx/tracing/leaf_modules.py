@@ -199,7 +199,8 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
     """Run the module on random data. Of how many tensors its result is, of which ranks and dtypes,
     must be the same for other data and at other sizes. A size that is so too is a number, one that
     always is that of an argument is this, and all others are read from the result when the graph
-    runs.
+    runs. One that is an argument's size which could not be tried otherwise (its code takes but
+    multiples of a window, say) is taken for that: it is checked when the graph runs.
 
     CannotRecord for results that a graph cannot take.
     """
@@ -216,16 +217,27 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
     given: list[Any] = [
         t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)
     ]
-    known = {s.node._expr: s for shape in given for s in shape if isinstance(s, torch.SymInt)}
+    known = {
+        size.node._expr: size
+        for shape in given
+        for size in shape
+        if isinstance(size, torch.SymInt) and size.node._expr.free_symbols
+    }
+
+    tried = {s for at in ran_at for s, number in at.items() if number != world.examples[s]}
 
     def size_of(found: tuple[int, ...]) -> Any:
         ran_elsewhere = len(found) > len(_DRAWS) or not others
-        if ran_elsewhere and len({*found}) == 1:
+        if not ran_elsewhere:
+            return world.fresh_size(found[0], exact=True)
+        runs = list(zip(ran_at, found, strict=True))
+        same = [size for size in known.values() if all(number_at(size, at) == n for at, n in runs)]
+        same.sort(key=lambda size: not tried.isdisjoint(size.node._expr.free_symbols))
+        if same and tried.isdisjoint(same[0].node._expr.free_symbols):
+            return same[0]
+        if len({*found}) == 1:
             return found[0]
-        for size in known.values() if len(found) > len(_DRAWS) else ():
-            if all(number_at(size, at) == n for at, n in zip(ran_at, found, strict=True)):
-                return size
-        return world.fresh_size(found[0], exact=True)
+        return same[0] if same else world.fresh_size(found[0], exact=True)
 
     def as_fake(value: Any, *elsewhere: Any) -> Any:
         if isinstance(value, torch.Tensor):

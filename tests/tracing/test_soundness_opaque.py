@@ -55,6 +55,18 @@ def test_a_size_that_is_always_an_argument_s_may_be_asked_for() -> None:
     assert beside(model(lambda m, h: h * 2, tied), rows(4), [rows(4), rows(6)]) == RIGHT
 
 
+def in_windows(m: Any, h: T) -> T:
+    if h.shape[1] % 4:
+        raise ValueError("windows are of four rows")
+    return h.view(h.shape[0], -1, 4, h.shape[2]).flip(2).view(h.shape)
+
+
+def test_a_length_of_whole_windows_is_not_that_of_the_trace() -> None:
+    """No other length that is tried does, so that nothing tells it from a number."""
+    windows = model(in_windows, heads)
+    assert beside(windows, rows(2, 12), [rows(2, 12), rows(3, 8), rows(1, 4)]) == RIGHT
+
+
 def test_each_row_of_an_opaque_result_is_there_at_each_call() -> None:
     def stacked(m: Any, h: T) -> T:
         return torch.stack([row * (i + 1) for i, row in enumerate(h)])
