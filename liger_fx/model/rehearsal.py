@@ -7,16 +7,15 @@ A model that no graph can serve is run once, so that the blocks inside it meet a
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
 from liger_fx.tracing.inner_blocks import is_block
 from liger_fx.tracing.root_state import attributes_kept
+from liger_fx.tracing.streams import streams_kept
 from liger_fx.tracing.walk import modules_by_path
 
 
@@ -26,7 +25,7 @@ def rehearsed(root: nn.Module) -> Iterator[None]:
     buffer, and what is drawn of Python's, numpy's, PyTorch's and their own random numbers, is put
     back afterwards. (The weights of blocks inside, which graphs serve, are not looked after: a copy
     of them all would double the memory.)"""
-    own = [module for module in _own_modules(root) if module is root or not is_block(module)]
+    own = _own_modules(root)
     tensors: list[torch.Tensor] = [p for module in own for p in module.parameters(recurse=False)]
     tensors += root.buffers()
     generators = [
@@ -37,13 +36,11 @@ def rehearsed(root: nn.Module) -> Iterator[None]:
     ]
     kept = [tensor.detach().cpu().clone() for tensor in tensors]
     drawn = [generator.get_state() for generator in generators]
-    python, numpy = random.getstate(), np.random.get_state(legacy=True)
     try:
-        with attributes_kept(root, own), torch.random.fork_rng():
+        # GPUs have streams of their own, which fork_rng keeps.
+        with attributes_kept(root, own), streams_kept(), torch.random.fork_rng():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for generator, state in zip(generators, drawn, strict=True):
             generator.set_state(state)
         for tensor, was in zip(tensors, kept, strict=True):
@@ -52,6 +49,10 @@ def rehearsed(root: nn.Module) -> Iterator[None]:
                 tensor.data.copy_(then)
 
 
-def _own_modules(root: nn.Module) -> Iterable[nn.Module]:
-    """Those of no block inside, and these blocks."""
-    return modules_by_path(root, entered=lambda m: m is root or not is_block(m)).values()
+def _own_modules(root: nn.Module) -> list[nn.Module]:
+    """The root and what it holds, but for blocks inside and what these hold."""
+
+    def is_own(module: nn.Module) -> bool:
+        return module is root or not is_block(module)
+
+    return list(filter(is_own, modules_by_path(root, entered=is_own).values()))

@@ -37,14 +37,15 @@ class Streams:
         """Put them back where they stood."""
         _put(self._then)
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """What is drawn inside is drawn again when the graph runs."""
-        states = _states()
-        try:
-            yield
-        finally:
-            _put(states)
+
+@contextmanager
+def streams_kept() -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards."""
+    states = _states()
+    try:
+        yield
+    finally:
+        _put(states)
 
 
 _NAMES = "Python's random numbers", "numpy's random numbers", "PyTorch's default generator"

@@ -86,7 +86,7 @@ from liger_fx.tracing.root_state import Snapshot, attributes_kept, autocast_cach
 from liger_fx.tracing.size_guards import check_known, size_guards
 from liger_fx.tracing.stand_ins import Origin, origin_of, stand_in
 from liger_fx.tracing.state import HiddenState, Place, written
-from liger_fx.tracing.streams import Streams
+from liger_fx.tracing.streams import Streams, streams_kept
 from liger_fx.tracing.torch_calls import is_model_code, source_line
 from liger_fx.tracing.touched import Touched
 from liger_fx.tracing.trace import ModuleCall, OpaqueLeaf, Result, Source, Trace
@@ -580,7 +580,7 @@ class HFTracer(fx.Tracer, Recording):
                     kept.enter_context(self.hidden.shown(module))
                     before = kept.enter_context(attributes_kept(module))
                     if reason is not None:
-                        kept.enter_context(self.streams.kept())
+                        kept.enter_context(streams_kept())
                         kept.enter_context(self.outside.kept(module))
                     before_it = self.outside.changed(self.world)
                     with tensors_replaced(module, real_copy if concrete else self._own_copy):
