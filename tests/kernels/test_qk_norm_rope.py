@@ -106,7 +106,16 @@ def test_every_form(
     q, k, (a, b) = draw(2, 3, 5, dim), draw(2, 1, 5, dim), weights(draw, dim)
     cos, sin = tables(2, 5, width // 2 if form["half_tables"] else width, device, dtype)
     grads = draw(2, 3, 5, dim), draw(2, 1, 5, dim)
-    assert_near((q, k, a, b), grads, cos, sin, 1.0, **form)
+    ours = assert_near((q, k, a, b), grads, cos, sin, 1.0, **form)
+    if dtype == torch.float32 and device != "cpu":
+        return  # the compiler of kernels contracts products and sums as it likes
+    for x, weight, grad, place in ((q, a, grads[0], 0), (k, b, grads[1], 1)):
+        alone = with_gradients(
+            lambda x, w: qk_norm_rope(x, None, w, None, cos, sin, EPS, 1.0, **form),
+            (x, weight),
+            grad,
+        )
+        assert all(map(torch.equal, alone, ours[place::2]))
 
 
 HEADS: dict[str, Callable[[Draw, int, int], T]] = {
