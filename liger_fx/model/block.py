@@ -290,6 +290,7 @@ class Block(fx.GraphModule):
         if any(GLOBAL_HOOKS):
             raise _NoGraph("a hook stands on all modules")
         with state.planner.lock:
+            state.planner.turn_back(state.alike)
             known = state.alike.refusals.reason(self, arguments)
             if known is not None:
                 raise _NoGraph(known)

@@ -156,6 +156,10 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
         held = f"held_{len(scope)}"
         scope[held] = value
         conditions.append(f"{attribute_text(path)}.{name} == {held}")
+    for cls in plan.classes_in(block):
+        scope[f"class_{len(scope)}"], scope[f"forward_{len(scope)}"] = cls, cls.forward
+        *_, of, forward = scope
+        conditions.append(f"{of}.forward is {forward}")
     text = " and ".join(conditions)
     check: Callable[[nn.Module], bool] = eval(f"lambda block: {text}", scope)
     return check

@@ -20,6 +20,7 @@ from liger_fx.engine.site import Site
 from liger_fx.errors import UsageError
 from liger_fx.model.codec import decode_graph, encode_graph
 from liger_fx.model.direct import compile_direct
+from liger_fx.modules.origin import NamedModule, origins
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.effects import is_region_boundary
 from liger_fx.tracing.guards import Guards, Take, compile_take
@@ -34,6 +35,7 @@ from liger_fx.tracing.tree_state import (
     TreeFacts,
     add_facts,
     add_state,
+    class_of,
     places_of,
 )
 from liger_fx.tracing.walk import module_at
@@ -97,7 +99,7 @@ class Plan:
         self.facts = facts
         self.members = ModuleFacts.of(followed)
         self.attributes = Attributes(block, self.read)
-        self.surroundings: Surroundings | None = Surroundings(followed.values())
+        self.surroundings: Surroundings | None = self._surroundings(block)
         self._forget()
 
     def _taken_apart(self, block: nn.Module) -> Modules:
@@ -139,8 +141,31 @@ class Plan:
         for block in blocks:
             self.attributes.add_to(check, block)
         if self.surroundings is None:  # it was pickled
-            self.surroundings = Surroundings(self.followed_modules(blocks[0]).values())
+            self.surroundings = self._surroundings(blocks[0])
         self.surroundings.add_to(check)
+
+    def _surroundings(self, block: nn.Module) -> Surroundings:
+        """What the code that the graph replaces finds in Python: that of named modules, too."""
+        return Surroundings(self.followed_modules(block).values(), self._replaced_in(block))
+
+    def classes_in(self, block: nn.Module) -> list[type[nn.Module]]:
+        """The classes whose code the graph replaces in a block."""
+        followed = map(class_of, self.followed_modules(block).values())
+        return list(dict.fromkeys((*followed, *self._replaced_in(block))))
+
+    def _replaced_in(self, block: nn.Module) -> list[type[nn.Module]]:
+        """Those of what its named modules stand for."""
+        found = (origin.cls for named in self.named_in(block) for origin in origins(named))
+        return list(dict.fromkeys(found))
+
+    def reads_alike(self) -> bool:
+        """Whether the code that the graph replaces is as it was, and what it finds outside."""
+        return self.surroundings is None or self.surroundings.stand()
+
+    def named_in(self, block: nn.Module) -> list[nn.Module]:
+        """The named modules that the graph calls in a block."""
+        called = _modules_at(block, self._called_paths).values()
+        return [module for module in called if isinstance(module, NamedModule)]
 
     def _tree(self, block: nn.Module) -> Tree:
         modules = self.followed_modules(block)
@@ -256,8 +281,6 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         left_out = (*_DERIVED, "take", "direct", "has_regions", "graph", "result")
         state = {k: v for k, v in self.__dict__.items() if k not in left_out}
-        # A function that was put on a class may be one that cannot be pickled.
-        state["members"] = {p: one._replace(forward=None) for p, one in self.members.items()}
         return {**state, "graph": encode_graph(self.graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

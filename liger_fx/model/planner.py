@@ -23,6 +23,7 @@ from liger_fx.errors import LigerFxError, forget_frames
 from liger_fx.model.alike import Alike, Transplant, describe, differing, places
 from liger_fx.model.codec import encode_graph
 from liger_fx.model.plan import Plan
+from liger_fx.modules.origin import origins, turn_back
 from liger_fx.report.blocks import FallbackRow
 from liger_fx.report.facts import TreeRow
 from liger_fx.report.verified import Verified
@@ -121,6 +122,15 @@ class Planner:
             found.add(member)
             member._block.alike = found
             member._block.start_anew()
+
+    def turn_back(self, alike: Alike) -> None:
+        """Where the code that a plan replaced reads something else in Python now, or is another,
+        let the modules that were replaced stand there again."""
+        for plan in alike.plans:
+            for member in alike.members if not plan.reads_alike() else ():
+                for named in plan.named_in(member):
+                    if origins(named):
+                        turn_back(named)
 
     def _new_group(self, old: Alike, key: Hashable, ints: list[dict[str, int]]) -> Alike:
         """For blocks of that key and these ints, who were alike to others."""
@@ -289,6 +299,7 @@ class Planner:
     def _plan_inside(self, needed: NeedsPlan, made: Served) -> None:
         """Make a plan for a block that a trace met, and note in ``made`` whom it serves."""
         block, first = needed.block, None
+        self.turn_back(block._block.alike)
         self.regroup(block)
         for exact in (False, True):
             try:

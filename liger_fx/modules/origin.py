@@ -123,13 +123,17 @@ def remember(named: nn.Module, original: nn.Module) -> None:
 
 
 def _is_of_original(named: nn.Module, name: str) -> bool:
-    """Whether the attribute is one that the replaced module had and the named one has not."""
+    """Whether the attribute is one that the replaced module had, or its class, and the named one
+    has not."""
     held = vars(named)
     groups = (held, *(held.get(group, {}) for group in ("_parameters", "_buffers", "_modules")))
     if any(name in group for group in groups):
         return False
+    is_new = not hasattr(type(named), name)
     return any(
-        name in origin.attributes if not origin.path else name == origin.path
+        name == origin.path
+        if origin.path
+        else name in origin.attributes or (is_new and hasattr(origin.cls, name))
         for origin in origins(named)
     )
 

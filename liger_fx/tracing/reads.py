@@ -21,8 +21,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from liger_fx.tracing.call import PLAIN, TENSORS
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.held import Held
-from liger_fx.tracing.reach import NOTHING, Place, reach_of
-from liger_fx.tracing.tree_state import groups_of, is_named
+from liger_fx.tracing.reach import NOTHING, Place, of_a_library, reach_of, reach_of_class
+from liger_fx.tracing.tree_state import class_of, groups_of, is_named
 from liger_fx.tracing.walk import module_at
 
 Names = Mapping[str, Iterable[str]]  # of attributes that were read, by the path of the module
@@ -135,15 +135,27 @@ def names_read(module: nn.Module, name: str) -> Iterable[str]:
 
 
 class Surroundings:
-    """What the code of some modules finds outside them, as it is now.
+    """What the code of some modules, and of modules of some classes, finds outside them, and the
+    forward of them all, and any method of those classes, as they are now.
 
     They belong to this process. Pickled they are None: what is there where that is read; but where
     they did not stand they never will.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], classes: Iterable[type[nn.Module]] = ()
+    ) -> None:
+        modules, classes = list(modules), list(classes)
         reaches = dict.fromkeys(reach for module in modules for reach in reach_of(module))
-        places = {place.key: place for reach in reaches for place in reach.places}
+        reaches |= dict.fromkeys(map(reach_of_class, classes))
+        found = [place for reach in reaches for place in reach.places]
+        for cls in dict.fromkeys((*map(class_of, modules), *classes)):
+            found += _places_of_method(cls, "forward")
+        for cls in classes:  # what their code calls through a table of functions is not found
+            own = (base for base in cls.__mro__ if not of_a_library(base.__module__))
+            for name in dict.fromkeys(n for base in own for n in vars(base) if n[:2] != "__"):
+                found += _places_of_method(cls, name)
+        places = {place.key: place for place in found}
         self._held: list[tuple[Place, Held]] = []
         self._is_of_the_past = False
         for place in places.values():
@@ -177,6 +189,14 @@ def _pickled(stood: bool) -> Surroundings | None:
     past = Surroundings(())
     past._is_of_the_past = True
     return past
+
+
+def _places_of_method(cls: type[nn.Module], name: str) -> Iterator[Place]:
+    """Where a class finds a method, and would before."""
+    for base in cls.__mro__:
+        yield Place(base, name)
+        if name in vars(base):
+            return
 
 
 def _reading(place: Place) -> tuple[Any, ...]:

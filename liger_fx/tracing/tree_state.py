@@ -83,14 +83,13 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class ModuleFacts(NamedTuple):
-    """What hung on a module whose code was followed, and that code: it may ask for any of it.
+    """What hung on a module whose code was followed, which may ask for any of it.
 
     names: of its modules, parameters and buffers, and which of them were None; without named
     modules, which are put there for the graphs.
     """
 
     names: tuple[dict[str, bool], ...]
-    forward: Any
 
     @classmethod
     def of(cls, modules: Modules) -> dict[str, ModuleFacts]:
@@ -101,16 +100,11 @@ class ModuleFacts(NamedTuple):
             for name, child in module._modules.items()
             if isinstance(child, _CONTAINERS)
         }
-        return {
-            path: cls(_names_on(module), class_of(module).forward)
-            for path, module in (modules | held).items()
-        }
+        return {path: cls(_names_on(module)) for path, module in (modules | held).items()}
 
     def add_to(self, check: Check, module: nn.Module) -> None:
         """Add that it is so still."""
         counts = [len(group) for group in groups_of(module)]
-        if self.forward is not None:
-            check.add("{}.forward is {}", class_of(module), self.forward)
         for group, count, names in zip(groups_of(module), counts, self.names, strict=True):
             condition = "len({}) == {} or {}()"
             check.add(condition, group, count, functools.partial(self._holds, module))

@@ -16,6 +16,7 @@ from torch._dynamo.comptime import comptime
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from liger_fx.model.constant_floats import take_floats_for_constants
@@ -304,6 +305,21 @@ def test_changed_after_it_was_compiled(what: str) -> None:
             ours = calls(opt, opt, lambda m: torch.compile(m, backend=seen))[what]()
     same(ours, theirs)
     seen.judge(opt, breaks=0 if what == "in between" else 2)
+
+
+@pytest.mark.parametrize("name", ["LlamaMLP", "LlamaDecoderLayer"])
+def test_a_class_changed_after_it_was_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a named module replaced, and one whose code the graph followed."""
+    model = build("llama")
+    inputs = make_inputs(model, 2, 9)
+    opt = optimize(model)
+    call = torch.compile(opt, backend="eager")
+    kind = getattr(modeling_llama, name)
+    forward = kind.forward
+    for patched in (forward, lambda *args, **kwargs: forward(*args, **kwargs) * 2, forward):
+        monkeypatch.setattr(kind, "forward", patched)
+        with torch.no_grad():
+            same(call(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.slow

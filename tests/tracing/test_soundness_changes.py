@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import liger_fx
 from liger_fx.errors import FallbackWarning, TraceError
@@ -64,6 +65,69 @@ def test_a_forward_of_its_own_is_heeded(path: str, change: Any, called: bool) ->
     wanted, found = (m(ids, labels=ids) for m in (model, opt))
     assert not torch.allclose(wanted.loss, before.loss)
     torch.testing.assert_close((found.loss, found.logits), (wanted.loss, wanted.logits))
+
+
+def by_halves(original: Any) -> Any:
+    return lambda *args, **kwargs: halved(original(*args, **kwargs))
+
+
+@pytest.mark.parametrize("path", ["model.norm", "model.layers.1.mlp", "model.layers.1.mlp.act_fn"])
+def test_the_class_of_what_was_replaced_may_change(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(3, 15).view(2, 6)
+    opt = liger_fx.optimize(copy.deepcopy(model))
+    before, kind = model(ids), type(model.get_submodule(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", by_halves(kind.forward))
+        wanted = model(ids, labels=ids)
+        assert not torch.allclose(wanted.logits, before.logits)
+        for _ in range(2):
+            found = opt(ids, labels=ids)
+            torch.testing.assert_close((found.loss, found.logits), (wanted.loss, wanted.logits))
+    torch.testing.assert_close(opt(ids).logits, before.logits)
+    assert {"LigerRMSNorm", "LigerSwiGLUMLP"} <= {type(m).__name__ for m in opt.modules()}
+
+
+class OtherNorm(LlamaRMSNorm):
+    """Inherits its forward, at first."""
+
+
+def test_a_class_of_what_was_replaced_gets_a_forward_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    model.model.norm.__class__ = OtherNorm
+    ids = torch.arange(3, 15).view(2, 6)
+    opt = liger_fx.optimize(copy.deepcopy(model))
+    before = model(ids).logits
+    forward = by_halves(LlamaRMSNorm.forward)
+    monkeypatch.setattr(OtherNorm, "forward", forward, raising=False)
+    assert not torch.allclose(model(ids).logits, before)
+    torch.testing.assert_close(opt(ids).logits, model(ids).logits)
+
+
+def doubled_gate(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    return gate_up.chunk(2, dim=-1)[0] * 2
+
+
+@pytest.mark.parametrize("on", ["class", "instance"])
+def test_a_method_of_what_was_replaced_may_change(on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    ids = torch.arange(3, 15).view(2, 6)
+    opt = liger_fx.optimize(copy.deepcopy(model))
+    before = model(ids).logits
+    kind = type(model.model.layers[0].mlp.experts)
+    if on == "class":
+        monkeypatch.setattr(kind, "_apply_gate", doubled_gate)
+    else:
+        for m in (model, opt):
+            experts = m.model.layers[0].mlp.experts
+            experts._apply_gate = types.MethodType(doubled_gate, experts)
+    assert not torch.allclose(model(ids).logits, before)
+    torch.testing.assert_close(opt(ids).logits, model(ids).logits)
 
 
 def test_what_a_named_module_computes_refuses_changes() -> None:
