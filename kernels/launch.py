@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
+
+from liger_fx.kernels.compile_ahead import start_compiling, wait_for
 
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -77,6 +80,11 @@ def multiprocessors(device: torch.device) -> int:
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
     """Start `programs` programs of a Triton kernel on `device`, whichever device is current."""
+    if isinstance(args[0], FakeTensor):
+        key = _key(kernel, device, args, constants)
+        if key not in _compiled and not _is_misaligned(args):
+            start_compiling(key, kernel, device.index, args, constants)
+        return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             _start(kernel, programs, device, args, constants)
@@ -131,12 +139,13 @@ def _start(
             start(*args)
         _note(Started(start, args))
         return
-    key = (id(kernel), device.index, *constants, *constants.values(), *_kinds(args))
+    key = _key(kernel, device, args, constants)
     if (found := _compiled.get(key)) is not None:
         compiled, rest = found
         compiled[programs, 1, 1](*args, *rest)
         _note(Started(_starter(compiled, programs, device.index), (*args, *rest)))
         return
+    wait_for(kernel)
     compiled = kernel[(programs,)](*args, **constants)
     _note(None)
     if torch.version.cuda is not None:
@@ -162,6 +171,23 @@ def _starter(compiled: Any, programs: int, device: int) -> Callable[..., None]:
     return start
 
 
+def _key(
+    kernel: Any, device: torch.device, args: tuple[Any, ...], constants: Any
+) -> tuple[Any, ...]:
+    return (id(kernel), device.index, *constants, *constants.values(), *_kinds(args))
+
+
+def _is_misaligned(args: tuple[Any, ...]) -> bool:
+    return any(_address(arg) & 15 for arg in args if isinstance(arg, torch.Tensor))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where the tensor begins; of a fake one, in its memory."""
+    if type(tensor) is FakeTensor:
+        return int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.data_ptr()
+
+
 def _kinds(args: tuple[Any, ...]) -> list[Any]:
     """All of the arguments that Triton compiles for (on CUDA), and a little more: the dtype of a
     tensor and how it is aligned; of an int, whether it is 1, fits 32 bits, and what of 16 is left.
@@ -173,7 +199,7 @@ def _kinds(args: tuple[Any, ...]) -> list[Any]:
             is_usual = arg != 1 and -(2**31) <= arg < 2**31
             kinds.append(arg & 15 if is_usual else (arg == 1, arg & 15))
         elif isinstance(arg, torch.Tensor):
-            kinds += arg.dtype, arg.data_ptr() & 15
+            kinds += arg.dtype, _address(arg) & 15
         else:
             kinds.append(kind)
     return kinds

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from liger_fx.kernels.compile_ahead import compiles_ahead
+
 # What an autograd.Function computes by: see `differentiate`.
 Compute = Callable[..., Any]
 
@@ -84,7 +86,7 @@ class Op:
 
 def at_once(args: tuple[Any, ...]) -> bool:
     """Whether nothing stands between these arguments and what computes: no mode, no transform of
-    torch.func, no forward mode, no trace."""
+    torch.func, no forward mode, no trace; or nothing is computed, and kernels compiled ahead."""
     return (
         _PLAIN.issuperset(map(type, args))
         and not _dispatch_modes()
@@ -92,7 +94,7 @@ def at_once(args: tuple[Any, ...]) -> bool:
         and _transforms() is None
         and forward_ad._current_level < 0
         and _jit_trace() is None
-    )
+    ) or compiles_ahead()
 
 
 def _asks_gradient(args: tuple[Any, ...]) -> bool:

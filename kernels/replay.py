@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from liger_fx.kernels.compile_ahead import compiles_ahead
 from liger_fx.kernels.launch import INTERPRETED, Started, launches_noted
 
 _ATEN = torch.ops.aten
@@ -47,7 +48,7 @@ class Replayed:
             first = args[0]
             if not first.is_cuda:
                 return self._plain(*args)
-            if first.get_device() != _current_device():
+            if first.get_device() != _current_device() or compiles_ahead():
                 return self.run(*args)
         kind = _kind(args)
         again = self._again.get(kind)

@@ -30,6 +30,7 @@ from liger_fx.model.account import blocks_of, side_of, sites_of, tree_rows
 from liger_fx.model.block import Block
 from liger_fx.model.blocks import find_blocks
 from liger_fx.model.build import build
+from liger_fx.model.compile_ahead import compile_ahead
 from liger_fx.model.planner import Planner
 from liger_fx.model.rehearsal import rehearsed
 from liger_fx.report.between import Subject
@@ -117,11 +118,13 @@ def _blocks(
         try:
             call = describe_call(root, arguments, inner=False)
             values = flat_inputs(call.arguments, arguments)
-            planner.plan(root, call, examples_of(call, values))
+            _, plan = planner.plan(root, call, examples_of(call, values))
         except UnsupportedCall as unsupported:
             raise UsageError(f"The example inputs hold {unsupported}.") from None
         except TraceError as failure:
             _run_inside(root, arguments, failure)
+        else:
+            compile_ahead(root, plan, arguments)
     return root
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,33 @@ def test_the_loss_against_float64(
         for mine, plain, true in zip(ours, eager, exact, strict=True):
             mine, plain = (((t - true).norm() / true.norm()).item() for t in (mine, plain))
             assert mine <= 1.1 * plain + max(FLOAT32_SLACK, 0.1 * torch.finfo(dtype).eps)
+
+
+COMPILED = """
+import sys, threading, torch, triton, liger_fx
+from liger_fx.tiny import tiny_model
+by = []
+def listen(*, src, **_):
+    by.append((threading.current_thread().name, src.name))
+triton.knobs.compilation.listener = listen
+model = tiny_model(sys.argv[1]).to("cuda", torch.bfloat16).train()
+ids = torch.randint(3, 256, (16, 128), device="cuda")
+inputs = {"input_ids": ids, "labels": ids}
+opt = liger_fx.optimize(model, inputs)
+opt(**inputs).loss.backward()
+late = [kernel for thread, kernel in by if not thread.startswith("compiles ")]
+print(len(by), late)
+sys.exit(bool(late) or not by)
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "qwen3_moe"])
+def test_a_step_compiles_nothing_by_itself(name: str, tmp_path: Path) -> None:
+    """All of it is compiled ahead, in threads of their own."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILED, name]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_gated_mlp_keeps_no_product() -> None:

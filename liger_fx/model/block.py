@@ -25,6 +25,7 @@ from liger_fx.model.account import report_of
 from liger_fx.model.alike import Alike
 from liger_fx.model.apart import apart, in_the_midst, of_plain_sizes
 from liger_fx.model.codec import decode_graph, encode_graph
+from liger_fx.model.compile_ahead import compile_ahead
 from liger_fx.model.compiled import call_compiled
 from liger_fx.model.decoding import Decoding, get_compiled_call
 from liger_fx.model.decoding_mask import create_masks_for_generate
@@ -303,7 +304,9 @@ class Block(fx.GraphModule):
                 call = describe_call(self, arguments, inner=bool(state.path))
                 values = flat_inputs(call.arguments, arguments)
                 examples = examples_of(call, values)
-                return state.planner.plan_for(self, call, arguments, examples)
+                plan = state.planner.plan_for(self, call, arguments, examples)
+                compile_ahead(self, plan, arguments)
+                return plan
             except (UnsupportedCall, LigerFxError) as reason:
                 if not isinstance(reason, NotNow):
                     state.alike.refusals.remember(self, arguments, str(reason))

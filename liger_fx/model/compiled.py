@@ -161,5 +161,7 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
         *_, of, forward = scope
         conditions.append(f"{of}.forward is {forward}")
     text = " and ".join(conditions)
-    check: Callable[[nn.Module], bool] = eval(f"lambda block: {text}", scope)
+    check: Callable[[nn.Module], bool] = eval(
+        compile(f"lambda block: {text}", "<guards>", "eval"), scope
+    )
     return check

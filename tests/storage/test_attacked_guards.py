@@ -18,6 +18,7 @@ from liger_fx.tracing.guards import Guards, compile_take
 from tests.storage.files import edit, guards_in
 from tests.storage.hostile import load, refused
 from tests.support.families import make_inputs
+from tools.fuzz_load import watched
 
 
 def tower(base: str, height: int) -> str:
@@ -49,6 +50,20 @@ def test_guards_that_take_for_ever_or_fail(guard: str, saved: Path) -> None:
 @pytest.mark.parametrize("guard", GOOD)
 def test_guards_that_models_have(guard: str) -> None:
     assert check(guard) == guard
+
+
+def test_a_watch_knows_guards_by_their_name() -> None:
+    """What a process executes can be told by the name of its file."""
+    module = nn.Module()
+    module.width = 2
+    autocast: dict[str, torch.dtype | None] = {}
+    guards = Guards(
+        CallSpec({}), ("batch > 1", "width > 1"), False, None, autocast, False, {"width": "width"}
+    )
+    with watched() as seen:
+        assert guards.sizes_hold({"batch": 2}) and guards.holds_for_attributes(module)
+        assert not guards.sizes_hold({"batch": 1})
+    assert seen == []
 
 
 @pytest.mark.parametrize("guard", ["1 / (batch - 2) > 0", "sequence % (batch - 2) == 0"])
