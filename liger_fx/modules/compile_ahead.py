@@ -67,7 +67,7 @@ def _without_numbers(module: nn.Module) -> nn.Module:
 def _weight(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if type(tensor) not in (torch.Tensor, nn.Parameter, type(None)):
         raise TypeError
-    return emptied(tensor)  # type: ignore[no-any-return]
+    return emptied(tensor)
 
 
 def emptied(value: Any) -> Any:
