@@ -8,13 +8,16 @@ Triton compiles a kernel at its first launch, in half a second. A training step 
 them, one after the other.
 """
 
+import contextlib
 import threading
 from typing import Any
 
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
+_started = set[tuple[Any, ...]]()
 _threads: dict[tuple[Any, ...], threading.Thread] = {}
 
 
@@ -27,6 +30,17 @@ def compiles_ahead() -> bool:
     return isinstance(torch._C._get_dispatch_mode(_FAKE), CompileAhead)
 
 
+@triton.jit
+def _nothing():
+    pass
+
+
+def start_triton(index: int) -> None:
+    """Compile a kernel of nothing in another thread: the first one takes another second, for what
+    Triton imports, asks of the device and hashes of its own files."""
+    start_compiling((id(_nothing), index), _nothing, index, (), {})
+
+
 def start_compiling(
     key: tuple[Any, ...], kernel: Any, index: int, args: tuple[Any, ...], constants: Any
 ) -> None:
@@ -34,13 +48,15 @@ def start_compiling(
 
     key: what tells one compilation from another, the kernel's id first.
     """
-    if key in _threads:
+    if key in _started:
         return
+    _started.add(key)
     # For a dtype Triton takes a tensor that begins at a multiple of 16 bytes.
     kinds = [arg.dtype if isinstance(arg, FakeTensor) else arg for arg in args]
 
     def compile_and_load() -> None:
-        with torch.cuda.device(index):
+        # What fails here fails again where it is launched, if it is; there it is told.
+        with contextlib.suppress(Exception), torch.cuda.device(index):
             _ = kernel.warmup(*kinds, grid=(1,), **constants).run
 
     _threads[key] = threading.Thread(target=compile_and_load, name=f"compiles {kernel.__name__}")

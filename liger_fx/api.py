@@ -33,6 +33,7 @@ from liger_fx.model.build import build
 from liger_fx.model.compile_ahead import compile_ahead
 from liger_fx.model.planner import Planner
 from liger_fx.model.rehearsal import rehearsed
+from liger_fx.modules.compile_ahead import get_ready
 from liger_fx.report.between import Subject
 from liger_fx.report.between import compare as compare_subjects
 from liger_fx.report.blocks import FallbackRow
@@ -108,6 +109,7 @@ def _blocks(
     model: nn.Module, inputs: Inputs, selection: Selection | None, chosen: Iterable[str] | None
 ) -> Block:
     """The model as blocks, those that the example call reaches with a graph."""
+    get_ready(model)
     planner = Planner(selection)
     planner.original = tree_rows(model)
     paths = find_blocks(model, chosen)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from liger_fx.kernels.compile_ahead import CompileAhead
+from liger_fx.kernels.compile_ahead import CompileAhead, start_triton
 from liger_fx.kernels.launch import INTERPRETED
 
 # Named modules call these besides their own code.
@@ -27,8 +27,19 @@ NOT_FOLLOWED = (RuntimeError, ValueError, TypeError, IndexError)
 
 def is_compiled_for(module: nn.Module) -> bool:
     """Whether Triton compiles kernels for this module: it is on a CUDA device."""
-    is_possible = torch.version.cuda is not None and not INTERPRETED
-    return is_possible and any(parameter.is_cuda for parameter in module.parameters())
+    return _device_of(module) is not None
+
+
+def get_ready(module: nn.Module) -> None:
+    """Let Triton get ready to compile for this module, if it will."""
+    if (device := _device_of(module)) is not None:
+        start_triton(device.index)
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    if torch.version.cuda is None or INTERPRETED:
+        return None
+    return next((p.device for p in module.parameters() if p.is_cuda), None)
 
 
 @contextmanager

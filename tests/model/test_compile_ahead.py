@@ -30,6 +30,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(launch, "start_compiling", start)
     monkeypatch.setattr("liger_fx.modules.compile_ahead.INTERPRETED", False)
+    monkeypatch.setattr("liger_fx.modules.compile_ahead.start_triton", lambda index: None)
     monkeypatch.setattr(launch, "INTERPRETED", True)
     monkeypatch.setattr(Replayed, "__call__", lambda self, *args: self.run(*args))
     monkeypatch.setattr(linear_cross_entropy, "_check_labels", lambda *args: None)
