@@ -39,11 +39,13 @@ def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 
 def laid_out(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`value` in the strides of `empty_rows_like(x)`, copied if need be.
+    """`value`, which an operation has just made, in the strides of `empty_rows_like(x)`, copied if
+    need be.
 
     PyTorch's own operations choose strides by all their operands; a fake cannot foresee that.
     """
-    if value.stride() == x.stride() and x.is_contiguous():
+    strides = value.stride()
+    if strides == x.stride() and strides[-1] == 1:  # what was just made leaves nothing out
         return value
     return in_strides_of(empty_rows_like(x, value.dtype), value)
 

@@ -21,6 +21,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from liger_fx.kernels.compile_ahead import compiles_ahead
+from liger_fx.kernels.launch import INTERPRETED
+from liger_fx.kernels.replay import Replayed
 
 # What an autograd.Function computes by: see `differentiate`.
 Compute = Callable[..., Any]
@@ -67,6 +69,8 @@ class Op:
         self.overload, self.run = overload, run
         self.begin: Callable[..., Any] = run
         self.finish: Callable[..., None] | None = None
+        # A replay that is not on a GPU computes plainly; a step of Python less is worth a look.
+        self.plain = run.plain if isinstance(run, Replayed) and not INTERPRETED else None
         if isinstance(run, InSteps):
             self.begin, self.finish = run.begin, run.finish
         self.apply: Callable[..., Any] | None = None
@@ -81,6 +85,8 @@ class Op:
                 with torch.no_grad():
                     self.finish(results, *args)
             return results
+        if self.plain is not None and not args[0].is_cuda:
+            return self.plain(*args)
         return self.run(*args)
 
 

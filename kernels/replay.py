@@ -40,14 +40,14 @@ class Replayed:
 
     def __init__(self, run: Callable[..., Any], plain: Callable[..., Any] | None = None) -> None:
         self.run = run
-        self._plain = plain or run
+        self.plain = plain or run
         self._again: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
         if not INTERPRETED:
             first = args[0]
             if not first.is_cuda:
-                return self._plain(*args)
+                return self.plain(*args)
             if first.get_device() != _current_device() or compiles_ahead():
                 return self.run(*args)
         kind = _kind(args)

@@ -274,7 +274,7 @@ def _by_pytorch(
     tensors: tuple[torch.Tensor, ...],
     cos: torch.Tensor,
     sin: torch.Tensor,
-    form: Form,
+    form: tuple[bool, bool, bool, bool],
     dtypes: tuple[torch.dtype | None, ...],
 ) -> tuple[torch.Tensor, ...]:
     """The common form in fewer steps: (a, b) * cos + (b, a) * (-sin_a, sin_b); the turn back has
@@ -283,7 +283,7 @@ def _by_pytorch(
     width, cos_dtype = cos.shape[-1], cos.dtype
     if any(others) or not tensors[0].shape[-1] == width == tensors[-1].shape[-1]:
         return tuple(
-            laid_out(rope_reference(x, cos, sin, form, dtype), x)
+            laid_out(rope_reference(x, cos, sin, Form(*form), dtype), x)
             for x, dtype in zip(tensors, dtypes, strict=True)
         )
     dtype, half = compute_dtype(*tensors, cos, sin), width // 2
@@ -360,7 +360,7 @@ _rope_pair = define_op(
     " ScalarType? k_dtype) -> (Tensor, Tensor)",
     Replayed(
         lambda q, k, cos, sin, *rest: rope_forward((q, k), cos, sin, Form(*rest[:4]), rest[4:]),
-        lambda q, k, cos, sin, *rest: _by_pytorch((q, k), cos, sin, Form(*rest[:4]), rest[4:]),
+        lambda q, k, cos, sin, *rest: _by_pytorch((q, k), cos, sin, rest[:4], rest[4:]),
     ),
     lambda q, k, cos, sin, *rest: (_fake(q, cos, rest[4]), _fake(k, cos, rest[5])),
 )
