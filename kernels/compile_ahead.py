@@ -22,12 +22,22 @@ _threads: dict[tuple[Any, ...], threading.Thread] = {}
 
 
 class CompileAhead(FakeTensorMode):
-    """Within it the operators of this folder work as on real tensors, up to the launches."""
+    """Within it the operators of this folder work as on real tensors, up to the launches. (A real
+    tensor, a constant that an operator keeps, is taken for a fake one.)"""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
 
 
 def compiles_ahead() -> bool:
     """Whether this thread is in CompileAhead."""
     return isinstance(torch._C._get_dispatch_mode(_FAKE), CompileAhead)
+
+
+def refuse_ahead() -> None:
+    """RuntimeError in CompileAhead: for who would keep a tensor for later calls."""
+    if compiles_ahead():
+        raise RuntimeError("tensors without numbers are not kept")
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from liger_fx.kernels import norm
+from liger_fx.kernels.compile_ahead import refuse_ahead
 from liger_fx.kernels.launch import compute_dtype
 from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out
 from liger_fx.kernels.library import (
@@ -98,6 +99,7 @@ def _mean_square_plus(x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
 @lru_cache
 def _number(value: float, dtype: torch.dtype) -> torch.Tensor:
     """A tensor of no dimensions: PyTorch takes two microseconds to make one of a number."""
+    refuse_ahead()
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
 

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from liger_fx.kernels.compile_ahead import refuse_ahead
 from liger_fx.kernels.launch import Launch, compute_dtype, launch, power_of_two, uses_triton
 from liger_fx.kernels.layout import as_wide, empty_rows_like, laid_out, with_unit_stride
 from liger_fx.kernels.library import define_op, differentiate
@@ -306,6 +307,7 @@ def _by_pytorch(
 def _signs(half: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """-1 for the first half of a head, 1 for the second. (A product with them is one operation;
     to negate the first half of a copy takes three.)"""
+    refuse_ahead()
     with torch.inference_mode(False):
         return torch.tensor([-1.0] * half + [1.0] * half, dtype=dtype, device=device)
 

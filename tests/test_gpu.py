@@ -147,6 +147,8 @@ triton.knobs.compilation.listener = listen
 model = tiny_model(sys.argv[1]).to("cuda", torch.bfloat16).train()
 ids = torch.randint(3, 256, (16, 128), device="cuda")
 inputs = {"input_ids": ids, "labels": ids}
+if "checkpointed" in sys.argv:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 opt = liger_fx.optimize(model, inputs)
 opt(**inputs).loss.backward()
 late = [kernel for thread, kernel in by if not thread.startswith("compiles ")]
@@ -155,11 +157,11 @@ sys.exit(bool(late) or not by)
 """
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "qwen3_moe", "llama checkpointed"])
 def test_a_step_compiles_nothing_by_itself(name: str, tmp_path: Path) -> None:
     """All of it is compiled ahead, in threads of their own."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILED, name]
+    command = [sys.executable, "-c", COMPILED, *name.split()]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

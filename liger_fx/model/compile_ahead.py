@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from liger_fx.model.apart import apart
 from liger_fx.model.plan import Plan
 from liger_fx.modules.compile_ahead import (
     NOT_FOLLOWED,
@@ -39,10 +40,14 @@ _UNKNOWN = object()
 def compile_ahead(block: nn.Module, plan: Plan, arguments: Mapping[str, Any]) -> None:
     """Begin to compile what the named modules in the plan of a block, and in the plans that it
     calls, would launch for such a call; and what the backward would, where it is train mode."""
-    if is_compiled_for(block) and not torch.is_inference_mode_enabled():
+
+    def walk() -> None:
         with compiling_ahead():
             inputs = map(emptied, flat_inputs(plan.guards.call.arguments, arguments))
             _Walk(block, plan, list(inputs), set()).run()
+
+    if is_compiled_for(block):
+        apart(walk)  # from a checkpoint that would compute the block again, and from any mode
 
 
 class _Walk:
