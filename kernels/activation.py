@@ -2,10 +2,13 @@
 
 fc2(gelu(fc1(x)))  ->  fc2(activation(fc1(x), "gelu"))
 
-silu       x * s(x), s(x) = 1 / (1 + exp(-x))           Elfwing et al., 2017
-gelu       x * (1 + erf(x / sqrt(2))) / 2                Hendrycks & Gimpel, 2016
-gelu_tanh  x * (1 + tanh(u)) / 2 = x * s(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
-relu       max(x, 0), derivative 0 at 0
+silu          x * s(x), s(x) = 1 / (1 + exp(-x))           Elfwing et al., 2017
+gelu          x * (1 + erf(x / sqrt(2))) / 2                Hendrycks & Gimpel, 2016
+gelu_tanh     x * (1 + tanh(u)) / 2 = x * s(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+quick_gelu    x * s(1.702 x)                                the same, 2016
+relu          max(x, 0), derivative 0 at 0
+relu_squared  max(x, 0)^2                                   So et al., "Primer", 2021
+sigmoid       s(x), as a gate: Dauphin et al., "Gated Convolutional Networks", 2017
 """
 
 from typing import Any
@@ -26,7 +29,8 @@ from liger_fx.kernels.library import (
 )
 from liger_fx.kernels.replay import Replayed
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "sigmoid")
+_QUICK = 1.702
 
 
 def check_activation(name: str) -> None:
@@ -50,6 +54,12 @@ def apply_activation(x: torch.Tensor, name: str) -> torch.Tensor:
     """PyTorch's own activation of that name, in x's dtype."""
     if name == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
+    if name == "quick_gelu":
+        return x * torch.sigmoid(_QUICK * x)
+    if name == "relu_squared":
+        return F.relu(x).square()
+    if name == "sigmoid":
+        return torch.sigmoid(x)
     return getattr(F, name)(x)
 
 
@@ -59,10 +69,14 @@ def activation_slope(x: torch.Tensor, name: str) -> torch.Tensor:
         return torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate="tanh")
     if name == "gelu":
         return torch.ops.aten.gelu_backward(torch.ones_like(x), x)
-    if name == "silu":
+    if name in ("silu", "quick_gelu"):
+        scaled = x if name == "silu" else _QUICK * x
+        s = torch.sigmoid(scaled)
+        return s * (1 + scaled * (1 - s))
+    if name == "sigmoid":
         s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s))
-    return (x > 0).to(x.dtype)
+        return s * (1 - s)
+    return 2 * F.relu(x) if name == "relu_squared" else (x > 0).to(x.dtype)
 
 
 def activation_reference(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -79,8 +93,13 @@ def activate(x, NAME: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif NAME == "quick_gelu":
+        return x * tl.sigmoid(1.702 * x)
+    elif NAME == "sigmoid":
+        return tl.sigmoid(x)
     else:
-        return tl.where(x < 0.0, 0.0, x)  # a NaN stays one
+        y = tl.where(x < 0.0, 0.0, x)  # a NaN stays one
+        return y * y if NAME == "relu_squared" else y
 
 
 @triton.jit
@@ -97,6 +116,16 @@ def activate_and_slope(x, NAME: tl.constexpr):
         s = tl.sigmoid(v)
         dv = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         return x * s, s + x * s * tl.sigmoid(-v) * dv  # 1 - s would cancel
+    elif NAME == "quick_gelu":
+        v = 1.702 * x
+        s = tl.sigmoid(v)
+        return x * s, s * (1.0 + v * tl.sigmoid(-v))
+    elif NAME == "sigmoid":
+        s = tl.sigmoid(x)
+        return s, s * tl.sigmoid(-x)
+    elif NAME == "relu_squared":
+        y = tl.where(x < 0.0, 0.0, x)
+        return y * y, 2.0 * y
     else:
         return tl.where(x < 0.0, 0.0, x), tl.where(x > 0.0, 1.0, 0.0)
 

@@ -15,8 +15,6 @@ compute gate and up as the two halves of its result.
 
 from __future__ import annotations
 
-from torch import nn
-
 from liger_fx.engine.activations import activated
 from liger_fx.engine.layers import MLP_NAMES, check_no_casts, layer_results, own_layers
 from liger_fx.engine.match import Match
@@ -32,18 +30,8 @@ from liger_fx.modules import (
     LigerSwiGLUMLP,
 )
 
-MLPS: dict[str, type[nn.Module]] = {
-    "silu": LigerSwiGLUMLP,
-    "gelu": LigerGEGLUMLP,
-    "gelu_tanh": LigerGEGLUMLP,
-    "relu": LigerReGLUMLP,
-}
-PRODUCTS: dict[str, type[nn.Module]] = {
-    "silu": LigerSwiGLU,
-    "gelu": LigerGEGLU,
-    "gelu_tanh": LigerGEGLU,
-    "relu": LigerReGLU,
-}
+MLPS = {name: c for c in (LigerSwiGLUMLP, LigerGEGLUMLP, LigerReGLUMLP) for name in c.activations}
+PRODUCTS = {name: c for c in (LigerSwiGLU, LigerGEGLU, LigerReGLU) for name in c.activations}
 
 x, packed, gate, up = Tensor("x"), Tensor("packed"), Tensor("gate"), Tensor("up")
 
@@ -91,8 +79,8 @@ class GatedMLP(Rule):
         if "down layer" not in match:
             inputs = (match["packed"],) if "packed" in match else (match["gate"], match["up"])
             width = match.view(match.root).width
-            module = PRODUCTS[activation](activation, gate_first=gate_first, width=width)
-            return Replacement(module, inputs, type(module).__name__.removeprefix("Liger").lower())
+            part = PRODUCTS[activation](activation, gate_first=gate_first, width=width)
+            return Replacement(part, inputs, type(part).__name__.removeprefix("Liger").lower())
         if owner is None:
             return None
         children, roles = own_layers(match, owner)

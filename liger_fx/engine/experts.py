@@ -35,6 +35,8 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     activations.GELUActivation: "gelu",
     activations.GELUTanh: "gelu_tanh",
     activations.NewGELUActivation: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+    activations.ReLUSquaredActivation: "relu_squared",
 }
 
 

@@ -92,6 +92,7 @@ _TABLE: list[tuple[Lowering, tuple[str, ...], tuple[Any, ...]]] = [
     (_dropout, ("alias", "dropout"), (F.dropout, torch.dropout)),
     (_activation("silu"), ("silu",), (F.silu,)),
     (_activation("relu"), ("relu",), (F.relu, torch.relu, torch.relu_, "relu", "relu_")),
+    (_activation("sigmoid"), ("sigmoid",), (torch.sigmoid_, "sigmoid_")),
     (_gelu, ("gelu", "gelu_tanh"), (F.gelu,)),
     (_linear, ("linear",), (F.linear,)),
     (_rms_norm, ("rms_norm",), (F.rms_norm, torch.rms_norm)),

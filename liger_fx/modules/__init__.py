@@ -4,7 +4,7 @@ from liger_fx.modules.add_layer_norm import LigerAddLayerNorm
 from liger_fx.modules.add_rms_norm import LigerAddRMSNorm
 from liger_fx.modules.experts import LigerExperts
 from liger_fx.modules.gated_mlp import LigerGEGLUMLP, LigerReGLUMLP, LigerSwiGLUMLP
-from liger_fx.modules.gated_product import LigerGEGLU, LigerReGLU, LigerSwiGLU
+from liger_fx.modules.gated_product import LigerGEGLU, LigerReGLU, LigerSigmoidGate, LigerSwiGLU
 from liger_fx.modules.layer_norm import LigerLayerNorm
 from liger_fx.modules.linear_cross_entropy import LigerFusedLinearCrossEntropy
 from liger_fx.modules.mlp import LigerMLP
@@ -27,6 +27,7 @@ __all__ = [
     "LigerReGLU",
     "LigerReGLUMLP",
     "LigerRotaryEmbedding",
+    "LigerSigmoidGate",
     "LigerSingleRotaryEmbedding",
     "LigerSwiGLU",
     "LigerSwiGLUMLP",

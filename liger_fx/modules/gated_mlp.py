@@ -131,12 +131,12 @@ class LigerSwiGLUMLP(_GatedMLP):
 
 
 class LigerGEGLUMLP(_GatedMLP):
-    """down(gelu(gate(x)) * up(x)), gelu by the error function or by tanh."""
+    """down(gelu(gate(x)) * up(x)), gelu by the error function, by tanh or by a sigmoid."""
 
-    activations = ("gelu", "gelu_tanh")
+    activations = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 class LigerReGLUMLP(_GatedMLP):
-    """down(relu(gate(x)) * up(x))."""
+    """down(relu(gate(x)) * up(x)), or that of its square."""
 
-    activations = ("relu",)
+    activations = ("relu", "relu_squared")

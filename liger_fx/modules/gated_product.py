@@ -1,8 +1,10 @@
-"""LigerSwiGLU, LigerGEGLU, LigerReGLU: activation and product of a gated MLP, without its linears.
+"""LigerSwiGLU, LigerGEGLU, LigerReGLU: activation and product of a gated MLP, without its linears;
+LigerSigmoidGate: a product with a gate of any kind.
 
 silu(gate) * up             ->  (act): LigerSwiGLU(activation=silu)
 first, second = x.chunk(2, -1); gelu(first) * second
                             ->  (act): LigerGEGLU(activation=gelu)
+attention * sigmoid(gate)   ->  (sigmoid_gate): LigerSigmoidGate(activation=sigmoid)
 """
 
 from typing import Any, ClassVar
@@ -70,12 +72,18 @@ class LigerSwiGLU(_GatedProduct):
 
 
 class LigerGEGLU(_GatedProduct):
-    """gelu(gate) * up, gelu by the error function or by tanh."""
+    """gelu(gate) * up, gelu by the error function, by tanh or by a sigmoid."""
 
-    activations = ("gelu", "gelu_tanh")
+    activations = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 class LigerReGLU(_GatedProduct):
-    """relu(gate) * up."""
+    """relu(gate) * up, or that of its square."""
 
-    activations = ("relu",)
+    activations = ("relu", "relu_squared")
+
+
+class LigerSigmoidGate(_GatedProduct):
+    """sigmoid(gate) * up."""
+
+    activations = ("sigmoid",)

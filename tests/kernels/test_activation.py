@@ -30,7 +30,10 @@ TEXTBOOK: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
     "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "relu": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "relu_squared": lambda x: torch.maximum(x, torch.zeros_like(x)) ** 2,
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
 }
 
 LAYOUTS: dict[str, Callable[[Draw], torch.Tensor]] = {
@@ -131,15 +134,24 @@ def test_gate_and_up_of_unlike_dtypes_and_strides(device: str) -> None:
     assert_as_accurate(ours, exact, exact)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu"])
+# What it is at 0, 200 and 30,000, and its derivative there.
+EXTREMES = {
+    "relu": ((0, 200, 3e4), (0, 1, 1)),
+    "relu_squared": ((0, 4e4, 9e8), (0, 400, 6e4)),
+    "sigmoid": ((0.5, 1, 1), (0.25, 0, 0)),
+}
+GELUS = ((0, 200, 3e4), (0.5, 1, 1))
+
+
+@names
 def test_extreme_values(name: str, device: str) -> None:
     """No overflow on the way where the result is representable; NaN stays NaN."""
     x = torch.tensor([-3e4, -200.0, -0.0, 0.0, 200.0, 3e4, float("nan")], device=device)
     y, dx = with_gradients(lambda x: activation(x, name), (x,), torch.ones_like(x))
-    expected = torch.tensor([0, 0, 0, 0, 200, 3e4, float("nan")], device=device)
+    (zero, *values), (slope, *slopes) = EXTREMES.get(name, GELUS)
+    expected = torch.tensor([0, 0, zero, zero, *values, float("nan")], device=device)
     torch.testing.assert_close(y, expected, equal_nan=True)
-    at_zero = 0.0 if name == "relu" else 0.5
-    assert dx[:6].tolist() == [0, 0, at_zero, at_zero, 1, 1]
+    assert dx[:6].tolist() == [0, 0, slope, slope, *slopes]
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,)])

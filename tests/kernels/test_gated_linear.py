@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from liger_fx.kernels import gated_linear as module
+from liger_fx.kernels.activation import ACTIVATIONS
 from liger_fx.kernels.gated_activation import gated_activation, packed_gated_activation
 from liger_fx.kernels.gated_linear import gated_linear
 from liger_fx.kernels.launch import INTERPRETED
@@ -41,7 +42,7 @@ def test_the_same_as_one_after_the_other(dtype: torch.dtype, shape: tuple[int, .
 
 
 @pytest.mark.parametrize("gate_first", [True, False])
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_halves_of_one_tensor(name: str, gate_first: bool) -> None:
     draw = drawing(torch.float32)
     leaves = [draw(3, 5, 34), draw(8, 17)]

@@ -25,7 +25,9 @@ ACTIVATIONS: dict[str, tuple[Activation, type[nn.Module], type[nn.Module]]] = {
     "silu": (F.silu, LigerSwiGLUMLP, LigerSwiGLU),
     "gelu": (F.gelu, LigerGEGLUMLP, LigerGEGLU),
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), LigerGEGLUMLP, LigerGEGLU),
+    "quick_gelu": (lambda x: x * torch.sigmoid(1.702 * x), LigerGEGLUMLP, LigerGEGLU),
     "relu": (F.relu, LigerReGLUMLP, LigerReGLU),
+    "relu_squared": (lambda x: F.relu(x).square(), LigerReGLUMLP, LigerReGLU),
 }
 activations = pytest.mark.parametrize("name", ACTIVATIONS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -179,7 +181,9 @@ def test_what_is_refused() -> None:
     roles: dict[str, Any] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     with pytest.raises(ValueError, match="LigerSwiGLUMLP computes silu, not gelu"):
         LigerSwiGLUMLP(layers, **roles, activation="gelu")
-    with pytest.raises(ValueError, match="LigerGEGLU computes gelu or gelu_tanh, not relu"):
+    with pytest.raises(
+        ValueError, match="LigerGEGLU computes gelu or gelu_tanh or quick_gelu, not relu"
+    ):
         LigerGEGLU("relu")
     with pytest.raises(ValueError, match="up='wu' is not among the children"):
         LigerSwiGLUMLP(layers, **roles | {"up": "wu"})

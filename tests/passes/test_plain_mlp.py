@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import QuickGELUActivation, ReLUSquaredActivation
 
 from liger_fx.engine.rule import discover
 from liger_fx.passes.gated_mlp import GatedMLP
@@ -16,10 +17,6 @@ from tests.engine.graphs import Around, Rewritten, differences, rewritten, rows
 
 T = torch.Tensor
 WIDTH, INNER = 8, 12
-
-
-def quick_gelu(x: T) -> T:
-    return x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):
@@ -45,6 +42,9 @@ def mlp(module: nn.Module, *inputs: T) -> Rewritten:
         (torch.relu, "relu"),
         (F.silu, "silu"),
         (lambda x: x * x.sigmoid(), "silu"),
+        (QuickGELUActivation(), "quick_gelu"),
+        (ReLUSquaredActivation(), "relu_squared"),
+        (lambda x: F.relu(x).square(), "relu_squared"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -182,7 +182,9 @@ def test_a_cast_between_the_layers() -> None:
     assert reason.startswith("the dtype changes on the way (to(gelu")
 
 
-@pytest.mark.parametrize("act", [torch.tanh, quick_gelu, lambda x: F.relu(x).square()])
+@pytest.mark.parametrize(
+    "act", [torch.tanh, lambda x: x * torch.sigmoid(1.6 * x), lambda x: F.relu(x).pow(3)]
+)
 def test_an_unknown_activation_is_told_of_by_the_name_of_the_class(act: Any) -> None:
     assert mlp(Around(MLP(act))).reasons == ["no plain_mlp was found in it"]
     reasons = rewritten([GatedMLP(), PlainMLP()], Around(MLP(act)), rows(WIDTH)).reasons
