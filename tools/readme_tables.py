@@ -58,6 +58,22 @@ def training_step(results: Any, model: str) -> tuple[tuple[str, ...], Rows]:
     return headers, table
 
 
+def first_steps(results: Any) -> tuple[tuple[str, ...], Rows]:
+    """One row a model and variant: seconds until the first step is done, and what a step takes."""
+    rows: Rows = [
+        (
+            row["model"],
+            row["variant"],
+            f"{row['prepare_s']:.1f} s",
+            f"{row['first_step_s']:.1f} s",
+            f"{row['step_ms']:.1f} ms",
+            f"{row['peak_gib']:.2f} GiB",
+        )
+        for row in results
+    ]
+    return ("model", "variant", "prepare", "first step", "step", "peak memory"), rows
+
+
 def shapes(results: Any) -> tuple[tuple[str, ...], Rows]:
     """One row a model and variant: time and memory."""
     rows: Rows = []
@@ -125,6 +141,9 @@ TABLES: dict[str, Callable[..., tuple[tuple[str, ...], Rows]]] = {
     "training_step": training_step,
     "training_workloads": training_step,
     "training_experts": training_step,
+    "first_step": first_steps,
+    "first_step_experts": first_steps,
+    "first_step_compiled": first_steps,
     "training_shapes": shapes,
     "training_peers": shapes,
     "training_checkpointed": shapes,

@@ -46,6 +46,7 @@ from liger_fx.tracing.call import (
 )
 from liger_fx.tracing.cleanup import erase_unread_nodes
 from liger_fx.tracing.containers import ContainerWriter, GivenContainers
+from liger_fx.tracing.dispatched import moves_nothing
 from liger_fx.tracing.fakes import FakeWorld, node_of, set_node
 from liger_fx.tracing.guards import Guards, Read, autocast_state
 from liger_fx.tracing.identity import compares_objects
@@ -469,7 +470,7 @@ class HFTracer(fx.Tracer, Recording):
         # One made on the fly by the model's code: its parameters are constants to the graph.
         if path is None:
             return _forward_of(module)(module, *args, **kwargs)
-        is_called = self.is_leaf_module(module, path) or _around(module)
+        is_called = self.is_leaf_module(module, path) or _around(module, self.root)
         is_inner = is_block(module) and not self.plans.inside
         if (is_called or is_inner) and (found := self.module_writes.found_in(module)):
             line = source_line(sys._getframe(2))
@@ -573,7 +574,7 @@ class HFTracer(fx.Tracer, Recording):
             reason = self._opaque_reason(module)
             concrete = type(module) in self.opaque_classes
             if reason is None and not is_leaf(module):
-                reason = _around(module), None
+                reason = _around(module, self.root), None
             try:
                 # What it writes to itself it writes again when the graph calls it.
                 with contextlib.ExitStack() as kept:
@@ -862,10 +863,10 @@ def _told(error: Exception) -> str:
     return text if len(text) <= most else text[: most + 1].rpartition(" ")[0] + " ..."
 
 
-def _around(module: nn.Module) -> str:
+def _around(module: nn.Module, root: nn.Module) -> str:
     """What happens around a module's call and would be lost if the graph went through it: such a
     module is called. "" if there is nothing."""
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not moves_nothing(module, root):
         hooked = ", set by a hook of accelerate" if hasattr(module, "_hf_hook") else ""
         return f"it has a forward of its own in place of its class's{hooked}"
     if not all(is_capturing(hook) for hooks in hooks_of(module) for hook in hooks.values()):

@@ -23,6 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liger_fx.tracing.check import Check
+from liger_fx.tracing.dispatched import moves_nothing
 from liger_fx.tracing.guards import Guards, TensorFacts, layout_of
 from liger_fx.tracing.walk import module_at, modules_by_path
 
@@ -252,8 +253,9 @@ def add_state(check: Check, tree: Tree) -> None:
     others = [m for m in called if m is not None and not getattr(m, "is_called_alike", True)]
     add_no_hooks(check, inside + others)
     for module in inside:
-        condition = "{}.__class__ is {} and 'forward' not in {}"
-        check.add(condition, module, type(module), module.__dict__)
+        own_forward = functools.partial(moves_nothing, module, root)
+        condition = "{}.__class__ is {} and ('forward' not in {} or {}())"
+        check.add(condition, module, type(module), module.__dict__, own_forward)
     for path, mode in asked_modes(root, modules, guards):
         check.add(f"{{}}['training'] is {mode}", modules[path].__dict__)
     for path, on in facts.checkpointed.items():

@@ -103,6 +103,43 @@ def test_offloaded_before(way: str, tmp_path: Path) -> None:
         same(given(opt), given(twin_of))
 
 
+def on_one_device(m: Any) -> Any:
+    """What ``device_map="auto"`` leaves of a model that fits: hooks that bring inputs."""
+    names = ("embed_tokens", "rotary_emb", "layers.0", "layers.1", "norm")
+    places: dict[str, Any] = dict.fromkeys((*(f"model.{n}" for n in names), "lm_head"), "cpu")
+    accelerate.hooks.attach_align_device_hook_on_blocks(m, execution_device=places)
+    return m
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_dispatched_to_where_it_is(before: bool) -> None:
+    """Layers are rewritten as without the hooks, which stay around them."""
+    twin_of = build("llama")
+    placed = optimize(on_one_device(build("llama")) if before else build("llama"))
+    opt = placed if before else on_one_device(placed)
+    assert "forward" in vars(opt.model.layers[1].self_attn)
+    kinds = [type(m).__name__ for m in optimize(build("llama")).model.layers[1].modules()]
+    with graph_runs(opt):
+        same(given(opt), given(twin_of))
+    assert [type(m).__name__ for m in opt.model.layers[1].modules()] == kinds
+
+
+def test_a_layer_that_is_brought_elsewhere_is_called() -> None:
+    """The hook of the module inside says another device: it brings its inputs there."""
+    opt = optimize(build("llama"))
+    on_one_device(opt)
+    twin_of = build("llama")
+    attention = opt.model.layers[1].self_attn
+    attention._hf_hook.execution_device = torch.device("cpu", 0)
+    seen: list[Any] = []
+    brings = attention._hf_hook.pre_forward
+    attention._hf_hook.pre_forward = lambda *args, **kwargs: (
+        seen.append(1) or brings(*args, **kwargs)
+    )
+    same(given(opt), given(twin_of))
+    assert seen == [1]
+
+
 def test_hooks_put_on_and_taken_off() -> None:
     from accelerate.hooks import remove_hook_from_submodules
 
