@@ -99,13 +99,11 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
     if kind is FunctionType and any(id(m) in known for m in _modules_closed_over(value)):
         return _with_copies(value, known)
     if kind is MethodType:
-        owner: Any = value.__self__
-        function: Any = value.__func__
+        owner, function, name = value.__self__, value.__func__, value.__name__
         copied: Any = _copied(owner, known)
         # A method of its class: the copy's own, which for a block runs its graph.
-        if getattr(type(owner), function.__name__, None) is function:
-            function = getattr(type(copied), function.__name__)
-        return MethodType(function, copied)
+        is_own = getattr(type(owner), name, None) is function
+        return MethodType(getattr(type(copied), name) if is_own else function, copied)
     if kind is functools.partial:
         args = [_copied(item, known) for item in value.args]
         bound = functools.partial(value.func, *args, **_copied(value.keywords, known))
