@@ -19,7 +19,10 @@ import torch
 import transformers
 
 HERE = Path(__file__).parent
-HELD = ("test_calls.py", "test_checkpointing.py")
+HELD = (
+    "test_calls.py", "test_checkpointing.py", "test_copies.py", "test_hooks.py", "test_offload.py",
+    "test_peft.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
