@@ -57,7 +57,7 @@ def _is_output(node: fx.Node) -> bool:
 
 
 def check_hooks(match: Match, facts: Facts) -> None:
-    """No hook of the user's stands on a module that would not be called any more.
+    """No hook of the user's, and no forward, stands on a module that would not be called any more.
 
     (Linear layers are called by the named module.)
     """
@@ -65,9 +65,12 @@ def check_hooks(match: Match, facts: Facts) -> None:
         if node.op != "call_module":
             continue
         module = facts.module(str(node.target))
-        hooks = (hook for kind in hooks_of(module) for hook in kind.values())
-        if not is_linear(module) and not all(map(is_capturing, hooks)):
+        if is_linear(module):
+            continue
+        if not all(is_capturing(hook) for kind in hooks_of(module) for hook in kind.values()):
             raise Reject(f"a hook stands on {node.target}, which would not run", node)
+        if "forward" in vars(module):
+            raise Reject(f"{node.target} has a forward of its own, which would not run", node)
 
 
 def check_effects(match: Match, facts: Facts) -> None:

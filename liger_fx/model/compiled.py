@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from liger_fx.model.regions import can_be_region, hand_nothing_on
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.guards import attribute_text
 from liger_fx.tracing.inner_blocks import collected_in_compile, collects_inside, rebuilt
-from liger_fx.tracing.tree_state import asked_modes, plain_configs
+from liger_fx.tracing.tree_state import asked_modes, class_of, plain_configs
 
 
 class _Found(threading.local):
@@ -143,7 +144,7 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
 
     (It leaves hooks unguarded, here as in any model; the rest it reads by itself.)
     """
-    scope: dict[str, Any] = {}
+    scope: dict[str, Any] = {"MethodType": MethodType}
     conditions = ["True"]
     for path, mode in asked_modes(block, plan.followed_modules(block), plan.guards):
         conditions.append(f"{attribute_text(path)}.training is {mode}")
@@ -156,6 +157,11 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
         held = f"held_{len(scope)}"
         scope[held] = value
         conditions.append(f"{attribute_text(path)}.{name} == {held}")
+    for path, module in plan.followed_modules(block).items():
+        if path:  # one that was set on the module Dynamo guards in this spelling
+            forward, own = f"forward_{len(scope)}", f"{attribute_text(path)}.forward"
+            scope[forward] = class_of(module).forward
+            conditions.append(f"isinstance({own}, MethodType) and {own}.__func__ is {forward}")
     for cls in plan.classes_in(block):
         scope[f"class_{len(scope)}"], scope[f"forward_{len(scope)}"] = cls, cls.forward
         *_, of, forward = scope

@@ -84,6 +84,13 @@ class LigerReGLU(_GatedProduct):
 
 
 class LigerSigmoidGate(_GatedProduct):
-    """sigmoid(gate) * up."""
+    """sigmoid(gate) * up. It may stand anywhere: where the two do not lie in memory alike, in rows,
+    PyTorch's own operations run, whose result lies as the model's code has it."""
 
     activations = ("sigmoid",)
+
+    def forward(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        """gate, up: (..., width). Returns sigmoid(gate) * up, (..., width)."""
+        if up is not None and (gate.stride() != up.stride() or gate.stride(-1) != 1):
+            return torch.sigmoid(gate) * up
+        return super().forward(gate, up)

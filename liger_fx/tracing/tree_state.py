@@ -252,6 +252,8 @@ def add_state(check: Check, tree: Tree) -> None:
     called = (module_at(root, path) for path in facts.called)
     others = [m for m in called if m is not None and not getattr(m, "is_called_alike", True)]
     add_no_hooks(check, inside + others)
+    for module in others:
+        check.add("'forward' not in {}", module.__dict__)
     for module in inside:
         own_forward = functools.partial(moves_nothing, module, root)
         condition = "{}.__class__ is {} and ('forward' not in {} or {}())"

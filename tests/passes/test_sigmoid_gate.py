@@ -69,3 +69,25 @@ def test_the_silu_of_an_mlp_is_no_gate() -> None:
     pair = rewritten(discover(), Around(SiluMLP()), rows(WIDTH))
     assert [type(pair.traced.root.inner).__name__] == ["LigerMLP"]
     assert not [site for site in pair.sites if site.rule == "sigmoid_gate"]
+
+
+def swapped(x: T) -> T:
+    return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: swapped(x.cos()) * torch.sigmoid(swapped(x.sin())),
+        lambda m, x: x.cos() * torch.sigmoid(swapped(swapped(x.sin()).contiguous())),
+        lambda m, x: x.cos()[..., ::2] * torch.sigmoid(x.sin()[..., ::2]),
+        lambda m, x: x.cos() * torch.sigmoid(x.sin()),
+    ],
+)
+def test_the_product_lies_in_memory_as_it_did(function: Any) -> None:
+    x = rows(WIDTH)
+    pair = gated(Formula(function), x)
+    assert pair.called() == ["LigerSigmoidGate"]
+    found, wanted = pair.traced.root(x), function(None, x)
+    torch.testing.assert_close(found, wanted)
+    assert found.stride() == wanted.stride()

@@ -6,6 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch._dynamo.backends import registry
 from torch._dynamo.comptime import comptime
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -320,6 +322,31 @@ def test_a_class_changed_after_it_was_compiled(name: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(kind, "forward", patched)
         with torch.no_grad():
             same(call(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("kind", ["function", "method"])
+@pytest.mark.parametrize("path", ["model.layers.0.self_attn", "model.rotary_emb", "model.norm"])
+def test_a_forward_set_after_it_was_compiled(path: str, kind: str) -> None:
+    model = build("llama")
+    inputs = make_inputs(model, 2, 9)
+    opt = optimize(copy.deepcopy(model))
+    call = torch.compile(opt, backend="eager")
+    with torch.no_grad():
+        before = call(**inputs).logits
+        same(before, model(**inputs).logits)
+        for m in (model, opt):
+            module = m.get_submodule(path)
+            was = module.forward
+
+            def halved(*args: Any, was: Any = was, **kwargs: Any) -> Any:
+                return tree_map_only(torch.Tensor, lambda x: x / 2, was(*args, **kwargs))
+
+            def bound(self: Any, *args: Any, halved: Any = halved, **kwargs: Any) -> Any:
+                return halved(*args, **kwargs)
+
+            module.forward = halved if kind == "function" else MethodType(bound, module)
+        assert not torch.allclose(model(**inputs).logits, before)
+        same(call(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.slow

@@ -140,6 +140,36 @@ def test_a_layer_that_is_brought_elsewhere_is_called() -> None:
     assert seen == [1]
 
 
+def test_hooks_are_taken_off_what_was_dispatched_before() -> None:
+    from accelerate.hooks import remove_hook_from_submodules
+
+    opt, twin_of = optimize(on_one_device(build("llama"))), build("llama")
+    remove_hook_from_submodules(opt)
+    assert not any(hasattr(m, "_hf_hook") for m in opt.modules())
+    with graph_runs(opt):
+        same(given(opt), given(twin_of))
+
+
+def test_a_hook_on_the_norm_of_a_sum() -> None:
+    """A named module that is called with more than the model's code gives it."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Halves(ModelHook):
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            (x,) = args
+            return (x / 2,), kwargs
+
+        def post_forward(self, module: Any, output: Any) -> Any:
+            return output / 3
+
+    def program(m: Any) -> Any:
+        first = given(m)
+        add_hook_to_module(m.model.layers[1].post_attention_layernorm, Halves())
+        return first, given(m)
+
+    compare(build("llama"), program, calls=2)
+
+
 def test_hooks_put_on_and_taken_off() -> None:
     from accelerate.hooks import remove_hook_from_submodules
 
