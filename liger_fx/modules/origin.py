@@ -14,13 +14,13 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 _INTERNALS = frozenset(vars(nn.Module()))
-_LEFT_OUT = _INTERNALS | {"forward", "_hf_hook", "_old_forward"}
 _NAME = "_origins"
 _HOOKS = (
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
@@ -178,8 +178,11 @@ def origins(named: nn.Module) -> tuple[Origin, ...]:
 def plain_attributes(held: dict[str, Any]) -> dict[str, Any]:
     """Of a module's ``__dict__``, what is no tensor, no module and nothing of PyTorch's own, nor a
     hook of accelerate's, which takes its hooks off where it finds them."""
+    left_out = _INTERNALS | {"_hf_hook", "_old_forward"}
+    if "_hf_hook" in held or isinstance(held.get("forward"), MethodType):
+        left_out |= {"forward"}  # accelerate's, or what it leaves
     return {
         name: value
         for name, value in held.items()
-        if name not in _LEFT_OUT and not isinstance(value, (torch.Tensor, nn.Module))
+        if name not in left_out and not isinstance(value, (torch.Tensor, nn.Module))
     }
