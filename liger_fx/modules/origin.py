@@ -179,10 +179,16 @@ def plain_attributes(held: dict[str, Any]) -> dict[str, Any]:
     """Of a module's ``__dict__``, what is no tensor, no module and nothing of PyTorch's own, nor a
     hook of accelerate's, which takes its hooks off where it finds them."""
     left_out = _INTERNALS | {"_hf_hook", "_old_forward"}
-    if "_hf_hook" in held or isinstance(held.get("forward"), MethodType):
+    if "_hf_hook" in held or _is_its_class_s(held.get("forward")):
         left_out |= {"forward"}  # accelerate's, or what it leaves
     return {
         name: value
         for name, value in held.items()
         if name not in left_out and not isinstance(value, (torch.Tensor, nn.Module))
     }
+
+
+def _is_its_class_s(forward: Any) -> bool:
+    if not isinstance(forward, MethodType):
+        return False
+    return forward.__func__ is getattr(type(forward.__self__), "forward", None)
