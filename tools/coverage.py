@@ -31,8 +31,7 @@ from liger_fx.tiny import tiny_model  # noqa: E402
 
 RULES = (
     "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rotary_embedding",
-    "qk_norm_rotary", "gated_mlp", "plain_mlp", "sigmoid_gate",
-    "experts",
+    "qk_norm_rotary", "gated_mlp", "plain_mlp", "sigmoid_gate", "experts",
 )  # fmt: skip
 CLOSE = 1e-5
 

@@ -162,9 +162,9 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
             forward, own = f"forward_{len(scope)}", f"{attribute_text(path)}.forward"
             scope[forward] = class_of(module).forward
             conditions.append(f"isinstance({own}, MethodType) and {own}.__func__ is {forward}")
-    for cls in plan.classes_in(block):
-        scope[f"class_{len(scope)}"], scope[f"forward_{len(scope)}"] = cls, cls.forward
-        *_, of, forward = scope
+    for cls in (class_of(block), *plan.replaced_in(block)):  # whose forward no module shows
+        of, forward = f"class_{len(scope)}", f"forward_{len(scope)}"
+        scope |= {of: cls, forward: cls.forward}
         conditions.append(f"{of}.forward is {forward}")
     text = " and ".join(conditions)
     check: Callable[[nn.Module], bool] = eval(

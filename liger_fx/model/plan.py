@@ -35,7 +35,6 @@ from liger_fx.tracing.tree_state import (
     TreeFacts,
     add_facts,
     add_state,
-    class_of,
     places_of,
 )
 from liger_fx.tracing.walk import module_at
@@ -146,15 +145,10 @@ class Plan:
 
     def _surroundings(self, block: nn.Module) -> Surroundings:
         """What the code that the graph replaces finds in Python: that of named modules, too."""
-        return Surroundings(self.followed_modules(block).values(), self._replaced_in(block))
+        return Surroundings(self.followed_modules(block).values(), self.replaced_in(block))
 
-    def classes_in(self, block: nn.Module) -> list[type[nn.Module]]:
-        """The classes whose code the graph replaces in a block."""
-        followed = map(class_of, self.followed_modules(block).values())
-        return list(dict.fromkeys((*followed, *self._replaced_in(block))))
-
-    def _replaced_in(self, block: nn.Module) -> list[type[nn.Module]]:
-        """Those of what its named modules stand for."""
+    def replaced_in(self, block: nn.Module) -> list[type[nn.Module]]:
+        """The classes of what the named modules of a block stand for."""
         found = (origin.cls for named in self.named_in(block) for origin in origins(named))
         return list(dict.fromkeys(found))
 

@@ -127,10 +127,11 @@ class Planner:
         """Where the code that a plan replaced reads something else in Python now, or is another,
         let the modules that were replaced stand there again."""
         for plan in alike.plans:
-            for member in alike.members if not plan.reads_alike() else ():
-                for named in plan.named_in(member):
-                    if origins(named):
-                        turn_back(named)
+            if plan.reads_alike():
+                continue
+            for named in (named for member in alike.members for named in plan.named_in(member)):
+                if origins(named):
+                    turn_back(named)
 
     def _new_group(self, old: Alike, key: Hashable, ints: list[dict[str, int]]) -> Alike:
         """For blocks of that key and these ints, who were alike to others."""
