@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "liger_fx.passes": ("liger_fx.engine", "liger_fx.modules"),
     "liger_fx.report": ("liger_fx.engine", "liger_fx.codec", "liger_fx.errors", "liger_fx"),
     "liger_fx.model": (
+        "liger_fx.kernels",
         "liger_fx.modules",
         "liger_fx.tracing",
         "liger_fx.engine",

@@ -24,8 +24,9 @@ from torch._dynamo.comptime import comptime
 
 from liger_fx.model.constant_floats import take_floats_as_before, take_floats_for_constants
 from liger_fx.model.dynamo import value_of
+from liger_fx.model.inductor import for_inductor
 from liger_fx.model.plan import Plan
-from liger_fx.model.regions import can_be_region, hand_nothing_on
+from liger_fx.model.regions import can_be_region
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.guards import attribute_text
 from liger_fx.tracing.inner_blocks import collected_in_compile, collects_inside, rebuilt
@@ -123,7 +124,9 @@ def _find_plan(context: Any) -> None:
     if plan is not None:
         kept = _keep(plan, block)
         _found.name = kept.name
-        _found.is_region = not objects and kept.can_be_region and hand_nothing_on(context)
+        compiler = for_inductor(context)
+        if compiler is not None and compiler.calls_regions and not objects and kept.can_be_region:
+            _found.is_region = compiler.has_regions = True
 
 
 def _keep(plan: Plan, block: Any) -> _Kept:

@@ -5,26 +5,22 @@
 A region is torch.compiler.nested_compile_region's. Up to PyTorch 2.13 Inductor hands on the memory
 of what a region was given, though the region kept it for its backward, and lets a backward
 overwrite what belongs to its caller (pytorch/pytorch#193960): gradients are wrong without a word.
-So what has regions is compiled with no memory handed on; its allocator alone uses memory again.
+So what has regions is compiled with no memory handed on (``inductor.py``); its allocator alone uses
+memory again.
 
 What draws random numbers is no region, nor are layers with caches.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from liger_fx.engine.memory import Memory
-from liger_fx.model.dynamo import output_of
 from liger_fx.model.plan import Plan
 from liger_fx.tracing.effects import draws_random_numbers, is_effectful
-
-_NOTHING_HANDED_ON = {"allow_buffer_reuse": False, "inplace_buffers": False}
 
 
 def can_be_region(plan: Plan, block: Any) -> bool:
@@ -57,39 +53,3 @@ def _is_new(node: fx.Node, memory: Memory) -> bool:
 
 def _is_known(kind: type[nn.Module]) -> bool:
     return kind.__module__.startswith(("torch.nn.", "liger_fx."))
-
-
-def hand_nothing_on(context: Any) -> bool:
-    """Have Inductor compile what Dynamo records here so that regions are right in it; False where
-    another compiler will, or one that cannot call regions."""
-    output = output_of(context)
-    inductor = _innermost(output.compiler_fn)
-    if not isinstance(inductor, torch._TorchCompileInductorWrapper) or output.export:
-        return False
-    if inductor.config.get("cpp_wrapper", torch._inductor.config.cpp_wrapper):
-        return False
-    if not isinstance(output.compiler_fn, _HandingNothingOn):
-        output.compiler_fn = _HandingNothingOn(output.compiler_fn, inductor)
-    return True
-
-
-class _HandingNothingOn:
-    """A compiler of Dynamo's whose Inductor is told, for this one graph, to hand no memory on."""
-
-    def __init__(self, compiler: Any, inductor: Any) -> None:
-        functools.update_wrapper(self, compiler)
-        self._torchdynamo_orig_backend, self.inductor = compiler, inductor
-
-    def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
-        config = self.inductor.config
-        self.inductor.config = config | _NOTHING_HANDED_ON
-        try:
-            return self._torchdynamo_orig_backend(graph, inputs)
-        finally:
-            self.inductor.config = config
-
-
-def _innermost(compiler: Any) -> Any:
-    while hasattr(compiler, "_torchdynamo_orig_backend"):
-        compiler = compiler._torchdynamo_orig_backend
-    return compiler

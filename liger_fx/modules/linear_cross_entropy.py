@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from liger_fx.kernels.compiling import inductor_compiles
 from liger_fx.kernels.library import at_once
 from liger_fx.kernels.linear_cross_entropy import REDUCTIONS, Form, linear_cross_entropy
 from liger_fx.modules.lazy_logits import lazy_logits
+from liger_fx.modules.logits import logits_of
 from liger_fx.modules.origin import NamedModule
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -84,6 +86,8 @@ class LigerFusedLinearCrossEntropy(NamedModule):
     def _lazy_logits(
         self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self.logits(h, weight, bias)
         dtype = torch.float32 if self.float_logits else h.dtype
         return lazy_logits(self.logits, dtype, h, weight, bias)
 
@@ -91,12 +95,8 @@ class LigerFusedLinearCrossEntropy(NamedModule):
         self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """The logits of every row, by PyTorch's own operations."""
-        logits = F.linear(h, weight, None if self.added else bias)
-        logits = logits + bias if self.added and bias is not None else logits
-        logits = logits * self.scale if self.scale != 1 else logits
-        logits = logits / self.divisor if self.divisor != 1 else logits
-        logits = torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
-        return logits.float() if self.float_logits else logits
+        form = (self.scale, self.divisor, self.softcap, self.added, self.float_logits)
+        return logits_of(h, weight, bias, *form)
 
     def _plain_loss(
         self, logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | None
@@ -110,10 +110,12 @@ class LigerFusedLinearCrossEntropy(NamedModule):
         return loss if items is None else loss / items
 
     def _may_wait(self, given: tuple[torch.Tensor | None, ...]) -> bool:
-        """Whether logits are to be lazy: in training, where nothing but autograd looks on."""
-        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        """Whether logits are to be lazy: in training, where nothing but autograd looks on, or
+        Inductor, which is given none that nothing reads."""
+        if not (self.training and torch.is_grad_enabled()):
             return False
-        return at_once(given) and any(x is not None and x.requires_grad for x in given)
+        wait = inductor_compiles() if torch.compiler.is_compiling() else at_once(given)
+        return wait and any(x is not None and x.requires_grad for x in given)
 
     @staticmethod
     def _as_autocast(given: tuple[Any, ...]) -> tuple[Any, ...]:

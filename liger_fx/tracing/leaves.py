@@ -30,6 +30,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from liger_fx.errors import ResultError
+from liger_fx.kernels.compiling import inductor_compiles
 from liger_fx.tracing.one_position import (
     append,
     attend_in_groups,
@@ -124,12 +125,35 @@ def build_mask(builder: str, owner: Any, *, materialise: bool = False, **kwargs:
     ``materialise`` it must give a tensor, because something other than attention reads it.
     """
     config = _config_of(owner)
+    if not materialise and inductor_compiles() and _masks_nothing(builder, config, **kwargs):
+        return None
     if materialise and builder == "create_recurrent_attention_mask":
         mask = getattr(masking_utils, builder)(config=config, **kwargs)
         return kwargs["attention_mask"] if mask is None else mask
     if materialise:
         kwargs.update(dict.fromkeys(MASK_BUILDERS[builder], False))
     return getattr(masking_utils, builder)(config=config, **kwargs)
+
+
+def _masks_nothing(
+    builder: str, config: Any, inputs_embeds: Any = None, input_embeds: Any = None, **kwargs: Any
+) -> bool:
+    """Whether PyTorch's attention, by its flag, masks all that the builder's mask would. As
+    transformers answers, but not while Dynamo follows it: before PyTorch 2.14 that looks like an
+    export."""
+    embeds = inputs_embeds if input_embeds is None else input_embeds
+    length = {
+        "create_causal_mask": None,
+        "create_sliding_window_causal_mask": getattr(config, "sliding_window", None),
+    }
+    return (
+        builder in length
+        and (length[builder] is None or embeds.shape[1] < length[builder])
+        and not any(value is not None for value in kwargs.values())
+        and config._attn_implementation == "sdpa"
+        and masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is masking_utils.sdpa_mask
+        and getattr(config, "is_causal", True)
+    )
 
 
 def new_cache(owner: Any, **changes: Any) -> DynamicCache:

@@ -19,6 +19,7 @@ from liger_fx.tracing.asked import CannotRecord
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.fakes import node_of
 from liger_fx.tracing.members import Members
+from liger_fx.tracing.positions import without_counted_positions
 from liger_fx.tracing.recorder import Recorder
 from liger_fx.tracing.stand_ins import Host, Origin, become, origin_of
 
@@ -85,6 +86,7 @@ class TransformersLeaves:
             if stand_in is None:
                 return None
             keywords = {key: recorder.argument(value) for key, value in given.items()}
+            keywords = without_counted_positions(name, keywords, self.members.root)
             node = recorder.create_node("call_function", leaves.build_mask, (name, owner), keywords)
             self._masks.append((node, name))
             return recorder.bind(stand_in, node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from liger_fx.model.constant_floats import take_floats_for_constants
 from liger_fx.model.regions import can_be_region
+from liger_fx.modules.lazy_logits import LazyLogits
 from tests.programs.models import tiny, tiny_inputs
 from tests.programs.support import (
     CHECK,
@@ -402,6 +404,104 @@ def test_alike_layers_are_compiled_once(dynamic: bool | None) -> None:
         calls = Counter(re.findall(r"= (partitioned_fw_subgraph\w*)\(", "".join(code)))
         assert max(calls.values()) >= 3, "one function for those that learn"
         assert len(calls) <= 3, "and others for the frozen one, and the first with its lengths"
+
+
+def logits_read(m: Any, model: Any, how: str) -> Any:
+    """The loss and logits of a training step, and gradients of what is made of them."""
+    ids = torch.arange(3, 27).view(2, 12)
+    labels = ids.masked_fill(ids % 5 == 0, -100)
+    model.zero_grad()
+    out = m(input_ids=ids, labels=labels, use_cache=False)
+    loss, logits = out if isinstance(out, tuple) else (out.loss, out.logits)
+    read = logits.float().square().mean() if how == "read" else 0
+    (loss + read).backward()
+    return loss, logits, gradients(model)
+
+
+@pytest.mark.parametrize("how", ["left", "read"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_logits_are_left_out_of_what_inductor_compiles(name: str, how: str) -> None:
+    """They come lazy, and with their gradient, from a graph in which nothing is as wide as the
+    vocabulary but the head."""
+    model, twin_of = build(name).train(), build(name).train()
+    theirs = logits_read(twin_of, twin_of, how)
+    opt = optimize(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(opt, fullgraph=True)
+    ours, code = run_and_get_code(lambda: logits_read(compiled, opt, how))
+    assert type(ours[1]) is LazyLogits
+    same(ours, theirs)
+    assert "linear_cross_entropy" in code[0] and "log_softmax" not in code[0]
+
+
+@pytest.mark.parametrize("what", ["read", "returned and read", "twice", "tuple", "not given"])
+def test_logits_of_a_compiled_function(what: str) -> None:
+    """They are computed in it where it reads them, and left out elsewhere."""
+    model, twin_of = build("llama").train(), build("llama").train()
+    ids = torch.arange(3, 27).view(2, 12)
+
+    def program(m: Any) -> tuple[torch.Tensor, ...]:
+        out = m(input_ids=ids, labels=ids, use_cache=False, return_dict=what != "tuple")
+        if what == "tuple":
+            return tuple(out)
+        if what == "not given":
+            return (out.loss,)
+        if what == "twice":
+            return out.loss, out.logits, out.logits
+        read = out.loss + out.logits.square().mean()
+        return (read,) if what == "read" else (read, out.logits)
+
+    def program_and_gradients(program: Any, m: Any) -> Any:
+        m.zero_grad()
+        results = program(m)
+        sum(x.mean() for x in results).backward()
+        return results, gradients(m)
+
+    theirs = program_and_gradients(program, twin_of)
+    opt = optimize(model)
+    torch._dynamo.reset()
+    ours = program_and_gradients(torch.compile(program, fullgraph=True), opt)
+    lazy = [type(x) is LazyLogits for x in ours[0]]
+    assert lazy == [what in ("twice", "tuple") and place > 0 for place in range(len(lazy))]
+    same(ours, theirs)
+
+
+def test_other_compilers_compute_logits() -> None:
+    opt = optimize(build("llama").train())
+    ids = torch.arange(12)[None]
+    torch._dynamo.reset()
+    compiled = torch.compile(opt, backend="aot_eager", fullgraph=True)
+    assert type(compiled(input_ids=ids, labels=ids, use_cache=False).logits) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "name, what, masked",
+    [
+        ("llama", "plain", False),
+        ("llama", "padded", True),
+        ("llama", "packed", True),
+        ("mistral", "plain", True),  # its window is shorter
+        ("mistral", "short", False),
+    ],
+)
+def test_no_mask_where_attention_masks_by_itself(name: str, what: str, masked: bool) -> None:
+    """Its flag is enough there; torch.compile of the original makes a mask at every call."""
+    model = build(name)
+    ids = torch.arange(3, 27).view(2, 12)[:, : 5 if what == "short" else 12]
+    more = {
+        "padded": {"attention_mask": (ids > 4).long()},
+        "packed": {"position_ids": torch.arange(6).repeat(2)[None]},
+    }.get(what, {})
+    expected = model(input_ids=ids, use_cache=False, **more)
+    opt = optimize(model)
+    torch._dynamo.reset()
+    call = functools.partial(
+        torch.compile(opt, fullgraph=True), input_ids=ids, use_cache=False, **more
+    )
+    out, code = run_and_get_code(call)
+    same(out.logits, expected.logits)
+    calls = re.findall(r"= torch.ops.aten._scaled_dot_product.*", "".join(code))
+    assert calls and [("attn_mask" in call) for call in calls] == [masked] * len(calls)
 
 
 def test_floats_are_no_numbers_that_may_change() -> None:

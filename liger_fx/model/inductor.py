@@ -1,0 +1,69 @@
+"""Between Dynamo and Inductor: what Inductor is given of a graph, and told about it.
+
+    Dynamo's graph -> logits that nothing reads are left out (logits_outside.py)
+                   -> Inductor, told to hand no memory on where there are regions (regions.py)
+
+For export, and any other compiler, a graph stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx
+
+from liger_fx.kernels.compiling import inductor_will_compile
+from liger_fx.model.dynamo import output_of
+from liger_fx.model.logits_outside import leave_logits_outside
+from liger_fx.model.region_schemas import region_schemas_kept
+
+_NOTHING_HANDED_ON = {"allow_buffer_reuse": False, "inplace_buffers": False}
+
+
+class ForInductor:
+    """A compiler of Dynamo's, which is Inductor or leads to it, for one graph."""
+
+    def __init__(self, compiler: Any, inductor: Any) -> None:
+        functools.update_wrapper(self, compiler)
+        self._torchdynamo_orig_backend, self.inductor = compiler, inductor
+        self.has_regions = False
+
+    @property
+    def calls_regions(self) -> bool:
+        """Whether regions can be compiled and called."""
+        config = self.inductor.config
+        return not config.get("cpp_wrapper", torch._inductor.config.cpp_wrapper)
+
+    def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
+        complete = leave_logits_outside(graph)
+        config = self.inductor.config
+        if self.has_regions:
+            self.inductor.config = config | _NOTHING_HANDED_ON
+        try:
+            with region_schemas_kept():
+                compiled = self._torchdynamo_orig_backend(graph, inputs)
+        finally:
+            self.inductor.config = config
+        return compiled if complete is None else functools.partial(complete, compiled)
+
+
+def for_inductor(context: Any) -> ForInductor | None:
+    """What stands before Inductor for the graph that Dynamo records here, from now on; None where
+    another compiler will have it."""
+    output = output_of(context)
+    if isinstance(output.compiler_fn, ForInductor):
+        return output.compiler_fn
+    inductor = _innermost(output.compiler_fn)
+    if not isinstance(inductor, torch._TorchCompileInductorWrapper) or output.export:
+        return None
+    output.compiler_fn = ForInductor(output.compiler_fn, inductor)
+    inductor_will_compile(output.tracing_context)
+    return output.compiler_fn
+
+
+def _innermost(compiler: Any) -> Any:
+    while hasattr(compiler, "_torchdynamo_orig_backend"):
+        compiler = compiler._torchdynamo_orig_backend
+    return compiler
