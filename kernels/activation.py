@@ -11,6 +11,7 @@ relu_squared  max(x, 0)^2                                   So et al., "Primer",
 sigmoid       s(x), as a gate: Dauphin et al., "Gated Convolutional Networks", 2017
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,13 +30,23 @@ from liger_fx.kernels.library import (
 )
 from liger_fx.kernels.replay import Replayed
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "sigmoid")
 _QUICK = 1.702
+
+_BY_PYTORCH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(_QUICK * x),
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+}
+ACTIVATIONS = tuple(_BY_PYTORCH)
 
 
 def check_activation(name: str) -> None:
     """ValueError unless `name` is one of ACTIVATIONS."""
-    if name not in ACTIVATIONS:
+    if name not in _BY_PYTORCH:
         raise ValueError(f"unknown activation {name!r}: known are {', '.join(ACTIVATIONS)}")
 
 
@@ -52,15 +63,7 @@ def activation(x: torch.Tensor, name: str) -> torch.Tensor:
 
 def apply_activation(x: torch.Tensor, name: str) -> torch.Tensor:
     """PyTorch's own activation of that name, in x's dtype."""
-    if name == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    if name == "quick_gelu":
-        return x * torch.sigmoid(_QUICK * x)
-    if name == "relu_squared":
-        return F.relu(x).square()
-    if name == "sigmoid":
-        return torch.sigmoid(x)
-    return getattr(F, name)(x)
+    return _BY_PYTORCH[name](x)
 
 
 def activation_slope(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -79,18 +79,19 @@ def norm_by_pytorch(
     """The same in fewer steps, which nothing differentiates. (Few numbers are bound by calls:
     torch.rms_norm is one, and takes longer.)"""
     dtype = compute_dtype(x, weight)
-    wide = as_wide(x, dtype)
+    wide = x if x.dtype is dtype else x.to(dtype)
     y = wide * _mean_square_plus(wide, _number(eps, dtype)).rsqrt_()
     if weight is not None:
-        weight = as_wide(weight, dtype)
+        weight = weight if weight.dtype is dtype else weight.to(dtype)
         y.mul_(weight + offset if offset else weight)
-    return laid_out(as_wide(y, out_dtype or x.dtype), x)
+    out_dtype = out_dtype or x.dtype
+    return laid_out(y if out_dtype is dtype else y.to(out_dtype), x)
 
 
 def _mean_square_plus(x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     """The mean of a row's squares, plus eps. By a power of two the sum is divided exactly, so that
     it may be done while eps is added; torch.mean is two operations on a CPU, and a slow call."""
-    squares, width = x * x, x.shape[-1]
+    squares, width = x * x, x.size(-1)
     if width & (width - 1) or not width or x.is_cuda:
         return torch.mean(squares, -1, True).add_(eps)
     return torch.add(eps, torch.sum(squares, -1, True), alpha=1 / width)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.async_compile import maybe_warm_pool
 
 from liger_fx.kernels.compiling import inductor_will_compile
 from liger_fx.model.dynamo import output_of
@@ -60,6 +61,7 @@ def for_inductor(context: Any) -> ForInductor | None:
         return None
     output.compiler_fn = ForInductor(output.compiler_fn, inductor)
     inductor_will_compile(output.tracing_context)
+    maybe_warm_pool()  # as Inductor does once it is called; till then its workers may get ready
     return output.compiler_fn
 
 

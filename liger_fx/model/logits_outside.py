@@ -44,9 +44,9 @@ class _Outside(NamedTuple):
 def leave_logits_outside(graph: fx.GraphModule) -> Complete | None:
     """Take them out of the graph, in place. What calls the compiled graph in its stead, and gives
     them as well: ``complete(compiled, *inputs)``. None where there are none."""
-    output = graph.graph.output_node()
+    output: Any = graph.graph.output_node()
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    results = list(output.args[0])
+    results: list[Any] = list(output.args[0])
     count, outside = len(results), list[_Outside]()
     for place, node in enumerate(results[:count]):
         if node.target is logits_of and set(node.users) == {output}:

@@ -59,14 +59,14 @@ class _GatedMLP(NamedModule):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., hidden). Returns (..., hidden), in what dtype `down` makes of it."""
-        call = caller()
+        call, roles, children = caller(), self.roles, self._modules
         up: torch.Tensor | None = None
-        if "gate_up" in self.roles:
-            gate = call(self._child("gate_up"), hidden_states)
+        if "gate_up" in roles:
+            gate = call(children[roles["gate_up"]], hidden_states)
         else:
-            gate = call(self._child("gate"), hidden_states)
-            up = call(self._child("up"), hidden_states)
-        down = self._child("down")
+            gate = call(children[roles["gate"]], hidden_states)
+            up = call(children[roles["up"]], hidden_states)
+        down: Any = children[roles["down"]]
         if _keeps_a_product(down, gate):
             result: torch.Tensor = gated_linear(
                 gate, up, down.weight, down.bias, self.activation, self.gate_first

@@ -107,9 +107,9 @@ def test_packed_sequences_are_told_apart() -> None:
     """Given positions are looked at as ever."""
     model = tiny("llama")
     ids, packed = torch.arange(3, 15)[None], torch.arange(6).repeat(2)[None]
-    expected = [model(ids, position_ids=p, use_cache=False).logits for p in (None, packed)]
+    plain, apart = (model(ids, position_ids=p, use_cache=False).logits for p in (None, packed))
     opt = liger_fx.optimize(model)
-    for positions, logits in zip((None, packed), expected, strict=True):
+    for positions, logits in ((None, plain), (packed, apart)):
         out = opt(ids, position_ids=positions, use_cache=False)
         torch.testing.assert_close(out.logits, logits, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(*expected, atol=1e-3)
+    assert not torch.allclose(plain, apart, atol=1e-3)
