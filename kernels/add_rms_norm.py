@@ -53,7 +53,7 @@ def add_rms_norm(
         raise ValueError(
             f"add_rms_norm: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)} differ"
         )
-    if weight is not None and weight.shape != a.shape[-1:]:
+    if weight is not None and (weight.dim() != 1 or weight.size(0) != a.size(-1)):
         raise ValueError(
             f"add_rms_norm: weight must have shape ({a.shape[-1]},), not {tuple(weight.shape)}"
         )

@@ -46,7 +46,7 @@ def rms_norm(
     that does not change from run to run. Second derivatives go through
     `rms_norm_reference`.
     """
-    if weight is not None and weight.shape != x.shape[-1:]:
+    if weight is not None and (weight.dim() != 1 or weight.size(0) != x.size(-1)):
         raise ValueError(
             f"rms_norm: weight must have shape ({x.shape[-1]},), not {tuple(weight.shape)}"
         )

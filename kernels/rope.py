@@ -130,9 +130,10 @@ def check_tables(
     cos: torch.Tensor, sin: torch.Tensor, half_tables: bool, *xs: torch.Tensor
 ) -> None:
     table = cos.shape
+    are_tables = len(table) == 3 and table == sin.shape
     for x in xs:
         shape = x.shape
-        if len(shape) != 4 or len(table) != 3 or table != sin.shape:
+        if len(shape) != 4 or not are_tables:
             raise ValueError(
                 "rope: wants x of (batch, heads, tokens, D) and cos and sin of one shape (1 or "
                 f"batch, tokens, R), not {tuple(shape)}, {tuple(table)} and {tuple(sin.shape)}"

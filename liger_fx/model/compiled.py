@@ -152,9 +152,9 @@ def _check(plan: Plan, block: nn.Module) -> Callable[[nn.Module], bool]:
     for path, mode in asked_modes(block, plan.followed_modules(block), plan.guards):
         conditions.append(f"{attribute_text(path)}.training is {mode}")
     for path, values in plain_configs(block, plan.facts, plan.guards):
-        config = f"config_{len(scope)}"
+        config, read = f"config_{len(scope)}", f"read_{len(scope)}"
         scope[config] = values
-        read = f"{attribute_text(path)}.__dict__"
+        conditions.append(f"({read} := {attribute_text(path)}.__dict__) is not None")
         conditions += [f"{read}[{name!r}] == {config}[{name!r}]" for name in values]
     for path, name, value in plan.attributes.plain(block):
         held = f"held_{len(scope)}"
