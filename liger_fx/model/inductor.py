@@ -20,6 +20,9 @@ from liger_fx.model.dynamo import output_of
 from liger_fx.model.logits_outside import leave_logits_outside
 from liger_fx.model.region_schemas import region_schemas_kept
 
+# The default for what stands before Inductor. It would compile up to five forms of each pointwise
+# kernel to time them, a second or two for cos and sin; where our operators are, few are left.
+_NOT_TUNED = {"triton.autotune_pointwise": False}
 _NOTHING_HANDED_ON = {"allow_buffer_reuse": False, "inplace_buffers": False}
 
 
@@ -40,8 +43,9 @@ class ForInductor:
     def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
         complete = leave_logits_outside(graph)
         config = self.inductor.config
+        self.inductor.config = _NOT_TUNED | config
         if self.has_regions:
-            self.inductor.config = config | _NOTHING_HANDED_ON
+            self.inductor.config |= _NOTHING_HANDED_ON
         try:
             with region_schemas_kept():
                 compiled = self._torchdynamo_orig_backend(graph, inputs)

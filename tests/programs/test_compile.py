@@ -466,6 +466,28 @@ def test_logits_of_a_compiled_function(what: str) -> None:
     same(ours, theirs)
 
 
+@pytest.mark.parametrize("asked", [{}, {"triton.autotune_pointwise": True}])
+def test_options_for_inductor_are_kept(
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And come back, for what is compiled next."""
+    seen: list[tuple[Any, dict[str, Any]]] = []
+
+    def compile_nothing(inductor: Any, graph: fx.GraphModule, inputs: Any) -> Any:
+        seen.append((inductor, inductor.config))
+        return graph
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", compile_nothing)
+    opt = optimize(build("llama"))
+    torch._dynamo.reset()
+    compiled = torch.compile(opt, fullgraph=True, options={"epilogue_fusion": False, **asked})
+    compiled(torch.arange(12)[None], use_cache=False)
+    ((inductor, config),) = seen
+    assert config["epilogue_fusion"] is False
+    assert config["triton.autotune_pointwise"] is bool(asked)
+    assert inductor.config.items() == {"epilogue_fusion": False, **asked}.items()
+
+
 def test_other_compilers_compute_logits() -> None:
     opt = optimize(build("llama").train())
     ids = torch.arange(12)[None]
