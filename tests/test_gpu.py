@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,30 @@ def test_a_step_compiles_nothing_by_itself(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", COMPILED, *name.split()]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_plan_made_in_the_midst_of_a_backward() -> None:
+    """A reentrant checkpoint computes a layer with gradients once the backward runs, in a thread
+    that autograd has for the GPU; what is compiled ahead of it must not wait for that thread."""
+    model, twin_of = llama().train(), llama().train()
+    opt = liger_fx.optimize(model.eval()).train()
+    found: list[dict[str, torch.Tensor | None]] = []
+
+    def step(m: Any) -> None:
+        m.gradient_checkpointing_enable({"use_reentrant": True})
+        m(input_ids=ids(), labels=ids(), use_cache=False).loss.backward()
+        found.append({name: p.grad for name, p in m.named_parameters()})
+
+    for m in (twin_of, opt):
+        thread = threading.Thread(target=step, args=(m,), daemon=True)
+        thread.start()
+        thread.join(120)
+        assert not thread.is_alive(), "the backward waits for itself"
+    theirs, ours = found
+    for name, grad in theirs.items():
+        assert grad is not None and ours[name] is not None, name
+        error = (ours[name].float() - grad.float()).norm() / grad.float().norm()
+        assert error < 0.02, f"{name}: {error:.3g}"
 
 
 def test_a_gated_mlp_keeps_no_product() -> None:

@@ -103,4 +103,6 @@ def _differentiate(given: list[Any], results: Any) -> None:
     made = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor) and x.requires_grad]
     if asked and made:
         grads = [torch.empty_like(x) for x in made]
-        torch.autograd.grad(made, asked, grads, allow_unused=True)
+        # In this thread: that of the GPU may be the one that waits for this, in a checkpoint.
+        with torch.autograd.set_multithreading_enabled(False):
+            torch.autograd.grad(made, asked, grads, allow_unused=True)
