@@ -99,7 +99,8 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
     if kind is FunctionType and any(id(m) in known for m in _modules_closed_over(value)):
         return _with_copies(value, known)
     if kind is MethodType:
-        owner, function, name = value.__self__, value.__func__, value.__name__
+        owner, function = value.__self__, value.__func__
+        name = getattr(function, "__name__", "")  # a partial function has none
         copied: Any = _copied(owner, known)
         # A method of its class: the copy's own, which for a block runs its graph.
         is_own = getattr(type(owner), name, None) is function

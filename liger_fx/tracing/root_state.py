@@ -20,6 +20,7 @@ from liger_fx.tracing.walk import modules_by_path
 _alone = threading.RLock()
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 _PLAIN = frozenset(PLAIN)
+_INSTALLED = "_output_capturing_hooks_installed"
 _OF_MODULES = frozenset(("_modules", "_parameters", "_buffers"))
 
 
@@ -46,21 +47,28 @@ def attributes_kept(
     """
     with _alone:
         before = Snapshot(modules_by_path(root).values() if modules is None else modules)
-        first = RemovableHandle.next_id
+        first, collecting = RemovableHandle.next_id, _collecting(root)
         try:
             yield before
         finally:
             if modules is not None and RemovableHandle.next_id != first:
-                _remove_collecting_hooks(root, first)
+                _remove_collecting_hooks(root, first, collecting)
             before.restore()
 
 
-def _remove_collecting_hooks(root: nn.Module, first: int) -> None:
-    """Those of transformers, from that number on."""
+def _collecting(root: nn.Module) -> set[nn.Module]:
+    """The modules that have transformers' hooks, on themselves and inside them."""
+    return {module for module in modules_by_path(root).values() if _INSTALLED in vars(module)}
+
+
+def _remove_collecting_hooks(root: nn.Module, first: int, before: set[nn.Module]) -> None:
+    """Those of transformers, from that number on, and what it notes on modules that had none."""
     for module in modules_by_path(root).values():
         hooks = module._forward_hooks
         for number in [n for n, hook in hooks.items() if n >= first and is_capturing(hook)]:
             del hooks[number]
+    for module in _collecting(root) - before:
+        delattr(module, _INSTALLED)
 
 
 class Snapshot:
