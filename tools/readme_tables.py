@@ -74,6 +74,23 @@ def first_steps(results: Any) -> tuple[tuple[str, ...], Rows]:
     return ("model", "variant", "prepare", "first step", "step", "peak memory"), rows
 
 
+def compile_time(results: Any) -> tuple[tuple[str, ...], Rows]:
+    """One row a start: the shortest of each model's first steps."""
+    rows: Rows = []
+    for start in ("bare", "started"):
+        took = {
+            model: min(
+                row.get("first_step_s", float("inf"))
+                for row in results
+                if (row["start"], row["model"]) == (start, model)
+            )
+            for model in ("original", "liger_fx")
+        }
+        ours, theirs = took["liger_fx"], took["original"]
+        rows.append((start, f"{theirs:.1f} s", f"{ours:.1f} s", f"{ours / theirs:.2f}"))
+    return ("process", "original", "liger_fx", "ratio"), rows
+
+
 def shapes(results: Any) -> tuple[tuple[str, ...], Rows]:
     """One row a model and variant: time and memory."""
     rows: Rows = []
@@ -144,6 +161,9 @@ TABLES: dict[str, Callable[..., tuple[tuple[str, ...], Rows]]] = {
     "first_step": first_steps,
     "first_step_experts": first_steps,
     "first_step_compiled": first_steps,
+    "first_step_compiled_later": first_steps,
+    "first_step_compiled_dynamic": first_steps,
+    "compile_time": compile_time,
     "training_shapes": shapes,
     "training_peers": shapes,
     "training_checkpointed": shapes,
