@@ -73,8 +73,9 @@ print(f"\nit computes the same bits: {same_source}")
 step("5. What was changed is noticed")
 graph = folder / "graph" / "graph.json"
 graph.write_text(graph.read_text().replace('"operator.getitem"', '"os.system"', 1))
-try:
-    liger_fx.load(folder / "graph")
-except liger_fx.LoadError as error:
-    print(f"LoadError: {error}")
+for verify in (True, False):
+    try:
+        liger_fx.load(folder / "graph", verify_checksums=verify)
+    except liger_fx.LoadError as error:
+        print(f"LoadError: {error}")
 raise SystemExit(0 if same and same_source else 1)

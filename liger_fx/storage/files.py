@@ -28,13 +28,13 @@ REPORT = "report.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 BUFFERS = "buffers.safetensors"
+CHECKSUMS = "checksums.json"
 # The field of GRAPH that says what it is.
 FORMAT = "liger_fx graph"
 # Patterns of the files that any transformers checkpoint may have, and of BUFFERS.
-MODEL_FILES = (
-    r"config\.json|generation_config\.json|buffers\.safetensors"
-    r"|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
-)
+_WEIGHT_FILES = r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
+WEIGHT_FILES = re.compile(_WEIGHT_FILES)
+MODEL_FILES = rf"config\.json|generation_config\.json|buffers\.safetensors|{_WEIGHT_FILES}"
 # Without O_NONBLOCK, opening a pipe waits; without O_NOCTTY, a terminal would be taken.
 _FLAGS = os.O_RDONLY
 for _name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"):
@@ -121,5 +121,6 @@ def _is_graph(file: Path) -> bool:
 
 
 SAVED_GRAPH = Kind(
-    GRAPH, {r"graph\.json": _is_graph, rf"report(-\d+)?\.json|{MODEL_FILES}": is_file}
+    GRAPH,
+    {r"graph\.json": _is_graph, rf"report(-\d+)?\.json|checksums\.json|{MODEL_FILES}": is_file},
 )

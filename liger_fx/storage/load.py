@@ -24,7 +24,8 @@ from liger_fx.model.block import Block
 from liger_fx.model.build import turn_into_blocks
 from liger_fx.model.planner import Planner
 from liger_fx.storage import arguments, skeleton
-from liger_fx.storage.files import unreplaced
+from liger_fx.storage.checksums import LOAD_ANYWAY, check_checksums
+from liger_fx.storage.files import CHECKSUMS, unreplaced
 from liger_fx.storage.records import Document
 from liger_fx.storage.saved import Saved, read_saved
 from liger_fx.storage.sources import locate
@@ -43,6 +44,7 @@ def load(
     checkpoint: StrPath | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    verify_checksums: bool = True,
 ) -> Block:
     """The optimised model that ``liger_fx.save`` wrote to the directory ``path``.
 
@@ -58,6 +60,8 @@ def load(
     dtype: of the weights, float32, bfloat16, float16 or float64; those of the dtype that most have
         are converted. Graphs hold for the dtypes they were traced with: for others, each kind of
         call is traced anew, after a RetraceWarning.
+    verify_checksums: whether files that are not as they were written are refused. All that is read
+        is read once more for that: about a second for 1.5 GB.
 
     Raises LoadError, naming the file and the node or field, for files that are damaged, of a later
     version or not to be trusted, for model code that has changed since, and for what does not fit;
@@ -66,8 +70,12 @@ def load(
     arguments.check(path, model, checkpoint, device, dtype)
     target = arguments.device_of(model) if model is not None else arguments.usable(device)
     with unreplaced(Path(path)):
+        own_weights = model is None and checkpoint is None
+        verified = not verify_checksums or check_checksums(Path(path), own_weights)
         with garbage_kept():
             saved = read_saved(Path(path), target)
+            if not verified:
+                raise LoadError(f"is missing; {LOAD_ANYWAY}", CHECKSUMS)
             if model is not None:
                 tree = skeleton.from_model(saved, model)
             else:

@@ -1,6 +1,7 @@
 """liger_fx.save: an optimised model as a directory that ``load`` and transformers can read.
 
     opt   ->   graph.json  config.json  model.safetensors  buffers.safetensors  report.json
+               checksums.json
 
 config.json and model.safetensors are those of any transformers checkpoint. Nothing is written
 unless ``load`` would take it, and nothing is replaced before all of it is on the disk.
@@ -26,6 +27,7 @@ from liger_fx.model.block import Block
 from liger_fx.model.plan import Plan
 from liger_fx.report import GraphDiff
 from liger_fx.storage import config, fingerprint, named_modules, skeleton
+from liger_fx.storage.checksums import write_checksums
 from liger_fx.storage.directory import replacing, write_file
 from liger_fx.storage.files import (
     BUFFERS,
@@ -106,6 +108,7 @@ def save(opt: nn.Module, path: str | PathLike[str], *, weights: bool = True) -> 
             _make_bindable_only(folder, document)
         if weights:
             write_tensors(opt, folder, [t for t in tensors if t.in_checkpoint])
+        write_checksums(folder)
 
 
 def _problem(opt: Block, folder: Path) -> str | None:
