@@ -5,20 +5,25 @@
     what is compiled    loss = linear_cross_entropy(h, W, labels); return loss, h
     what a call gives   loss, and lazy logits of h and W
 
-What is compiled gives plain tensors only, and would compute them for nothing.
+What is compiled gives plain tensors only, and would compute them for nothing. Where something is
+written to after them, a weight by an optimizer's step perhaps, they are computed where they stand.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch._ops import HigherOrderOperator, OpOverload
 
 from liger_fx.modules.lazy_logits import lazy_logits
 from liger_fx.modules.logits import logits_of
+from liger_fx.tracing.effects import is_effectful, is_region_boundary
 
 Complete = Callable[..., list[Any]]
 
@@ -48,8 +53,10 @@ def leave_logits_outside(graph: fx.GraphModule) -> Complete | None:
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     results: list[Any] = list(output.args[0])
     count, outside = len(results), list[_Outside]()
+    last_write = max((i for i, n in enumerate(graph.graph.nodes) if _may_write(n)), default=-1)
+    waiting = set(itertools.islice(graph.graph.nodes, last_write + 1, None))
     for place, node in enumerate(results[:count]):
-        if node.target is logits_of and set(node.users) == {output}:
+        if node.target is logits_of and set(node.users) == {output} and node in waiting:
             h, *rest = node.args[:3]
             results[place] = h
             places = [None if x is None else _place(x, inputs, results) for x in rest]
@@ -63,6 +70,15 @@ def leave_logits_outside(graph: fx.GraphModule) -> Complete | None:
         graph.graph.erase_node(node)
     graph.recompile()
     return functools.partial(_complete, outside, count)
+
+
+def _may_write(node: fx.Node) -> bool:
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        return bool(target._schema.is_mutable)
+    if isinstance(target, HigherOrderOperator):  # a region writes to nothing (regions.py)
+        return target is not invoke_subgraph
+    return node.op == "call_module" or is_effectful(node) and not is_region_boundary(node)
 
 
 def _place(node: fx.Node, inputs: list[fx.Node], results: list[Any]) -> tuple[bool, int]:

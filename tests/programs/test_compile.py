@@ -466,6 +466,32 @@ def test_logits_of_a_compiled_function(what: str) -> None:
     same(ours, theirs)
 
 
+@pytest.mark.parametrize("what", ["bias", "weight", "hidden states"])
+def test_logits_before_what_is_written_after_them(what: str) -> None:
+    """They are those of the call; where their gradient would be another's, PyTorch says so."""
+    model, twin_of = tiny("phi").train(), tiny("phi").train()
+    ids = torch.arange(3, 27).view(2, 12)
+
+    def program(m: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out = m(input_ids=ids, labels=ids, use_cache=False, output_hidden_states=True)
+        with torch.no_grad():
+            {
+                "bias": m.lm_head.bias,
+                "weight": m.lm_head.weight,
+                "hidden states": out.hidden_states[-1],
+            }[what].mul_(0.5)
+        return out.loss, out.logits
+
+    opt = optimize(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(program, fullgraph=True)
+    if what == "bias":
+        same(compiled(opt), program(twin_of))
+    else:
+        with pytest.raises(Exception, match="modified by an inplace operation"):
+            compiled(opt)
+
+
 @pytest.mark.parametrize("asked", [{}, {"triton.autotune_pointwise": True}])
 def test_options_for_inductor_are_kept(
     asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
