@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import TracingContext
 
 from liger_fx.errors import FallbackWarning, LigerFxError, UsageError, forget_frames
 from liger_fx.model.account import report_of
@@ -173,6 +174,8 @@ class Block(fx.GraphModule):
         """
         if (graph := graph_to_interpret(self)) is not None:
             return graph
+        if not self.plans and TracingContext.try_get() is not None:
+            return fx.Graph()  # Dynamo looks at its nodes, where the class's own forward runs, too
         state, plan = self._block, self._first_plan
         if len(state.alike.members) < 2:
             return plan.graph

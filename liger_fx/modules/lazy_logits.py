@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
 from torch.utils import _pytree as pytree
 
 from liger_fx.kernels.library import differentiable, gradients_of
@@ -112,6 +113,16 @@ class _Derived:
         return self.result
 
 
+class _Read:
+    """A value that is there."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def value(self) -> torch.Tensor:
+        return self.values
+
+
 class LazyLogits(torch.Tensor):
     """A tensor without memory; results of operations on it are plain tensors."""
 
@@ -144,6 +155,20 @@ class LazyLogits(torch.Tensor):
         out = func(*args, **kwargs)
         # An operation that works in place gives back what it was called on.
         return first if isinstance(first, LazyLogits) and out is args[0] else out
+
+    @property
+    def _read_values(self) -> torch.Tensor:
+        return _value(self)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """What a compiled function is given is read: the values alone."""
+        return ["_read_values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, context: None, size: Any, stride: Any) -> LazyLogits:
+        values = inner["_read_values"]
+        spec = torch.empty_strided(size, stride, dtype=values.dtype, device="meta")
+        return LazyLogits(spec, values.device, _Read(values))
 
     def _plain(self) -> torch.Tensor:
         """A view of it with memory, in the same autograd graph."""
@@ -178,7 +203,10 @@ class LazyLogits(torch.Tensor):
         return self._plain().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """The memory of the values."""
+        """The memory of the values; while a function is compiled that is given them, and where they
+        are followed into it (``__tensor_flatten__``), none."""
+        if TracingContext.try_get() is not None:
+            return super().untyped_storage()
         return self._plain().untyped_storage()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import liger_fx
+from liger_fx.errors import FallbackWarning
 from liger_fx.model.constant_floats import take_floats_for_constants
 from liger_fx.model.regions import can_be_region
 from liger_fx.modules.lazy_logits import LazyLogits
@@ -464,6 +467,52 @@ def test_logits_of_a_compiled_function(what: str) -> None:
     lazy = [type(x) is LazyLogits for x in ours[0]]
     assert lazy == [what in ("twice", "tuple") and place > 0 for place in range(len(lazy))]
     same(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("both", [False, True], ids=["the loss", "model and loss"])
+def test_a_compiled_loss_of_lazy_logits(both: bool, backend: str) -> None:
+    """What is compiled by itself is given their values, and hands their gradient back."""
+    model, twin_of = build("llama").train(), build("llama").train()
+    ids = torch.arange(3, 27).view(2, 12)
+
+    def smoothed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(rows, wanted, label_smoothing=0.1)
+
+    def program(m: Any, model: Any, loss: Any) -> Any:
+        out = m(input_ids=ids, labels=ids, use_cache=False)
+        again = loss(out.logits, ids)
+        (out.loss + again).backward()
+        return type(out.logits), (again, gradients(model))
+
+    theirs = program(twin_of, twin_of, smoothed)
+    opt = optimize(model)
+    torch._dynamo.reset()
+    m = torch.compile(opt) if both else opt
+    ours = program(m, opt, torch.compile(smoothed, backend=backend, fullgraph=True))
+    assert ours[0] is LazyLogits
+    same(ours[1], theirs[1])
+
+
+class Draws(modeling_llama.LlamaModel):
+    """A model that no graph can serve."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        random.random()
+        return super().forward(*args, **kwargs)
+
+
+def test_a_model_without_a_graph_is_compiled_as_it_is() -> None:
+    model, twin_of = build("llama"), build("llama")
+    for m in (model, twin_of):
+        m.model.__class__ = Draws
+    with pytest.warns(FallbackWarning, match="random numbers"):
+        opt = liger_fx.optimize(model)
+    torch._dynamo.reset()
+    ids = torch.arange(12)[None]
+    compiled = torch.compile(opt, backend="aot_eager")
+    same(compiled(ids, use_cache=False).logits, twin_of(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("what", ["bias", "weight", "hidden states"])
