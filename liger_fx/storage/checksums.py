@@ -17,6 +17,7 @@ from liger_fx.storage.directory import write_file
 from liger_fx.storage.files import CHECKSUMS, SAVED_GRAPH, WEIGHT_FILES, opened, read_file
 from liger_fx.storage.json_file import dump, parse
 
+LOAD_ANYWAY = "verify_checksums=False loads it as it is"
 _PIECE = 2**22  # bytes
 
 
@@ -53,9 +54,6 @@ def _check(file: Path, recorded: str | None, is_there: bool) -> None:
     else:
         return
     raise LoadError(f"{wrong}; {LOAD_ANYWAY}")
-
-
-LOAD_ANYWAY = "verify_checksums=False loads it as it is"
 
 
 def _checksum(file: Path) -> str:

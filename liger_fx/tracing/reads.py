@@ -22,12 +22,12 @@ from liger_fx.tracing.call import PLAIN, TENSORS
 from liger_fx.tracing.check import Check
 from liger_fx.tracing.held import Held
 from liger_fx.tracing.reach import NOTHING, Place, of_a_library, reach_of, reach_of_class
-from liger_fx.tracing.tree_state import class_of, groups_of, is_named
+from liger_fx.tracing.tree_state import CAPTURING, class_of, groups_of, is_named
 from liger_fx.tracing.walk import module_at
 
 Names = Mapping[str, Iterable[str]]  # of attributes that were read, by the path of the module
-# Modes are guarded for themselves; what transformers notes as it installs its own hooks.
-_APART = frozenset(nn.Module().__dict__) | {"_output_capturing_hooks_installed"}
+# Modes are guarded for themselves.
+_APART = frozenset(nn.Module().__dict__) | {CAPTURING}
 
 
 class Attributes:

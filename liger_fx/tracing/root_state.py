@@ -14,13 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.contents import MAPPING, Kind, is_same, look_at
-from liger_fx.tracing.tree_state import is_capturing, is_named
+from liger_fx.tracing.tree_state import CAPTURING, is_capturing, is_named
 from liger_fx.tracing.walk import modules_by_path
 
 _alone = threading.RLock()
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 _PLAIN = frozenset(PLAIN)
-_INSTALLED = "_output_capturing_hooks_installed"
 _OF_MODULES = frozenset(("_modules", "_parameters", "_buffers"))
 
 
@@ -47,18 +46,19 @@ def attributes_kept(
     """
     with _alone:
         before = Snapshot(modules_by_path(root).values() if modules is None else modules)
-        first, collecting = RemovableHandle.next_id, _collecting(root)
+        first = RemovableHandle.next_id
+        capturing = set() if modules is None else _capturing(root)
         try:
             yield before
         finally:
             if modules is not None and RemovableHandle.next_id != first:
-                _remove_collecting_hooks(root, first, collecting)
+                _remove_collecting_hooks(root, first, capturing)
             before.restore()
 
 
-def _collecting(root: nn.Module) -> set[nn.Module]:
+def _capturing(root: nn.Module) -> set[nn.Module]:
     """The modules that have transformers' hooks, on themselves and inside them."""
-    return {module for module in modules_by_path(root).values() if _INSTALLED in vars(module)}
+    return {module for module in modules_by_path(root).values() if CAPTURING in vars(module)}
 
 
 def _remove_collecting_hooks(root: nn.Module, first: int, before: set[nn.Module]) -> None:
@@ -67,8 +67,8 @@ def _remove_collecting_hooks(root: nn.Module, first: int, before: set[nn.Module]
         hooks = module._forward_hooks
         for number in [n for n, hook in hooks.items() if n >= first and is_capturing(hook)]:
             del hooks[number]
-    for module in _collecting(root) - before:
-        delattr(module, _INSTALLED)
+    for module in _capturing(root) - before:
+        delattr(module, CAPTURING)
 
 
 class Snapshot:

@@ -24,13 +24,13 @@ from torch import fx, nn
 from liger_fx.tracing.call import PLAIN
 from liger_fx.tracing.fakes import FakeWorld, as_expr, node_of
 from liger_fx.tracing.root_state import Snapshot
+from liger_fx.tracing.tree_state import CAPTURING
 from liger_fx.tracing.walk import module_at
 
 Place = tuple[str, str]  # a module's path and the name of an attribute
 _MISSING = object()
 _TENSORS = ("_parameters", "_buffers", "_modules")
-# What transformers notes when it installs its own hooks for output_hidden_states.
-_HARMLESS = frozenset(nn.Module().__dict__) - {"training"} | {"_output_capturing_hooks_installed"}
+_HARMLESS = frozenset(nn.Module().__dict__) - {"training"} | {CAPTURING}
 _CASTS = ("to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "contiguous")
 
 

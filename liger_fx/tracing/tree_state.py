@@ -434,6 +434,10 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     )
 
 
+# What transformers notes on a model as it installs its own hooks for output_hidden_states.
+CAPTURING = "_output_capturing_hooks_installed"
+
+
 def is_capturing(hook: Any) -> bool:
     """Whether it is transformers' own hook for output_hidden_states, idle unless asked for."""
     return "output_capturing_hook" in getattr(hook, "__qualname__", "")

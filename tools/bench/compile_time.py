@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +88,26 @@ def main() -> int:
     return report(results)
 
 
-def report(results: list[dict[str, Any]]) -> int:
-    """Prints the shortest of each, and whether the bar is held."""
-    rows, held = [], True
+def shortest(results: list[dict[str, Any]]) -> Iterator[tuple[str, float, float]]:
+    """Of each start the shortest first step of the original and of liger_fx, in seconds."""
     for start in STARTS:
-        took = {
-            model: min(
-                (row.get("first_step_s", float("inf")) for row in results
-                 if (row["model"], row["start"]) == (model, start)),
+        original, ours = (
+            min(
+                row.get("first_step_s", float("inf"))
+                for row in results
+                if (row["model"], row["start"]) == (model, start)
             )
             for model in MODELS
-        }  # fmt: skip
-        ratio = took["liger_fx"] / took["original"]
-        held = held and ratio <= BAR
-        rows.append((start, *(f"{took[model]:.1f} s" for model in MODELS), f"{ratio:.2f}"))
+        )
+        yield start, original, ours
+
+
+def report(results: list[dict[str, Any]]) -> int:
+    """Prints the shortest of each, and tells by 1 that the bar is not held."""
+    found = list(shortest(results))
+    rows = [(start, f"{a:.1f} s", f"{b:.1f} s", f"{b / a:.2f}") for start, a, b in found]
     show("The first compiled step", ("start", *MODELS, "ratio"), rows)
-    return 0 if held else 1
+    return int(any(ours > BAR * original for _, original, ours in found))
 
 
 if __name__ == "__main__":
