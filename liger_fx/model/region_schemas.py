@@ -22,7 +22,7 @@ _PYTORCH_KEEPS_THEM = hasattr(InvokeSubgraphCache, "get_functionalize_schema_ent
 @contextmanager
 def region_schemas_kept() -> Iterator[None]:
     """For what is compiled inside; in other threads too, each compile by itself."""
-    if _PYTORCH_KEEPS_THEM:
+    if _PYTORCH_KEEPS_THEM or "gen_schema" in vars(invoke_subgraph):  # one compile in another
         yield
         return
     kept: WeakKeyDictionary[TracingContext, dict[Any, Any]] = WeakKeyDictionary()

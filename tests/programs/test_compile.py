@@ -17,6 +17,7 @@ from torch import fx
 from torch._dynamo.backends import registry
 from torch._dynamo.comptime import comptime
 from torch._dynamo.testing import CompileCounter
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
@@ -26,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import liger_fx
 from liger_fx.errors import FallbackWarning
 from liger_fx.model.constant_floats import take_floats_for_constants
+from liger_fx.model.region_schemas import region_schemas_kept
 from liger_fx.model.regions import can_be_region
 from liger_fx.modules.lazy_logits import LazyLogits
 from tests.programs.models import tiny, tiny_inputs
@@ -599,6 +601,13 @@ def test_no_mask_where_attention_masks_by_itself(name: str, what: str, masked: b
     same(out.logits, expected.logits)
     calls = re.findall(r"= torch.ops.aten._scaled_dot_product.*", "".join(code))
     assert calls and [("attn_mask" in call) for call in calls] == [masked] * len(calls)
+
+
+def test_what_pytorch_asks_of_regions_comes_back() -> None:
+    """Also after one compile inside another."""
+    with region_schemas_kept(), region_schemas_kept():
+        pass
+    assert "gen_schema" not in vars(invoke_subgraph)
 
 
 def test_floats_are_no_numbers_that_may_change() -> None:
