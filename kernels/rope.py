@@ -281,26 +281,26 @@ def _by_pytorch(
 ) -> tuple[torch.Tensor, ...]:
     """The common form in fewer steps: (a, b) * cos + (b, a) * (-sin_a, sin_b); the turn back has
     (sin_b, -sin_a) there."""
-    width, cos_dtype = cos.size(-1), cos.dtype
-    ends_are_common = form[:3] == _COMMON
-    if not (ends_are_common and tensors[0].size(-1) == width == tensors[-1].size(-1)):
+    q, k, width = tensors[0], tensors[-1], cos.size(-1)
+    if form[:3] != _COMMON or not q.size(-1) == width == k.size(-1):
         return tuple(
             laid_out(rope_reference(x, cos, sin, Form(*form), dtype), x)
             for x, dtype in zip(tensors, dtypes, strict=True)
         )
-    dtype, half = compute_dtype(*tensors, cos, sin), width // 2
-    cos, sin = as_wide(cos, dtype), as_wide(sin, dtype)
-    signed = sin * _signs(half, dtype, sin.device)
+    dtype, half = compute_dtype(q, k, cos, sin), width // 2
+    signed = as_wide(sin, dtype) * _signs(half, dtype, sin.device)
     if form[3]:
         signed = signed.roll(half, -1)
+    wide_cos = as_wide(cos, dtype)
     if cos.size(0) > 1:  # else (1, tokens, R) is spread over heads and batch as it is
-        cos, signed = cos.unsqueeze(1), signed.unsqueeze(1)
+        wide_cos, signed = wide_cos.unsqueeze(1), signed.unsqueeze(1)
     outs = []
     for x, out_dtype in zip(tensors, dtypes, strict=True):
-        wide = x if x.dtype is dtype else x.to(dtype)
-        y = (wide * cos).addcmul_(wide.roll(half, -1), signed)
-        out_dtype = out_dtype or torch.promote_types(x.dtype, cos_dtype)
-        outs.append(laid_out(y if out_dtype is dtype else y.to(out_dtype), x))
+        wide = as_wide(x, dtype)
+        y = (wide * wide_cos).addcmul_(wide.roll(half, -1), signed)
+        if (out_dtype or x.dtype) is not dtype or cos.dtype is not dtype:
+            y = as_wide(y, out_dtype or torch.promote_types(x.dtype, cos.dtype))
+        outs.append(laid_out(y, x))
     return tuple(outs)
 
 

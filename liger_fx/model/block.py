@@ -254,9 +254,10 @@ class Block(fx.GraphModule):
         if recomputed and collects_inside(self, None):
             reason = "it is checkpointed, and what is collected in it is so in its first run alone"
             return self._run_original(reason, args, kwargs)
-        states, last = state.ready(self), state.last
-        # What served before most often serves again.
-        for ready in states if last is None else (last, *states):
+        last = state.last  # what served before most often serves again
+        if last is not None and (inputs := last.take(self, arguments)) is not None and last.holds():
+            return last.run(self, inputs)
+        for ready in state.ready(self):
             if (inputs := ready.take(self, arguments)) is not None and ready.holds():
                 state.last = ready
                 return ready.run(self, inputs)

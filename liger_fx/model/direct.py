@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from liger_fx.modules.calling import call
+from liger_fx.modules.calling import call, call_with
 
 
 def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
@@ -32,8 +32,9 @@ def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
         shown = fx.graph._format_target("self", path)
         steps = "".join(f"._modules[{step!r}]" for step in path.split("."))
         # A block is a module for hooks, checkpointing, FSDP2: it is called as such.
+        way = "call" if len(node.args) == 1 and not node.kwargs else "call_with"
         comma = ", " if node.args or node.kwargs else ""
-        new = f"self{steps}(" if "plan" in node.meta else f"call(self{steps}{comma}"
+        new = f"self{steps}(" if "plan" in node.meta else f"{way}(self{steps}{comma}"
         instead[node.name] = f" = {shown}(", f" = {new}"
     for node in graph.find_nodes(op="get_attr"):
         path, _, name = str(node.target).rpartition(".")
@@ -46,7 +47,7 @@ def compile_direct(graph: fx.Graph) -> Callable[..., Any]:
             lines[i] = line.replace(*found, 1)
     source = "".join(lines)
     name = f"<graph {next(_numbers)} of liger_fx>"
-    scope = {**code.globals, "call": call}
+    scope = {**code.globals, "call": call, "call_with": call_with}
     exec(compile(source, name, "exec"), scope)
     function: Callable[..., Any] = scope["forward"]
     linecache.cache[name] = len(source), None, lines, name

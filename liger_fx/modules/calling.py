@@ -25,24 +25,30 @@ def caller() -> Callable[..., Any]:
     return _plain_call if plainly else call
 
 
-def _plain_call(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, **kwargs)
+def _plain_call(module: Any, x: Any) -> Any:
+    return module(x)
 
 
-def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``module(...)`` gives, its hooks included; of a plain linear layer, by its operator.
+def call(module: Any, x: Any) -> Any:
+    """What ``module(x)`` gives, its hooks included; of a plain linear layer, by its operator.
 
     Where Dynamo follows the call, or under a profiler, that of `caller` is wanted.
     """
     if not only_runs_forward(module):
-        return module(*args, **kwargs)
-    held, kind = module.__dict__, type(module)
-    if kind is nn.Linear and kind.forward is _LINEAR_FORWARD and len(args) == 1 and not kwargs:
-        parameters = held["_parameters"]
+        return module(x)
+    if (kind := type(module)) is nn.Linear and kind.forward is _LINEAR_FORWARD:
+        parameters = module._parameters
         weight = parameters.get("weight")
         if weight is not None and "bias" in parameters:
-            return F.linear(args[0], weight, parameters["bias"])
-    return module.forward(*args, **kwargs)
+            return F.linear(x, weight, parameters["bias"])
+    return module.forward(x)
+
+
+def call_with(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """`call`, with other arguments than one."""
+    if only_runs_forward(module):
+        return module.forward(*args, **kwargs)
+    return module(*args, **kwargs)
 
 
 def only_runs_forward(module: Any) -> bool:

@@ -201,7 +201,7 @@ def add_facts(check: Check, tree: Tree) -> None:
     unguarded = () if guards.attention_fixed else _ATTENTION
     for place, then in facts.configs.items():
         if place in now:
-            config = _ConfigState(now[place], then, unguarded)
+            config = _ConfigState.shared(now[place], then, unguarded)
             check.add("{} == {} or {}()", config.now, config.then, config.holds)
 
 
@@ -373,10 +373,19 @@ class _ConfigState:
     """A config's values as they were, but for those named in ``unguarded``."""
 
     def __init__(self, config: Any, then: dict[str, Any], unguarded: tuple[str, ...]) -> None:
-        self.now, self.unguarded = vars(config), unguarded
+        self.config, self.values, self.unguarded = config, then, unguarded
+        self.now = vars(config)
         # Nested configs are guarded on their own, and are compared here by identity.
-        nested = {name: value for name, value in self.now.items() if _holds_config(value)}
-        self.then = {**then, **nested}
+        self.then = {**then, **_configs_on(config)}
+
+    @classmethod
+    def shared(cls, config: Any, then: dict[str, Any], unguarded: tuple[str, ...]) -> _ConfigState:
+        """One for the checks of all layers: a step then finds it near at hand in each."""
+        key = id(config), id(then), unguarded, *map(id, _configs_on(config).values())
+        found = _SHARED.get(key)
+        if found is None:
+            found = _SHARED[key] = cls(config, then, unguarded)
+        return found
 
     def holds(self) -> bool:
         if self.now == self.then:
@@ -387,6 +396,14 @@ class _ConfigState:
             for name in self.now.keys() | self.then.keys()
             if name not in self.unguarded
         )
+
+
+# While a state lives, so does all that its key names.
+_SHARED: weakref.WeakValueDictionary[Any, _ConfigState] = weakref.WeakValueDictionary()
+
+
+def _configs_on(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(config).items() if _holds_config(value)}
 
 
 def configs_of(modules: Modules) -> dict[Place, Any]:
