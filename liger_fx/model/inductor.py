@@ -9,6 +9,7 @@ For export, and any other compiler, a graph stays as it is.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ class ForInductor:
         functools.update_wrapper(self, compiler)
         self._torchdynamo_orig_backend, self.inductor = compiler, inductor
         self.has_regions = False
+        # As Inductor does once it is called; its workers get ready, and PyTorch's files are hashed
+        # for its caches, while Dynamo is at work.
+        self._ready = threading.Thread(target=maybe_warm_pool, daemon=True)
+        self._ready.start()
 
     @property
     def calls_regions(self) -> bool:
@@ -43,6 +48,7 @@ class ForInductor:
 
     def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
         complete = leave_logits_outside(graph)
+        self._ready.join()
         config = self.inductor.config
         self.inductor.config = _NOT_TUNED | config
         if self.has_regions:
@@ -67,7 +73,6 @@ def for_inductor(context: Any) -> ForInductor | None:
         return None
     output.compiler_fn = ForInductor(output.compiler_fn, inductor)
     inductor_will_compile(output.tracing_context)
-    maybe_warm_pool()  # as Inductor does once it is called; till then its workers may get ready
     return output.compiler_fn
 
 
