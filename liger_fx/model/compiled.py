@@ -124,7 +124,8 @@ def _find_plan(context: Any) -> None:
     if plan is not None:
         kept = _keep(plan, block)
         _found.name = kept.name
-        compiler = for_inductor(context)
+        on_cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in leaves)
+        compiler = for_inductor(context, on_cpu=on_cpu)
         if compiler is not None and compiler.calls_regions and not objects and kept.can_be_region:
             _found.is_region = compiler.has_regions = True
 

@@ -9,15 +9,14 @@ For export, and any other compiler, a graph stays as it is.
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.async_compile import maybe_warm_pool
 
 from liger_fx.kernels.compiling import inductor_will_compile
 from liger_fx.model.dynamo import output_of
+from liger_fx.model.inductor_start import InductorStart
 from liger_fx.model.logits_outside import leave_logits_outside
 from liger_fx.model.region_schemas import region_schemas_kept
 from liger_fx.tracing.garbage import garbage_kept
@@ -31,14 +30,11 @@ _NOTHING_HANDED_ON = {"allow_buffer_reuse": False, "inplace_buffers": False}
 class ForInductor:
     """A compiler of Dynamo's, which is Inductor or leads to it, for one graph."""
 
-    def __init__(self, compiler: Any, inductor: Any) -> None:
+    def __init__(self, compiler: Any, inductor: Any, start: InductorStart) -> None:
         functools.update_wrapper(self, compiler)
         self._torchdynamo_orig_backend, self.inductor = compiler, inductor
+        self._start = start
         self.has_regions = False
-        # As Inductor does once it is called; its workers get ready, and PyTorch's files are hashed
-        # for its caches, while Dynamo is at work.
-        self._ready = threading.Thread(target=maybe_warm_pool, daemon=True)
-        self._ready.start()
 
     @property
     def calls_regions(self) -> bool:
@@ -48,30 +44,30 @@ class ForInductor:
 
     def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
         complete = leave_logits_outside(graph)
-        self._ready.join()
         config = self.inductor.config
         self.inductor.config = _NOT_TUNED | config
         if self.has_regions:
             self.inductor.config |= _NOTHING_HANDED_ON
         try:
             # What is made here stays; to walk over it now and then takes a fifteenth of the time.
-            with region_schemas_kept(), garbage_kept():
+            with self._start.awaited(), region_schemas_kept(), garbage_kept():
                 compiled = self._torchdynamo_orig_backend(graph, inputs)
         finally:
             self.inductor.config = config
         return compiled if complete is None else functools.partial(complete, compiled)
 
 
-def for_inductor(context: Any) -> ForInductor | None:
+def for_inductor(context: Any, *, on_cpu: bool) -> ForInductor | None:
     """What stands before Inductor for the graph that Dynamo records here, from now on; None where
-    another compiler will have it."""
+    another compiler will have it. on_cpu: whether a CPU will run it."""
     output = output_of(context)
     if isinstance(output.compiler_fn, ForInductor):
         return output.compiler_fn
     inductor = _innermost(output.compiler_fn)
     if not isinstance(inductor, torch._TorchCompileInductorWrapper) or output.export:
         return None
-    output.compiler_fn = ForInductor(output.compiler_fn, inductor)
+    start = InductorStart(for_cpu=on_cpu)
+    output.compiler_fn = ForInductor(output.compiler_fn, inductor, start)
     inductor_will_compile(output.tracing_context)
     return output.compiler_fn
 
