@@ -1,7 +1,9 @@
 """The first step of a Llama of 16 layers under torch.compile, forward and backward: what it takes
 for the original and for what liger_fx makes of it.
 
-    python tools/bench/compile_time.py  ->  tools/bench/results/compile_time.json and a table
+    python tools/bench/compile_time.py
+ ->
+    results/compile_time_gpu.json (compile_time.json without a GPU) and a table
 
 On a GPU of the size of Llama 1B, else a tiny one. Each measurement has a process and empty caches
 of its own. "started": a trivial function was compiled there before the clock starts, so that what
@@ -68,7 +70,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=240)
-    parser.add_argument("--out", type=Path, default=RESULTS / "compile_time.json")
+    name = "compile_time_gpu.json" if torch.cuda.is_available() else "compile_time.json"
+    parser.add_argument("--out", type=Path, default=RESULTS / name)
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "START"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
