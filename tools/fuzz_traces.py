@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import random
 import sys
 import time
@@ -281,13 +282,15 @@ def _compared(original: Any, calls: list[dict[str, Any]]) -> tuple[str, str]:
     return ("told" if told else "right"), ""
 
 
-def fuzz(first: int, runs: int, record: dict[str, Any], out: Path | None = None) -> None:
+def fuzz(
+    first: int, runs: int, record: dict[str, Any], out: Path | None = None, processes: int = 1
+) -> None:
     """So many modules from this seed on; ``record`` counts what became of them."""
     outcomes = Counter(record.get("outcomes", {}))
     start, spent = time.perf_counter(), record.get("seconds", 0.0)
     failures = record.setdefault("failures", [])
-    for seed in range(first, first + runs):
-        outcome, how = outcome_of(seed)
+    seeds = range(first, first + runs)
+    for seed, (outcome, how) in zip(seeds, _outcomes(seeds, processes), strict=True):
         outcomes[outcome] += 1
         if how:
             failures.append({"seed": seed, "what": how})
@@ -301,12 +304,21 @@ def fuzz(first: int, runs: int, record: dict[str, Any], out: Path | None = None)
             out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def _outcomes(seeds: range, processes: int) -> Iterator[tuple[str, str]]:
+    if processes == 1:
+        yield from map(outcome_of, seeds)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap(outcome_of, seeds, chunksize=8)
+
+
 def main() -> int:
     """Fuzz, print a summary, write the result; 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=300, help="how many modules in all")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first one")
     parser.add_argument("--out", type=Path, help="write the result to this file, or go on with it")
+    parser.add_argument("--processes", type=int, default=1, help="how many at a time")
     parser.add_argument("--show", type=int, help="print the module of this seed and what it does")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -316,8 +328,9 @@ def main() -> int:
         return 0
     out: Path | None = arguments.out
     earlier = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {}
-    record: dict[str, Any] = {"seed": arguments.seed, **earlier}
-    fuzz(record.get("next", record["seed"]), arguments.runs - record.get("runs", 0), record, out)
+    record: dict[str, Any] = {"seed": arguments.seed, **earlier.get("results", earlier)}
+    left = arguments.runs - record.get("runs", 0)
+    fuzz(record.get("next", record["seed"]), left, record, out, arguments.processes)
     print(json.dumps(record, indent=1))
     if out is not None:
         from tools.bench.common import write
