@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -116,6 +117,23 @@ def is_tracing() -> bool:
     return getattr(_thread, "tracer", None) is not None
 
 
+class _OfNoTrace(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not is_tracing()
+
+
+@contextmanager
+def _failures_not_logged() -> Iterator[None]:
+    """PyTorch logs each operator that takes no fake tensors of some sizes as an error; a trace
+    raises what it could not mend by other sizes itself."""
+    log, traces = logging.getLogger("torch._subclasses.fake_tensor"), _OfNoTrace()
+    log.addFilter(traces)
+    try:
+        yield
+    finally:
+        log.removeFilter(traces)
+
+
 @contextmanager
 def patched(tracer: Tracing) -> Iterator[None]:
     """Install the patches for one trace; a second thread that wants to trace waits here."""
@@ -131,6 +149,7 @@ def patched(tracer: Tracing) -> Iterator[None]:
         try:
             _thread.tracer = tracer
             stack.enter_context(functions_seen())
+            stack.enter_context(_failures_not_logged())
             reaches = [r for module in tracer.members.entered.values() for r in reach_of(module)]
             stack.enter_context(kinds_asked(reaches))
             _patch_modules(replace)

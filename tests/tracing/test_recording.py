@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import BloomConfig, BloomForCausalLM
 
 import liger_fx
 from liger_fx.errors import TraceError
@@ -135,3 +138,23 @@ def test_tracing_draws_no_random_numbers() -> None:
     torch.manual_seed(3)
     liger_fx.trace(module, (EXAMPLE,))
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_sizes_that_are_tried_in_vain_are_not_logged() -> None:
+    shown: list[str] = []
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            shown.append(record.getMessage())
+
+    config = BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=64)
+    log, handler = logging.getLogger("torch._subclasses.fake_tensor"), Shown()
+    log.addHandler(handler)
+    try:
+        liger_fx.optimize(BloomForCausalLM(config))
+        assert shown == []
+        with FakeTensorMode(), pytest.raises(RuntimeError):  # of others they are, as ever
+            torch.baddbmm(torch.ones(2, 3, 3), torch.ones(2, 3, 1), torch.ones(2, 2, 3))
+        assert len(shown) == 1
+    finally:
+        log.removeHandler(handler)
