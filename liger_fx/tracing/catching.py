@@ -64,8 +64,11 @@ def _goes_on(code: CodeType, offset: int) -> bool:
 
 @functools.lru_cache(4096)
 def _swallows(code: CodeType, handler: int) -> bool:
-    """Whether a handler can be left without an error: it gives the error up, and raises none."""
+    """Whether a handler can be left without an error: it gives the error up, and raises none. That
+    of a ``with`` could, but those of no_grad and autocast do not, and suppress is refused."""
     steps = [s for s in dis.get_instructions(code) if s.offset >= handler and s.opname != "CACHE"]
+    if any(step.opname == "WITH_EXCEPT_START" for step in steps[:2]):
+        return False
     for step, after in zip(steps, steps[1:], strict=False):
         if step.opname == "POP_EXCEPT":
             return after.opname != "RERAISE"
