@@ -131,6 +131,7 @@ class FakeWorld:
         self.mode.cache_enabled = False
         self.symbols: dict[str, torch.SymInt] = {}
         self._fresh: list[Any] = []
+        self._of_results: list[Any] = []
         self._hints: set[int] = set()
         self._metadata: dict[Hashable, Metadata] = {}
         self._of_real: dict[int, tuple[torch.Tensor, FakeTensor]] = {}
@@ -151,7 +152,7 @@ class FakeWorld:
 
     def fresh_size(self, hint: int, *, exact: bool = False) -> Any:
         """A symbolic size without a name: a node of the graph gives it when it runs. ``exact``: no
-        other example will do."""
+        other example will do, as for the result of a module that was run."""
         hint = hint if exact or self.exact else self._another_hint()
         self._hints.add(hint)
         source = ConstantSource(f"fresh_{len(self._fresh)}")
@@ -160,7 +161,20 @@ class FakeWorld:
         )
         made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         self._fresh.append(made)
+        if exact:
+            self._of_results.append(made)
         return made
+
+    @property
+    def told(self) -> set[Any]:
+        """The sizes that a call has, and those that results of modules have."""
+        return {size.node._expr for size in (*self.symbols.values(), *self._of_results)}
+
+    @property
+    def results_are_free(self) -> bool:
+        """Whether no size of a module's result was taken for a number, or for another size, as its
+        example is. (What asked was an operator, whose own questions are forgotten.)"""
+        return all(size.node.expr == size.node._expr for size in self._of_results)
 
     def fresh_number(self, hint: int) -> Any:
         """The same for a number of which nothing is known, not that it is positive either."""

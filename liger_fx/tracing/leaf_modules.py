@@ -225,11 +225,14 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
     }
 
     tried = {s for at in ran_at for s, number in at.items() if number != world.examples[s]}
+    # Of 0 and 1 operators ask, and what they are told would stay. So of the draws that one is the
+    # example which gave the fewest of these.
+    example = min(range(len(_DRAWS)), key=lambda i: _zeros_and_ones(results[i]))
 
     def size_of(found: tuple[int, ...]) -> Any:
         ran_elsewhere = len(found) > len(_DRAWS) or not others
         if not ran_elsewhere:
-            return world.fresh_size(found[0], exact=True)
+            return world.fresh_size(found[example], exact=True)
         runs = list(zip(ran_at, found, strict=True))
         same = [size for size in known.values() if all(number_at(size, at) == n for at, n in runs)]
         same.sort(key=lambda size: not tried.isdisjoint(size.node._expr.free_symbols))
@@ -237,7 +240,7 @@ def _infer_by_running(recorder: Recorder, module: Any, args: Any, kwargs: Any) -
             return same[0]
         if len({*found}) == 1:
             return found[0]
-        return same[0] if same else world.fresh_size(found[0], exact=True)
+        return same[0] if same else world.fresh_size(found[example], exact=True)
 
     def as_fake(value: Any, *elsewhere: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -271,6 +274,11 @@ class Unseen:
 
     def __bool__(self) -> bool:
         raise CannotRecord("whether what a module returns that is called is empty")
+
+
+def _zeros_and_ones(result: Any) -> int:
+    tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+    return sum(size in (0, 1) for tensor in tensors for size in tensor.shape)
 
 
 def _without_sizes(result: Any) -> Any:

@@ -34,10 +34,13 @@ class _Printer(PythonPrinter):
 
 
 def check_known(world: FakeWorld, questions: Iterable[Question]) -> None:
-    """CannotRecord for a question about a size that no check before the call can know."""
+    """CannotRecord for a question about a size that no check before the call can know, or an answer
+    that was taken for granted."""
     known = {str(size.node._expr) for size in world.symbols.values()}
     if not all({str(s) for s in question.fact.free_symbols} <= known for question in questions):
         raise CannotRecord("a branch depends on a size that only the graph, as it runs, can tell")
+    if not world.results_are_free:
+        raise CannotRecord("a size of what a module returns is taken for what it was in an example")
 
 
 def size_guards(world: FakeWorld, questions: Iterable[Question]) -> list[str]:

@@ -2,6 +2,7 @@
 
 x.split(4) of 8 rows     two tensors; of 12 rows there are three          what was asked is guarded
 x.squeeze() of 8 x 3     two dimensions; of 1 x 3 it is one               the same
+x[:4] of 8 rows          four rows; of 3 there are three                  the same
 x + y of 8 x 3           two dimensions, whichever of them are broadcast  forgotten
 
 Found by running the operator at other sizes on tensors without data. In the same way it is found
@@ -34,10 +35,17 @@ def follows_sizes(
     result: Any,
 ) -> bool:
     """Whether ``run(*args, **kwargs)`` gives something else than as many tensors of as many
-    dimensions as ``result`` where the sizes in the questions are others."""
-    asked = itertools.chain(*(question.expr.free_symbols for question in questions))
-    # How many parts there are may change far above the example: split(512) of 3 rows is one.
-    far = _FAR if isinstance(result, (tuple, list)) else ()
+    dimensions as ``result`` where the sizes in the questions are others, or of other sizes than
+    ``result`` says.
+
+    (Of a size that the graph alone can tell, and no module's result has, no guard could be made; a
+    cache's length is one. The operators that follow raise where it does not fit.)
+    """
+    asked = set(itertools.chain(*(question.expr.free_symbols for question in questions)))
+    sizes_count = asked <= world.told
+    # How many parts or rows there are may change far above the example: split(512) of 3 rows is
+    # one part.
+    far = _FAR if sizes_count or isinstance(result, (tuple, list)) else ()
     for sizes in other_sizes(world, asked, far):
         try:
             with unset_fake_temporarily(), torch.no_grad():
@@ -46,6 +54,10 @@ def follows_sizes(
         except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError):
             continue  # no such call can be
         if made_of(other) != made_of(result):
+            return True
+        if sizes_count and shapes_of(other) != [
+            tuple(_settled_at(size, sizes) for size in shape) for shape in shapes_of(result)
+        ]:
             return True
     return False
 
@@ -83,8 +95,18 @@ def number_at(size: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
     return int(size.node._expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
 
 
+def _settled_at(size: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
+    """What a result's size is said to be at these sizes."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    found = sympy.sympify(size.node.expr.xreplace(sizes))
+    return int(found) if found.is_number else found
+
+
 def _at(sizes: Mapping[sympy.Symbol, int]) -> Callable[[Any], Any]:
     def concrete(value: Any) -> Any:
+        if isinstance(value, slice):
+            return slice(*map(concrete, (value.start, value.stop, value.step)))
         if not isinstance(value, FakeTensor):
             return number_at(value, sizes)
         shape, strides = (
@@ -93,6 +115,11 @@ def _at(sizes: Mapping[sympy.Symbol, int]) -> Callable[[Any], Any]:
         return torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
 
     return concrete
+
+
+def shapes_of(value: Any) -> list[Any]:
+    """The shapes of the tensors in a result."""
+    return [tuple(t.shape) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
 
 
 def made_of(value: Any) -> Any:
