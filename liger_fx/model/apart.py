@@ -25,10 +25,11 @@ from liger_fx.tracing.inner_blocks import rebuilt
 
 
 def in_the_midst() -> bool:
-    """Whether a transform of torch.func or a mode sees what this thread computes."""
+    """Whether a transform of torch.func, a mode or torch.jit.trace sees what this thread
+    computes."""
     interpreter: Any = torch._C._functorch.peek_interpreter_stack()
     modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return interpreter is not None or modes > 0
+    return interpreter is not None or modes > 0 or torch.jit.is_tracing()
 
 
 def apart(work: Callable[[], Any]) -> Any:

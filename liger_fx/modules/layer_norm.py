@@ -71,9 +71,9 @@ class LigerLayerNorm(NamedModule):
     ) -> Given:
         """What a norm of x takes besides: weight, bias, eps, offset and the result's dtype."""
         if weight is None:
-            weight = self._parameters[self.weight_name]
+            weight = self._tensor(self.weight_name)
         if bias is None:
-            bias = self._parameters[self.bias_name]
+            bias = self._tensor(self.bias_name)
         return weight, bias, self.eps, self.offset, result_dtype(self.cast, x, weight, bias)
 
     def options(self) -> dict[str, Any]:
@@ -83,9 +83,9 @@ class LigerLayerNorm(NamedModule):
 
     def extra_repr(self) -> str:
         parts = [f"({self.width},)", f"eps={self.eps}"]
-        if self._parameters[self.weight_name] is not None:
+        if self._tensor(self.weight_name) is not None:
             parts.append(f"{self.offset:g} + weight" if self.offset else "weight")
-        if self._parameters[self.bias_name] is not None:
+        if self._tensor(self.bias_name) is not None:
             parts.append("bias")
         if self.cast != "input":
             parts.append(f"cast={self.cast}")

@@ -3,13 +3,15 @@
     loss, logits = head(...)      shape, dtype, device and grad_fn are there, the numbers are not
     logits.argmax(-1)             now they are computed, and kept
 
-What only walks over all fields of an output reads nothing: its metadata, ``detach``, ``clone`` and
-a change of dtype (accelerate turns every result to float32) give lazy logits again.
+What only walks over all fields of an output reads nothing: its metadata, ``detach`` and a change of
+dtype (accelerate turns every result to float32) give lazy logits again, which are computed with
+those that they came from: what is written into these afterwards is not theirs. ``clone`` reads.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -69,29 +71,46 @@ class _Later(torch.autograd.Function):
         return None, None, *(grads.get(id(x)) for x in inputs)
 
 
-class _Reading:
-    """A value that is computed once; it lets go of what it was computed from."""
+class _Value:
+    """A value that is computed once, and before anything can write to it those that are copies."""
 
-    def __init__(self, head: Head, inputs: tuple[torch.Tensor | None, ...]) -> None:
-        self.head: Head | None = head
-        self.inputs = inputs
-        self.versions = list(map(_version, inputs))
-        self.result: torch.Tensor | None = None
+    def __init__(self, result: torch.Tensor | None = None) -> None:
+        self.result = result
+        self.copies: weakref.WeakSet[_Copy] = weakref.WeakSet()
 
     def value(self) -> torch.Tensor:
         if self.result is None:
-            assert self.head is not None
-            if list(map(_version, self.inputs)) != self.versions:
-                raise RuntimeError(
-                    "These logits were to be computed when they are read, and the hidden states or "
-                    "the weight were changed since. Read them before the optimizer's step, or use "
-                    "optimize(model, logits='always')."
-                )
-            device = next(x.device.type for x in self.inputs if x is not None)
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                self.result = self.head(*self.inputs)
-            self.head, self.inputs = None, ()
+            self.result = self._computed()
+            for copied in list(self.copies):
+                copied.value()
         return self.result
+
+    def _computed(self) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _Reading(_Value):
+    """What a head gives; it lets go of what it was computed from."""
+
+    def __init__(self, head: Head, inputs: tuple[torch.Tensor | None, ...]) -> None:
+        super().__init__()
+        self.head: Head | None = head
+        self.inputs = inputs
+        self.versions = list(map(_version, inputs))
+
+    def _computed(self) -> torch.Tensor:
+        assert self.head is not None
+        if list(map(_version, self.inputs)) != self.versions:
+            raise RuntimeError(
+                "These logits were to be computed when they are read, and the hidden states or "
+                "the weight were changed since. Read them before the optimizer's step, or use "
+                "optimize(model, logits='always')."
+            )
+        device = next(x.device.type for x in self.inputs if x is not None)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            result = self.head(*self.inputs)
+        self.head, self.inputs = None, ()
+        return result
 
 
 def _version(x: torch.Tensor | None) -> tuple[int, int] | None:
@@ -99,28 +118,25 @@ def _version(x: torch.Tensor | None) -> tuple[int, int] | None:
     return None if x is None else (x._version, x.untyped_storage().nbytes())
 
 
-class _Derived:
-    """What one of these operations makes of a value, when it is read."""
+class _Copy(_Value):
+    """What a change of dtype makes of a value that nobody has read yet."""
 
-    def __init__(self, source: Any, func: Any, args: Any, kwargs: Any) -> None:
-        self.source, self.apply = source, lambda x: func(x, *args, **kwargs)
-        self.result: torch.Tensor | None = None
-
-    def value(self) -> torch.Tensor:
-        if self.result is None:
-            self.result = self.apply(self.source.value())
-            self.source = None
-        return self.result
-
-
-class _Read:
-    """A value that is there."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
+    def __init__(self, source: _Value, func: Any, args: Any, kwargs: Any) -> None:
+        super().__init__()
+        self.source: _Value | None = source
+        self.apply = lambda x: func(x, *args, **kwargs)
+        source.copies.add(self)
 
     def value(self) -> torch.Tensor:
-        return self.values
+        if self.source is not None:
+            self.source.value()  # which computes its copies
+        return super().value()
+
+    def _computed(self) -> torch.Tensor:
+        assert self.source is not None
+        result: torch.Tensor = self.apply(self.source.result)
+        self.source = None
+        return result
 
 
 class LazyLogits(torch.Tensor):
@@ -149,7 +165,7 @@ class LazyLogits(torch.Tensor):
                 *args[1:], **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})},
             )  # fmt: skip
             shared = func is _ATEN.detach.default
-            reading = first._reading if shared else _Derived(first._reading, func, args[1:], kwargs)
+            reading = first._reading if shared else _Copy(first._reading, func, args[1:], kwargs)
             return LazyLogits(spec, first.device, reading)
         args, kwargs = pytree.tree_map_only(LazyLogits, _value, (args, kwargs))
         out = func(*args, **kwargs)
@@ -168,7 +184,7 @@ class LazyLogits(torch.Tensor):
     def __tensor_unflatten__(inner: Any, context: None, size: Any, stride: Any) -> LazyLogits:
         values = inner["_read_values"]
         spec = torch.empty_strided(size, stride, dtype=values.dtype, device="meta")
-        return LazyLogits(spec, values.device, _Read(values))
+        return LazyLogits(spec, values.device, _Value(values))
 
     def _plain(self) -> torch.Tensor:
         """A view of it with memory, in the same autograd graph."""
@@ -216,7 +232,9 @@ def _value(x: LazyLogits) -> torch.Tensor:
 
 
 def _reads_nothing(func: Any, x: LazyLogits, kwargs: dict[str, Any]) -> bool:
-    if func in (_ATEN.detach.default, _ATEN.clone.default):
+    if func is _ATEN.detach.default:
         return True
+    if func is not _ATEN._to_copy.default or x._reading.result is not None:
+        return False
     there = kwargs.get("device")
-    return func is _ATEN._to_copy.default and (there is None or torch.device(there) == x.device)
+    return there is None or torch.device(there) == x.device

@@ -85,6 +85,13 @@ class NamedModule(nn.Module):
 
     is_called_alike = True
 
+    def _tensor(self, name: str) -> torch.Tensor | None:
+        """The parameter of that name, or what has taken its place: a buffer, what pruning or a
+        parametrisation computes."""
+        held = self._parameters
+        found: torch.Tensor | None = held[name] if name in held else getattr(self, name)
+        return found
+
     def __getattr__(self, name: str) -> Any:
         # What a module holds is looked for before: this is asked for parameters and children, too.
         for group in ("_parameters", "_buffers", "_modules"):

@@ -68,7 +68,7 @@ class LigerRMSNorm(NamedModule):
     def _given(self, x: torch.Tensor, weight: torch.Tensor | None) -> Given:
         """What a norm of x takes besides: weight, eps, offset and the result's dtype."""
         if weight is None:
-            weight = self._parameters[self.weight_name]
+            weight = self._tensor(self.weight_name)
         # The texts behind the properties, whose calls take longer than their numbers.
         eps = torch.finfo(compute_dtype(x)).eps if self._eps is None else float(self._eps)
         dtype = x.dtype if self.cast == "input" else result_dtype(self.cast, x, weight)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -262,3 +264,57 @@ def test_everything_in_turn() -> None:
         return results
 
     compare(model, program, calls=12)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_first_call_inside_a_jit_trace() -> None:
+    model = build("llama").eval()
+    ids = inputs_of(model)["input_ids"]
+    opt = optimize(model)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = opt
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(ids, use_cache=False).logits
+            return logits
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(), ids, check_trace=False)
+        assert torch.allclose(traced(ids), model(ids).logits, atol=1e-5)
+
+
+# -- what may become of the weight of a norm after optimize ----------------------------------------
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def _as_buffer(norm: Any) -> None:
+    weight = norm.weight.detach()
+    del norm.weight
+    norm.register_buffer("weight", weight)
+
+
+KINDS: dict[str, Any] = {
+    "pruned": lambda norm: prune.l1_unstructured(norm, "weight", 0.3),
+    "parametrised": lambda norm: register_parametrization(norm, "weight", Doubled()),
+    "a buffer": _as_buffer,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "cohere2"])
+@pytest.mark.filterwarnings("ignore::liger_fx.errors.FallbackWarning")
+def test_the_weight_of_a_norm_becomes(kind: str, name: str) -> None:
+    model = build(name)
+    inputs = inputs_of(model, labels=True)
+    opt = optimize(model)
+    for one in (model, opt):
+        KINDS[kind](one.model.layers[1].input_layernorm)
+    for program in (lambda m: m(**inputs), lambda m: train_step(m, inputs)["loss"]):
+        same(run(program, opt), run(program, model))
