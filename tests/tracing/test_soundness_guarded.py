@@ -90,6 +90,22 @@ def test_a_size_decides_the_rank(name: str, first: tuple[int, int]) -> None:
     assert beside(Small(DEEP[name]), rows(*first), calls) == RIGHT
 
 
+PARTS: dict[str, Any] = {
+    "the first": lambda h: h[:3],
+    "the last": lambda h: h[-3:],
+    "narrow": lambda h: h.narrow(0, 0, 1 if h.shape[0] == 1 else 2),
+    "a part of a part": lambda h: h[1:][:2],
+    "what is over": lambda h: h[4:],
+}
+
+
+@pytest.mark.parametrize("first", [8, 4, 3, 2])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_size_decides_how_many_rows_there_are(name: str, first: int) -> None:
+    model = Small(lambda m, x: PARTS[name](m.lin(x)) * (PARTS[name](m.lin(x)).shape[0] + 1))
+    beside(model, rows(first), [rows(n) for n in (8, 1, 2, 3, 4, 5, 300)])
+
+
 def test_what_is_broadcast_or_not_asks_nothing() -> None:
     def forward(m: Any, x: T) -> T:
         h = m.lin(x) + torch.ones(x.shape[0], 1)
@@ -183,6 +199,31 @@ def test_what_an_opaque_module_returns_is_read_from_it(name: str) -> None:
 def test_sizes_of_an_opaque_result_are_no_examples_of_others() -> None:
     model = Small(lambda m, x: mean_over(m.opaque(m.lin(x))), opaque=Opaque(lambda h: h[::2]))
     assert beside(model, rows(8), [rows(n) for n in (16, 6)]) == RIGHT
+
+
+def positive(h: T) -> T:
+    keep = h.sum(-1) > 0
+    keep[0] = True
+    return h[keep]
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda h, g: g * g.shape[0],
+        lambda h, g: g[:3] * g[:3].shape[0],
+        lambda h, g: (h + g.sum(0)) * (h + g.sum(0)).shape[0],
+        lambda h, g: g * (2 if g.squeeze(0).dim() == 1 else 3),
+    ],
+)
+@pytest.mark.parametrize("first", range(1, 9))
+def test_sizes_that_the_data_decide_are_no_examples(reads: Any, first: int) -> None:
+    def forward(m: Any, x: T) -> T:
+        h = m.opaque(m.lin(x))
+        result: T = reads(h, m.opaque(h))
+        return result
+
+    beside(Small(forward, opaque=Opaque(positive)), rows(first), [rows(n) for n in (1, 3, 6, 9)])
 
 
 # -- what is asked of tensors ----------------------------------------------------------------------
