@@ -81,7 +81,8 @@ def check_effects(match: Match, facts: Facts) -> None:
     inside = dict.fromkeys((*match.covered, match.root))
     for node in inside:
         _check_writes_its_own(node, match, facts)
-    first = min(match.covered, key=facts.position.__getitem__, default=match.root)
+    nodes = (*match.covered, *match.passed)
+    first = min(nodes, key=facts.position.__getitem__, default=match.root)
     between = facts.effects_between(first, match.root)
     effect = next((node for node in between if node not in inside), None)
     if effect is None:

@@ -36,9 +36,10 @@ class Match:
     """A place where the whole pattern fits.
 
     root: the node whose value the pattern computes. covered: the nodes that compute it from the
-    captured values, in the order in which they were matched. inner: the values on the way that the
-    pattern names `Inner`; outside: the nodes of those that are so `anywhere`. found: what the
-    rule's check returned.
+    captured values, in the order in which they were matched; passed: those that are captured as
+    well, under another name (an alias of the gate that is up itself). inner: the values on the way
+    that the pattern names `Inner`; outside: the nodes of those that are so `anywhere`. found: what
+    the rule's check returned.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Match:
         self._bound = bound
         inputs = {t.node for t in bound.values() if isinstance(t, Term)}
         self.covered = tuple(n for n in dict.fromkeys(covered) if n not in inputs)
+        self.passed = tuple(n for n in dict.fromkeys(covered) if n in inputs)
 
     def __contains__(self, name: str) -> bool:
         return name in self._bound

@@ -206,3 +206,22 @@ def test_a_sum_that_nothing_reads_again_is_still_a_norms() -> None:
         return normed
 
     assert beside(Small(forward), (x(),)) == "right"
+
+
+def gated_without_gradients(m: Any, x: T) -> list[T]:
+    h = m.lin(x)
+    with torch.no_grad():
+        h = h.reshape(-1, 8)
+    return [h, F.silu(h) * h]
+
+
+def gated_by_what_had_gradients(m: Any, x: T) -> list[T]:
+    h = m.lin(x)
+    with torch.no_grad():
+        still = h.view(-1, 8)
+    return [still, F.silu(h) * still, F.silu(still) * h]
+
+
+@pytest.mark.parametrize("forward", [gated_without_gradients, gated_by_what_had_gradients])
+def test_an_alias_without_gradients_is_not_what_has_them(forward: Any) -> None:
+    beside(Small(forward), (x(),))
