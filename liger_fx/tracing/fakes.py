@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -172,9 +172,15 @@ class FakeWorld:
 
     @property
     def results_are_free(self) -> bool:
-        """Whether no size of a module's result was taken for a number, or for another size, as its
-        example is. (What asked was an operator, whose own questions are forgotten.)"""
-        return all(size.node.expr == size.node._expr for size in self._of_results)
+        """Whether no size of a module's result was taken for the number that its example is. (What
+        asked was an operator, whose own questions are forgotten.)"""
+        return not any(size.node.expr.is_number for size in self._of_results)
+
+    def ties_hold(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
+        """Whether these sizes are one where the trace came to take them for one."""
+        told = [size.node for size in (*self.symbols.values(), *self._of_results)]
+        tied = [node for node in told if node.expr != node._expr]
+        return all(node.expr.xreplace(sizes) == sizes[node._expr] for node in tied)
 
     def fresh_number(self, hint: int) -> Any:
         """The same for a number of which nothing is known, not that it is positive either."""
