@@ -298,9 +298,8 @@ def _by_pytorch(
     for x, out_dtype in zip(tensors, dtypes, strict=True):
         wide = as_wide(x, dtype)
         y = (wide * wide_cos).addcmul_(wide.roll(half, -1), signed)
-        if (out_dtype or x.dtype) is not dtype or cos.dtype is not dtype:
-            y = as_wide(y, out_dtype or torch.promote_types(x.dtype, cos.dtype))
-        outs.append(laid_out(y, x))
+        out_dtype = out_dtype or torch.promote_types(x.dtype, cos.dtype)
+        outs.append(laid_out(as_wide(y, out_dtype), x))
     return tuple(outs)
 
 

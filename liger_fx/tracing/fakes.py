@@ -168,7 +168,11 @@ class FakeWorld:
     @property
     def told(self) -> set[Any]:
         """The sizes that a call has, and those that results of modules have."""
-        return {size.node._expr for size in (*self.symbols.values(), *self._of_results)}
+        return {node._expr for node in self._told}
+
+    @property
+    def _told(self) -> list[Any]:
+        return [size.node for size in (*self.symbols.values(), *self._of_results)]
 
     @property
     def results_are_free(self) -> bool:
@@ -178,8 +182,7 @@ class FakeWorld:
 
     def ties_hold(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
         """Whether these sizes are one where the trace came to take them for one."""
-        told = [size.node for size in (*self.symbols.values(), *self._of_results)]
-        tied = [node for node in told if node.expr != node._expr]
+        tied = [node for node in self._told if node.expr != node._expr]
         return all(node.expr.xreplace(sizes) == sizes[node._expr] for node in tied)
 
     def fresh_number(self, hint: int) -> Any:
@@ -277,13 +280,13 @@ class FakeWorld:
     def settle(self, graph: fx.Graph) -> None:
         """Write sizes that the code fixed or tied late into the nodes made before that, too."""
         sizes = [size.node for size in self.symbols.values()]
-        settled = {size._expr: size.expr for size in sizes if size.expr != size._expr}
-        if not settled:
+        known = {size._expr: size.expr for size in sizes if size.expr != size._expr}
+        if not known:
             return
         for node in graph.nodes:
             spec = node.meta.get("spec")
             if spec is not None:
-                shape = tuple(_settled(size, settled) for size in spec.shape)
+                shape = tuple(settled(size, known) for size in spec.shape)
                 node.meta["spec"] = spec._replace(shape=shape)
 
     @property
@@ -297,8 +300,9 @@ class FakeWorld:
         return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
-def _settled(size: int | sympy.Expr, settled: dict[sympy.Expr, Any]) -> int | sympy.Expr:
-    expr = sympy.sympify(size).xreplace(settled)
+def settled(size: int | sympy.Expr, known: Mapping[Any, Any]) -> int | sympy.Expr:
+    """A size as ``as_expr`` has it, with what is known put in."""
+    expr = sympy.sympify(sympy.sympify(size).xreplace(known))  # a symbol alone became any number
     return int(expr) if expr.is_number else expr
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -21,7 +22,7 @@ from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
-from liger_fx.tracing.fakes import FakeWorld, Question
+from liger_fx.tracing.fakes import FakeWorld, Question, as_expr, settled
 
 _FAR = (1 << 8, 1 << 16)
 
@@ -55,12 +56,7 @@ def follows_sizes(
             continue  # no such call can be
         if made_of(other) != made_of(result):
             return True
-        if (
-            sizes_count
-            and world.ties_hold(sizes)
-            and shapes_of(other)
-            != [tuple(_settled_at(size, sizes) for size in shape) for shape in shapes_of(result)]
-        ):
+        if sizes_count and world.ties_hold(sizes) and shapes_of(other) != shapes_of(result, sizes):
             return True
     return False
 
@@ -98,14 +94,6 @@ def number_at(size: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
     return int(size.node._expr.xreplace(sizes)) if isinstance(size, torch.SymInt) else size
 
 
-def _settled_at(size: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
-    """What a result's size is said to be at these sizes."""
-    if not isinstance(size, torch.SymInt):
-        return size
-    found = sympy.sympify(size.node.expr.xreplace(sizes))
-    return int(found) if found.is_number else found
-
-
 def _at(sizes: Mapping[sympy.Symbol, int]) -> Callable[[Any], Any]:
     def concrete(value: Any) -> Any:
         if isinstance(value, slice):
@@ -120,9 +108,10 @@ def _at(sizes: Mapping[sympy.Symbol, int]) -> Callable[[Any], Any]:
     return concrete
 
 
-def shapes_of(value: Any) -> list[Any]:
-    """The shapes of the tensors in a result."""
-    return [tuple(t.shape) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+def shapes_of(value: Any, sizes: Mapping[sympy.Symbol, int] = MappingProxyType({})) -> list[Any]:
+    """The shapes of the tensors in a result, as they are said to be at these sizes."""
+    tensors = (t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+    return [tuple(settled(as_expr(size), sizes) for size in t.shape) for t in tensors]
 
 
 def made_of(value: Any) -> Any:
